@@ -1,0 +1,68 @@
+"""Sift, then tune: choose which rows a language model is fine-tuned on.
+
+The data's way, top to bottom (a folder imports only from those above it):
+
+    records, budget, registry   what crosses folders
+    data/        text in and out: files to a pool of rows, chosen rows to a file
+    models/      first layers as feature extractor, LM head as a linear map, content-addressed store
+    engines/     where it runs
+    offline/     score the pool once (DaaR and what it is compared with)
+    online/      score every batch (UDS and what it is compared with)
+    training/    the hook on a live Trainer, the ledger, integrations
+    demo/        embedded corpus and tiny model
+    config, pipeline, cli
+
+Public names are resolved on first use, so `import siftune` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load_pool": "siftune.data.load",
+    "Pool": "siftune.records",
+    "Scores": "siftune.records",
+    "Subset": "siftune.records",
+    "RowScores": "siftune.records",
+    "Kept": "siftune.records",
+    "UserError": "siftune.errors",
+    "register": "siftune.registry",
+    "DaaR": "siftune.offline.daar.selector",
+    "UDS": "siftune.online.uds",
+    "MaxLoss": "siftune.online.losses",
+    "Regular": "siftune.online.simple",
+    "attach": "siftune.training.attach",
+    "detach": "siftune.training.attach",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from .data.load import load_pool as load_pool
+    from .errors import UserError as UserError
+    from .offline.daar.selector import DaaR as DaaR
+    from .online.losses import MaxLoss as MaxLoss
+    from .online.simple import Regular as Regular
+    from .online.uds import UDS as UDS
+    from .records import Kept as Kept
+    from .records import Pool as Pool
+    from .records import RowScores as RowScores
+    from .records import Scores as Scores
+    from .records import Subset as Subset
+    from .registry import register as register
+    from .training.attach import attach as attach
+    from .training.attach import detach as detach
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"siftune has no {name!r}; public names: {', '.join(sorted(_PUBLIC))}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The embedded corpus and tiny model, so that everything runs offline on two cores."""

@@ -1,0 +1,1 @@
+"""WHERE IT RUNS: the same shard function in one process or many."""

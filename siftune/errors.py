@@ -1,0 +1,24 @@
+"""What siftune raises when the user can mend it.
+
+`UserError` is one clear sentence: the place, the value, the way out. The command line prints it alone and exits with 2;
+anything else is our fault, exits with 1 and shows where.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input or usage: one sentence that names the value and the way out.
+
+    >>> raise UserError("keep=16 exceeds the 8 rows of the pool; lower keep")
+    """
+
+
+class MissingExtra(UserError, ImportError):
+    """An optional dependency is not installed: the sentence holds the pip command.
+
+    >>> raise MissingExtra("trl", extra="train", needed_for="siftune train")
+    """
+
+    def __init__(self, package: str, *, extra: str, needed_for: str) -> None:
+        super().__init__(f"{needed_for} needs {package}, which is not installed; run: pip install 'siftune[{extra}]'")

@@ -1,0 +1,1 @@
+"""DaaR, arXiv 2502.04380: centroids, clusters, probes, selector."""

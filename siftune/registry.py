@@ -1,0 +1,95 @@
+"""Every method by name: (side, name) -> where it lives, its paper and what it needs. Resolved on use, so `import
+siftune` loads no torch. The contract suite walks this table; a method joins by adding its line (or by `register`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+from .errors import UserError
+
+Side = Literal["offline", "online"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of `siftune methods`."""
+
+    side: Side
+    name: str
+    target: str
+    """`module:Class`, imported on use."""
+    summary: str
+    paper: str
+    needs: str
+
+    def load(self) -> type[Any]:
+        """The class itself; imports its module."""
+        module, _, attribute = self.target.partition(":")
+        loaded: type[Any] = getattr(import_module(module), attribute)
+        return loaded
+
+
+_METHODS: dict[tuple[Side, str], Entry] = {}
+
+
+def register(side: Side, name: str, target: str, *, summary: str, paper: str = "-", needs: str = "-") -> None:
+    """Add a method under a name. Raises `UserError` when the name is taken.
+
+    >>> register("offline", "my-score", "my_package.scores:MyScore", summary="what it ranks by")
+    """
+    if (side, name) in _METHODS:
+        raise UserError(
+            f"{side} method {name!r} is registered already ({_METHODS[side, name].target}); pick a new name"
+        )
+    _METHODS[side, name] = Entry(side, name, target, summary, paper, needs)
+
+
+def methods(side: Side | None = None) -> Iterator[Entry]:
+    """Every entry, in the order registered."""
+    return (entry for entry in _METHODS.values() if side in (None, entry.side))
+
+
+def find(side: Side, name: str) -> Entry:
+    """The entry of a method. Raises `UserError` that lists the known names and the nearest one."""
+    if (side, name) in _METHODS:
+        return _METHODS[side, name]
+    known = [entry.name for entry in methods(side)]
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise UserError(f"there is no {side} method {name!r}; known: {', '.join(known)}{hint}")
+
+
+_DAAR = "DaaR, arXiv 2502.04380"
+_UDS = "UDS, arXiv 2510.16882"
+
+register(
+    "offline", "random", "siftune.offline.simple:Random", summary="a seeded uniform draw, the reference at equal budget"
+)
+register(
+    "offline",
+    "daar",
+    "siftune.offline.daar.selector:DaaR",
+    summary="diversity reward: predicted domain ambiguity of a row, by probes on the model's own early layers",
+    paper=_DAAR,
+    needs="a causal LM (first layers only); a few example rows per domain",
+)
+register("online", "regular", "siftune.online.simple:Regular", summary="keeps every row, the full-data reference")
+register(
+    "online", "random", "siftune.online.simple:Random", summary="a seeded uniform draw, the reference at equal budget"
+)
+register(
+    "online", "maxloss", "siftune.online.losses:MaxLoss", summary="the rows with the largest mean loss", needs="forward"
+)
+register(
+    "online",
+    "uds",
+    "siftune.online.uds:UDS",
+    summary="nuclear norm of the logits plus distance to a memory of recently kept rows",
+    paper=_UDS,
+    needs="forward",
+)

@@ -1,0 +1,1 @@
+"""THE HOOK ON A LIVE TRAINER: attach, ledger, integrations."""
