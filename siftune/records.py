@@ -179,7 +179,8 @@ class Scores:
 
     def __post_init__(self) -> None:
         n = len(self.pool)
-        assert self.values.shape == (n,) and self.values.dtype == np.float32, (self.values.shape, self.values.dtype)
+        assert self.values.shape == (n,), self.values.shape
+        assert self.values.dtype == np.float32, self.values.dtype
         silent = np.flatnonzero(np.isnan(self.values))
         assert all(int(row) in self.reasons for row in silent), "a row without a score needs a reason"
 
@@ -286,7 +287,7 @@ class RowScores:
     reasons: Mapping[int, str] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> torch.Tensor:
-        parts = self.__dict__.get("parts", {})
+        parts: Mapping[str, torch.Tensor] = self.__dict__.get("parts", {})
         if name in parts:
             return parts[name]
         raise AttributeError(f"RowScores has total and {', '.join(parts) or 'no parts'}, not {name!r}")

@@ -37,21 +37,10 @@ class OfflineMethod(ABC):
         """The work on one shard of `pool`; its result must hold the column `score` float32 (any columns if `finish`
         makes the score)."""
 
-    def score(self, pool: Pool, *, shards: Sequence[Shard] | None = None) -> Scores:
-        """One number per row of `pool`, NaN with a reason where there is none; the same for every engine.
-
-        `shards` limits the work to a part of the pool; rows outside get NaN and the reason "another shard's row".
-        """
-        task = self.shard_task(pool)
-        wanted = pool.shards() if shards is None else list(shards)
+    def score(self, pool: Pool) -> Scores:
+        """One number per row of `pool`, NaN with a reason where there is none; the same for every engine."""
         engine = self.engine or SerialEngine()
-        columns, reasons = gather(pool, engine.run(task, pool, wanted, label=self.name))
-        if shards is not None:
-            inside = np.zeros(len(pool), dtype=bool)
-            for shard in wanted:
-                inside[shard.start : shard.stop] = True
-            outside = {int(row): "another shard's row" for row in np.flatnonzero(~inside)}
-            reasons = {**outside, **reasons}
+        columns, reasons = gather(pool, engine.run(self.shard_task(pool), pool, pool.shards(), label=self.name))
         return self.finish(pool, columns, {**reasons, **pool.reasons})
 
     def finish(self, pool: Pool, columns: Mapping[str, NDArray[Any]], reasons: Mapping[int, str]) -> Scores:

@@ -131,6 +131,10 @@ class OnlineMethod(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave. Raises `UserError` when it belongs to another configuration."""
+        if state:
+            raise UserError(
+                f"{self.name} keeps no state, and this one holds {', '.join(state)}; it is another method's"
+            )
 
 
 def cut(batch: Batch, kept: torch.Tensor) -> dict[str, Any]:
