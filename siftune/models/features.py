@@ -1,0 +1,205 @@
+"""What the first layers say of a text: the mean of its token embeddings and the mean of its layer-n states.
+
+DaaR (arXiv 2502.04380, stages 2 and 4), both from one pass. The authors run rows one at a time, padded to 1,024, and
+average over the padding; here length-sorted rows fill batches by a token budget and padding never enters: it stands on
+the right of a causal model, where no real token sees it, and the means are taken over real tokens, in float32. Cost:
+one truncated forward over the real tokens, plus the padding inside a batch of near-equal lengths.
+
+"Embedding" is what `get_input_embeddings()` returns; Gemma's includes the factor sqrt(D) (Gemma-2 only from
+transformers 5 on), which no cosine sees. "Hidden" is the truncated model's last state, final norm applied.
+
+Shapes: `B` rows (of the call, or of a batch), `T` tokens, `D` hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..data.formats import text_of
+from ..records import Pool, Shard, ShardResult
+from .backbone import Backbone
+from .tokenise import Tokenised, tokenise
+
+TOKEN_BUDGET = {"cpu": 4096, "mps": 16_384, "cuda": 32_768}
+"""Tokens of a batch, padding counted: on a CPU what its caches like, on a GPU what keeps it busy."""
+ROWS_AT_ONCE = 256
+"""Rows of a shard whose texts are in memory at a time; only their token ids stay."""
+NO_TOKENS = "no tokens in the text"
+NOT_FINITE = "the model's features are NaN or infinite"
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """One row of each array per text, in the caller's order; rows in `reasons` hold NaN."""
+
+    embedding: NDArray[np.float32]
+    """Shape `(B, D)`, mean of the embedding layer's output over real tokens."""
+    hidden: NDArray[np.float32]
+    """Shape `(B, D)`, mean of the layer-n states over real tokens."""
+    tokens: NDArray[np.int32]
+    """Shape `(B,)`, real tokens read, special ones included."""
+    truncated: NDArray[np.bool_]
+    """Shape `(B,)`, whether the text went on."""
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    """Why a text has no features, by position in the call."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def extract(
+    backbone: Backbone,
+    texts: Sequence[str],
+    *,
+    token_budget: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """Features of every text, in one pass, in the caller's order; the same for any batching to 1e-5 (float32).
+
+    `token_budget` is tokens of a batch, padding counted (one row always fits); the default is by device.
+    `progress` is told how many more rows are done. Raises `UserError` as `Backbone` does.
+
+    >>> features = extract(Backbone("Qwen/Qwen2.5-7B"), ["one text", "another"])
+    >>> features.hidden.shape, features.reasons
+    """
+    return extract_tokens(backbone, tokenise(backbone, texts), token_budget=token_budget, progress=progress)
+
+
+def extract_tokens(
+    backbone: Backbone,
+    rows: Sequence[Tokenised],
+    *,
+    token_budget: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """As `extract`, for texts already tokenised."""
+    lengths = np.fromiter((len(row.ids) for row in rows), dtype=np.int32, count=len(rows))
+    budget = token_budget or TOKEN_BUDGET.get(backbone.torch_device.type, TOKEN_BUDGET["cuda"])
+    order: list[int] = []
+    means = []
+    for batch in batches(lengths, budget):
+        means.append(pooled(backbone, [rows[index].ids for index in batch]))
+        order += batch
+        if progress is not None:
+            progress(len(batch))
+    features_2BD = np.full((2, len(rows), backbone.width), np.nan, dtype=np.float32)
+    if means:
+        features_2BD[:, order] = torch.cat(means, dim=1).cpu().numpy()
+    reasons = {int(index): NO_TOKENS for index in np.flatnonzero(lengths == 0)}
+    if progress is not None and reasons:
+        progress(len(reasons))
+    finite = np.isfinite(features_2BD).all(axis=(0, 2))
+    reasons |= {int(index): NOT_FINITE for index in np.flatnonzero(~finite & (lengths > 0))}
+    features_2BD[:, ~finite] = np.nan
+    truncated = np.fromiter((row.truncated for row in rows), dtype=np.bool_, count=len(rows))
+    return Features(features_2BD[0], features_2BD[1], lengths, truncated, reasons)
+
+
+def batches(lengths: NDArray[np.int32], token_budget: int) -> Iterator[list[int]]:
+    """Positions in batches of near-equal length, longest first, ties by position; empty texts take no part.
+
+    A batch holds rows while rows times longest stays within `token_budget`; the first row always fits. Longest first:
+    if memory is short, it shows at once.
+
+    >>> list(batches(np.array([3, 9, 3, 0], np.int32), 9))
+    [[1], [0, 2]]
+    """
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    order = order[lengths[order] > 0]
+    start = 0
+    while start < len(order):
+        count = max(1, token_budget // int(lengths[order[start]]))
+        yield order[start : start + count].tolist()
+        start += count
+
+
+@torch.no_grad()
+def pooled(backbone: Backbone, ids: Sequence[NDArray[np.int32]]) -> torch.Tensor:
+    """Embedding and hidden means of one batch, float32 `(2, B, D)`, on the backbone's device; nothing waits for it."""
+    network, device = backbone.network, backbone.torch_device
+    longest = max(len(row) for row in ids)
+    # The padding repeats a row's last token: any real id does, for no real token sees it.
+    ids_BT = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in ids]).astype(np.int64)
+    length_B1 = torch.tensor([[len(row)] for row in ids])
+    input_BT, length_B1 = _to(torch.from_numpy(ids_BT), device), _to(length_B1, device)
+    padding_BT1 = None
+    if any(len(row) < longest for row in ids):
+        padding_BT1 = (torch.arange(longest, device=device)[None, :] >= length_B1)[:, :, None]
+
+    def mean(states_BTD: torch.Tensor) -> torch.Tensor:
+        if padding_BT1 is not None:
+            states_BTD = states_BTD.masked_fill(padding_BT1, 0)
+        return states_BTD.sum(dim=1, dtype=torch.float32) / length_B1
+
+    found: list[torch.Tensor] = []
+    hook = network.get_input_embeddings().register_forward_hook(lambda _m, _i, out: found.append(mean(out)))
+    try:
+        hidden_BTD = network(input_ids=input_BT, use_cache=False).last_hidden_state
+    finally:
+        hook.remove()
+    assert len(found) == 1, "the embedding layer runs once per forward"
+    return torch.stack([found[0], mean(hidden_BTD)])
+
+
+def _to(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+@dataclass(frozen=True)
+class FeatureTask:
+    """Features of one shard's rows, for an engine: columns `hidden`, `tokens`, `truncated`, and `embedding` if asked.
+
+    Rows that take no part hold NaN, -1 and False.
+
+    >>> task = FeatureTask(Backbone("Qwen/Qwen2.5-7B"))
+    >>> for shard, result in engine.run(task, pool, pool.shards(), label="features"): ...
+    """
+
+    backbone: Backbone
+    _: KW_ONLY
+    embedding: bool = True
+    """Return the embedding means too; they come from the same pass."""
+    token_budget: int | None = None
+    """Tokens of a batch; None is the device's default."""
+
+    @property
+    def key(self) -> str:
+        """Content hash of the backbone, the text form and the columns asked for."""
+        said = f"features 1|{self.backbone.key}|{self.embedding}|{self.token_budget}"
+        return blake2b(said.encode(), digest_size=16).hexdigest()
+
+    def __call__(self, pool: Pool, shard: Shard) -> ShardResult:
+        rows, features = self.features(pool, shard)
+        inside = np.asarray(rows, dtype=np.int64) - shard.start
+        columns = {"hidden": np.full((len(shard), self.backbone.width), np.nan, dtype=np.float32)}
+        columns["hidden"][inside] = features.hidden
+        if self.embedding:
+            columns["embedding"] = np.full_like(columns["hidden"], np.nan)
+            columns["embedding"][inside] = features.embedding
+        columns["tokens"] = np.full(len(shard), -1, dtype=np.int32)
+        columns["tokens"][inside] = features.tokens
+        columns["truncated"] = np.zeros(len(shard), dtype=np.bool_)
+        columns["truncated"][inside] = features.truncated
+        return ShardResult(columns, {rows[index]: reason for index, reason in features.reasons.items()})
+
+    def features(self, pool: Pool, shard: Shard) -> tuple[list[int], Features]:
+        """The shard's rows that take part, and their features in that order."""
+        rows = [row for row in range(shard.start, shard.stop) if row not in pool.reasons]
+        return rows, features_of(self.backbone, pool, rows, token_budget=self.token_budget)
+
+
+def features_of(backbone: Backbone, pool: Pool, rows: Sequence[int], *, token_budget: int | None = None) -> Features:
+    """Features of any eligible rows of a pool, in the order given; texts are read a few hundred at a time."""
+    tokenised: list[Tokenised] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        read = pool.read(rows[start : start + ROWS_AT_ONCE])
+        tokenised += tokenise(backbone, [text_of(row, backbone.tokenizer) for row in read])
+    return extract_tokens(backbone, tokenised, token_budget=token_budget)
