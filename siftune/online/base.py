@@ -60,6 +60,34 @@ class OnlineMethod(ABC):
     """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
     start_step: int = 0
     """Optimiser steps before the first selection; until then every row is kept."""
+    window: str = "micro"
+    """Choose within each micro-batch (`micro`, as the papers do) or across the accumulation window (`step`)."""
+    scope: str = "global"
+    """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
+    score_tokens: int | None = None
+    """Padded tokens of one scoring forward at most; None is the whole batch at once (the trainer hook sets its own)."""
+    keep_tokens: int | None = None
+    """Token budget of one choice, beside `keep`: best rows first while their tokens fit, at least one."""
+
+    _selections: int = 0
+    """Selections made, saved with the state."""
+
+    def check(self) -> None:
+        """Refuse options that cannot work, before any model is run. Raises `UserError` that names value and way out.
+
+        Called before every selection and by `check_keep`; subclasses add their own options.
+        """
+        parse_keep(self.keep)
+        one_of("window", self.window, ("micro", "step"))
+        one_of("scope", self.scope, ("global", "local"))
+        at_least("start_step", self.start_step, 0)
+        for name in ("score_tokens", "keep_tokens"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+
+    def new_step(self) -> None:
+        """An optimiser step begins: what was derived from trained weights is stale. The trainer hook calls it once
+        per optimiser step before scoring; `score` and `select` call it themselves."""
 
     # --- the four steps -------------------------------------------------------------------------------------------
 
@@ -79,7 +107,14 @@ class OnlineMethod(ABC):
         """
         total = torch.where(torch.isnan(scores.total), -torch.inf, scores.total)
         order = torch.argsort(-total, stable=True)
-        return order[: min(count, len(total))].sort().values
+        return self.affordable(order, measured)[:count].sort().values
+
+    def affordable(self, order: torch.Tensor, measured: Measured) -> torch.Tensor:
+        """The head of `order` whose `tokens` column fits into `keep_tokens`, at least one row; all without a budget."""
+        if self.keep_tokens is None or len(order) == 0:
+            return order
+        used = measured.columns["tokens"][order].cumsum(0)
+        return order[: max(1, int((used <= self.keep_tokens).sum()))]
 
     @abstractmethod
     def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
@@ -93,6 +128,8 @@ class OnlineMethod(ABC):
         >>> scores = siftune.UDS(keep=2).score(model, batch)
         >>> scores.total, scores.intra, scores.inter
         """
+        self.check()
+        self.new_step()
         return self.combine(self.measure(model, batch))
 
     def select(self, model: torch.nn.Module, batch: Batch) -> Kept:
@@ -101,11 +138,23 @@ class OnlineMethod(ABC):
         >>> kept = siftune.UDS(keep=2).select(model, batch)
         >>> loss = model(**kept.batch).loss
         """
+        self.check()
+        if self._selections < self.start_step:
+            return self._keep_all(batch)
+        self.new_step()
         measured = self.measure(model, batch)
         scores = self.combine(measured)
         kept = self.choose(scores, measured, self.count(measured.rows))
         self.commit(measured, scores, kept)
         return Kept(kept, scores, cut(batch, kept))
+
+    def _keep_all(self, batch: Batch) -> Kept:
+        """Before `start_step`: every row, unscored, and the call counts as a step."""
+        self._selections += 1
+        rows = rows_of(batch)
+        unscored = torch.full((rows,), torch.nan, dtype=torch.float64)
+        reason = f"no selection before start_step={self.start_step}"
+        return Kept(torch.arange(rows), RowScores(unscored, {}, dict.fromkeys(range(rows), reason)), dict(batch))
 
     # --- how many -------------------------------------------------------------------------------------------------
 
@@ -116,7 +165,8 @@ class OnlineMethod(ABC):
         return min(candidates, max(1, parse_keep(self.keep).rows(candidates)))
 
     def check_keep(self, candidates: int) -> None:
-        """Refuse, before training, a fraction that is less than one row of a full micro-batch."""
+        """Refuse, before training, options that cannot work and a fraction of a full micro-batch below one row."""
+        self.check()
         if parse_keep(self.keep).rows(candidates) < 1:
             raise UserError(
                 f"keep={self.keep!r} is less than one row of a micro-batch of {candidates} candidates; "
@@ -135,6 +185,26 @@ class OnlineMethod(ABC):
             raise UserError(
                 f"{self.name} keeps no state, and this one holds {', '.join(state)}; it is another method's"
             )
+
+
+def rows_of(batch: Batch) -> int:
+    """Candidates of a batch. Raises `UserError` where it holds no `input_ids`."""
+    if "input_ids" not in batch:
+        raise UserError(f"the batch has no input_ids, only {', '.join(batch) or 'nothing'}; give tokenised rows")
+    return len(batch["input_ids"])
+
+
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """Raise `UserError` unless `value` is one of the known words."""
+    if value not in known:
+        raise UserError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
+
+
+def at_least(name: str, value: object, bound: float) -> None:
+    """Raise `UserError` unless `value` is a number (a whole one for a whole bound) of at least `bound`."""
+    kinds = (int,) if isinstance(bound, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= bound:
+        raise UserError(f"{name}={value!r} must be a {'whole ' if kinds == (int,) else ''}number of at least {bound}")
 
 
 def cut(batch: Batch, kept: torch.Tensor) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Regular and random selection: the full-data reference and the reference at equal budget.
+
+Neither looks at the model. `Regular` gives every row the score 0 and keeps all; `Random` gives every row a seeded
+uniform number and keeps the largest. Cost: none. Source: the baselines of UDS (arXiv 2510.16882, Table 1).
+
+Shapes: `B` candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..budget import Keep, parse_keep
+from ..errors import UserError
+from ..records import RowScores
+from .base import Batch, Measured, OnlineMethod, rows_of
+
+
+@dataclass(kw_only=True, eq=False)
+class Regular(OnlineMethod):
+    """Keeps every candidate, in order: training as it would be without selection. Every score is 0.
+
+    >>> Regular().select(model, batch).indices
+    tensor([0, 1, 2, 3])
+    """
+
+    name: ClassVar[str] = "regular"
+
+    keep: Keep = 1.0
+    """All rows. Another value is refused: a smaller equal-score cut would silently keep the first rows."""
+    start_step: int = 0
+    """Optimiser steps before the first selection; makes no difference here."""
+    window: str = "micro"
+    """Choose within each micro-batch (`micro`) or across the accumulation window (`step`)."""
+    scope: str = "global"
+    """Ranks choose together (`global`) or each for itself (`local`)."""
+
+    def check(self) -> None:
+        super().check()
+        if parse_keep(self.keep).fraction != 1.0:
+            raise UserError(
+                f"keep={self.keep!r} is not all rows, and regular keeps all; use random for a smaller budget"
+            )
+
+    def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
+        return Measured(rows_of(batch))
+
+    def combine(self, measured: Measured) -> RowScores:
+        return RowScores(torch.zeros(measured.rows, dtype=torch.float64))
+
+    def count(self, candidates: int) -> int:
+        return candidates
+
+    def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
+        self._selections += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"selections": self._selections}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) != {"selections"}:
+            raise UserError(f"regular keeps `selections`, and this state holds {', '.join(state) or 'nothing'}")
+        self._selections = int(state["selections"])
+
+
+@dataclass(kw_only=True, eq=False)
+class Random(OnlineMethod):
+    """Keeps K candidates drawn uniformly, seeded. The draw of selection t depends on `seed` and t alone.
+
+    >>> Random(keep=2, seed=1).select(model, batch).indices.shape
+    torch.Size([2])
+    """
+
+    name: ClassVar[str] = "random"
+
+    keep: Keep
+    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
+    seed: int = 0
+    """Seed of the draw."""
+    start_step: int = 0
+    """Optimiser steps before the first selection; until then every row is kept."""
+    window: str = "micro"
+    """Choose within each micro-batch (`micro`) or across the accumulation window (`step`)."""
+    scope: str = "global"
+    """Ranks choose together (`global`) or each for itself (`local`)."""
+
+    def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
+        return Measured(rows_of(batch))
+
+    def combine(self, measured: Measured) -> RowScores:
+        # A generator made afresh from (seed, selections so far): scoring twice gives the same numbers, and no
+        # generator state has to travel with a checkpoint.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self._selections) % 2**63)
+        return RowScores(torch.rand(measured.rows, dtype=torch.float64, generator=generator))
+
+    def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
+        self._selections += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.seed, "selections": self._selections}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) != {"seed", "selections"}:
+            raise UserError(
+                f"random keeps `seed` and `selections`, and this state holds {', '.join(state) or 'nothing'}"
+            )
+        if state["seed"] != self.seed:
+            raise UserError(f"the state was saved with seed={state['seed']}, this selector has seed={self.seed}")
+        self._selections = int(state["selections"])
