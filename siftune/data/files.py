@@ -63,7 +63,8 @@ def plain_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, UserError) or error.errno not in _WAYS_OUT:
             raise
-        place = error.filename if isinstance(error.filename, str) and not is_temporary(error.filename) else path
+        named = error.filename if isinstance(error.filename, str) else ""
+        place = named if named and not any(map(is_temporary, Path(named).parts)) else path
         raise UserError(f"{place}: {_WAYS_OUT[error.errno]}") from error
 
 
@@ -286,7 +287,7 @@ class FolderLock:
         assert self._handle is None, "this lock is held already"
         with plain_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = open(self.folder / ".lock", "ab")  # noqa: SIM115 (held until __exit__)
+            handle = open(self.folder / ".lock", "ab")  # held until __exit__
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
