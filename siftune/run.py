@@ -1,0 +1,330 @@
+"""One run folder: what was asked (config.yaml), what was done (manifest.json), what came out (the other files).
+
+A stage is finished when the manifest, replaced atomically, holds its record: the content hash of its inputs and of
+its files. Running again skips a stage whose record still holds, so a killed command goes on where it was, and a
+folder never mixes two runs: another configuration or a changed input is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from . import __version__
+from .config import write_yaml
+from .data.files import FolderLock, atomic_path, hash_file, hash_json, read_json, sweep_temporaries, write_json
+from .errors import UserError
+from .records import Pool, Scores
+
+MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+SCORES = "scores.safetensors"
+ROWS = "rows.parquet"
+SELECTED = "selected.jsonl"
+RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "scikit-learn",
+    "safetensors",
+)
+ROWS_AT_ONCE = 65_536
+
+
+@dataclass
+class Stage:
+    """One stage of a run, as the manifest shows it."""
+
+    name: str
+    key: str
+    """Content hash of all that determines the stage's result."""
+    reused: bool
+    """True when an earlier run of the same folder finished it and its files are as they were left."""
+    counts: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    """Names inside the run folder that the stage made."""
+    seconds: float = 0.0
+    """Spent in this run; set it where the work was done before the stage was entered."""
+
+
+class RunFolder:
+    """A run folder, locked while it is open.
+
+    `config` and `inputs` are the run's identity: JSON values. Entering raises `UserError` when the folder is in use,
+    holds another run, or holds something that is no run.
+
+    >>> with RunFolder(Path("runs/a"), config={"keep": "20%"}, inputs={"pool": "9c1e"}) as run:
+    ...     with run.stage("score", key) as stage:
+    ...         if not stage.reused: ...
+    """
+
+    def __init__(self, folder: Path, *, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.config = json.loads(json.dumps(config))
+        self.inputs = {"siftune": __version__, **json.loads(json.dumps(inputs))}
+        self.manifest: dict[str, Any] = {}
+        self._lock = FolderLock(folder)
+        self._records: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> Self:
+        make_folder(self.folder)
+        self._lock.__enter__()
+        try:
+            sweep_temporaries(self.folder)
+            self._resume()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._lock.__exit__(*exception)
+
+    def _resume(self) -> None:
+        previous = read_manifest(self.folder) if (self.folder / MANIFEST).exists() else {}
+        if previous:
+            self._agree(previous)
+        else:
+            self._refuse_strangers()
+        self._records = {record["name"]: record for record in previous.get("stages", [])}
+        self.manifest = {
+            "siftune": __version__,
+            "status": "running",
+            "running": None,
+            "versions": versions(),
+            "config": self.config,
+            "inputs": self.inputs,
+            "stages": [],
+            **{name: previous[name] for name in ("rows", "info") if name in previous},
+        }
+        with atomic_path(self.folder / CONFIG) as temporary:
+            temporary.write_text(write_yaml(self.config), encoding="utf-8")
+        self._save()
+
+    def _agree(self, previous: Mapping[str, Any]) -> None:
+        """Refuse a folder whose run was asked something else, naming the first difference."""
+        for part, now in (("config", self.config), ("inputs", self.inputs)):
+            before = previous.get(part, {})
+            for name in [*now, *(name for name in before if name not in now)]:
+                if now.get(name) != before.get(name):
+                    what = "option" if part == "config" else "input"
+                    raise UserError(
+                        f"run folder {self.folder} holds another run: its {what} {name} was {before.get(name)} and is "
+                        f"now {now.get(name)}; give another --run, or delete that folder"
+                    )
+
+    def _refuse_strangers(self) -> None:
+        ours = {CONFIG}
+        for path in sorted(self.folder.iterdir()):
+            if path.name not in ours and not path.name.startswith("."):
+                raise UserError(
+                    f"run folder {self.folder} holds {path.name} and no {MANIFEST}, so it is no run of siftune; "
+                    "give a new or empty folder as --run"
+                )
+
+    # --- stages ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def stage(self, name: str, key: str) -> Iterator[Stage]:
+        """Enter a stage; leaving it without an exception makes it finished. The body asks `stage.reused`."""
+        record = self._records.get(name)
+        reused = self.finished(name, key)
+        stage = Stage(name, key, reused)
+        if reused and record is not None:
+            stage.counts, stage.files = dict(record["counts"]), list(record["files"])
+        self.manifest["running"] = name
+        self._save()
+        started = time.perf_counter()
+        yield stage
+        spent = stage.seconds + time.perf_counter() - started
+        first = record["computed_seconds"] if reused and record is not None else round(spent, 3)
+        self._records[name] = {
+            "name": name,
+            "status": "reused" if reused else "computed",
+            "seconds": round(spent, 3),
+            "computed_seconds": first,
+            "key": key,
+            "counts": stage.counts,
+            "files": {file: hash_file(self.folder / file) for file in stage.files},
+        }
+        self.manifest["running"] = None
+        self._save()
+
+    def finished(self, name: str, key: str) -> bool:
+        """Has an earlier run finished this stage with the same inputs, and are its files as it left them?"""
+        record = self._records.get(name)
+        if record is None or record["key"] != key:
+            return False
+        files = record["files"].items()
+        return all((self.folder / name).is_file() and hash_file(self.folder / name) == said for name, said in files)
+
+    @contextmanager
+    def watch(self) -> Iterator[list[str]]:
+        """Names of the files that are written into the folder inside; filled on the way out."""
+        before, made = self._stamps(), list[str]()
+        yield made
+        made += [name for name, stamp in self._stamps().items() if before.get(name) != stamp]
+
+    def _stamps(self) -> dict[str, tuple[int, int]]:
+        files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        stamps = {path.name: path.stat() for path in files if path.name not in (MANIFEST, CONFIG)}
+        return {name: (stamp.st_ino, stamp.st_mtime_ns) for name, stamp in stamps.items()}
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Note the run's facts and mark it finished; returns the manifest."""
+        self.manifest |= facts
+        self.manifest["status"] = "finished"
+        self._save()
+        return self.manifest
+
+    def note(self, **facts: Any) -> None:
+        """Note facts that a later run of the folder may need."""
+        self.manifest |= facts
+        self._save()
+
+    def _save(self) -> None:
+        self.manifest["stages"] = list(self._records.values())
+        self.manifest["peak_memory_mb"] = peak_memory_mb()
+        write_json(self.folder / MANIFEST, self.manifest)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents. Raises `UserError` where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be made: {error.strerror}; give another one") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder. Raises `UserError` where there is none."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is no run folder: it has no {MANIFEST}; give the folder that siftune select printed")
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder / MANIFEST} cannot be read ({error}); delete the folder and run again") from error
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that make the numbers. Imports none of them."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_mb() -> int:
+    """The most memory this process has held so far, in MB (10**6 bytes)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6)
+
+
+# --- scores on disk -------------------------------------------------------------------------------------------------
+
+
+def write_scores(path: Path, scores: Scores) -> None:
+    """`Scores` without the pool and without `info`, exactly, as one safetensors file; equal scores, equal bytes."""
+    from safetensors.numpy import save
+
+    optional = {
+        "tokens": scores.tokens,
+        "probabilities": scores.probabilities,
+        "pseudo_labels": scores.pseudo_labels,
+    }
+    arrays = {"values": scores.values} | {name: array for name, array in optional.items() if array is not None}
+    own = {str(row): reason for row, reason in sorted(scores.reasons.items()) if row not in scores.pool.reasons}
+    facts = {"method": scores.method, "domains": list(scores.domains), "reasons": own}
+    # one metadata key: the format does not keep the order of several
+    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"siftune": json.dumps(facts)})
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_scores(path: Path, pool: Pool, info: Mapping[str, Any]) -> Scores:
+    """What `write_scores` wrote, over the same pool."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as stored:
+        facts = json.loads(stored.metadata()["siftune"])
+        arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+    return Scores(
+        pool=pool,
+        method=facts["method"],
+        values=arrays["values"],
+        reasons={**{int(row): reason for row, reason in facts["reasons"].items()}, **pool.reasons},
+        tokens=arrays.get("tokens"),
+        domains=tuple(facts["domains"]),
+        probabilities=arrays.get("probabilities"),
+        pseudo_labels=arrays.get("pseudo_labels"),
+        info=info,
+    )
+
+
+def write_rows(path: Path, scores: Scores, kept: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    """`rows.parquet`: every row of the pool exactly once, bad ones included, in the pool's order. Streamed.
+
+    Columns: row, id, file, line, tokens, score, kept, reason, pseudo_label, and p_<domain> for each domain.
+    """
+    import pyarrow.parquet as pq
+
+    mask = np.zeros(len(scores.pool), dtype=bool)
+    mask[kept] = True
+    writer = None
+    with atomic_path(path) as temporary:
+        for start in range(0, len(scores.pool), ROWS_AT_ONCE):
+            table = _rows_table(scores, mask, start, min(start + ROWS_AT_ONCE, len(scores.pool)))
+            writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
+            writer.write_table(table)
+        assert writer is not None, "load_pool refuses an empty pool"
+        writer.close()
+
+
+def _rows_table(scores: Scores, mask: np.ndarray[Any, np.dtype[np.bool_]], start: int, stop: int) -> Any:
+    import pyarrow as pa
+
+    rows = range(start, stop)
+    places = scores.pool.source.locations(rows)
+    values = scores.values[start:stop]
+    tokens = np.full(len(rows), -1, np.int32) if scores.tokens is None else scores.tokens[start:stop]
+    labels = np.full(len(rows), -1, np.int16) if scores.pseudo_labels is None else scores.pseudo_labels[start:stop]
+    columns = {
+        "row": pa.array(np.arange(start, stop, dtype=np.int64)),
+        "id": pa.array(scores.pool.source.ids(rows), pa.string()),
+        "file": pa.array([file for file, _ in places], pa.string()),
+        "line": pa.array([line for _, line in places], pa.int64()),
+        "tokens": pa.array(tokens, pa.int32(), mask=tokens < 0),
+        "score": pa.array(values, pa.float32(), mask=np.isnan(values)),
+        "kept": pa.array(mask[start:stop]),
+        "reason": pa.array([scores.reasons.get(row) for row in rows], pa.string()),
+        "pseudo_label": pa.array([scores.domains[label] if label >= 0 else None for label in labels], pa.string()),
+    }
+    for index, domain in enumerate(scores.domains if scores.probabilities is not None else ()):
+        assert scores.probabilities is not None
+        share = np.ascontiguousarray(scores.probabilities[start:stop, index])
+        columns[f"p_{domain}"] = pa.array(share, pa.float32(), mask=np.isnan(share))
+    return pa.table(columns)
+
+
+def identity(config: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """The short hash in a default run folder's name, of all that decides the run's result."""
+    return hash_json({"config": config, "inputs": inputs, "siftune": __version__})[:12]

@@ -1,0 +1,151 @@
+"""What a person sees: progress bars on a terminal, tables and summaries on standard output.
+
+Row text and file names are never read as markup. Colours stop where NO_COLOR is set or the output is no terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+PIPED_WIDTH = 160
+FACTS = {
+    "validation_accuracy": "probe accuracy on held-out rows",
+    "temperature": "temperature",
+    "calibration_error_before": "calibration error before",
+    "calibration_error_after": "calibration error after",
+    "reward_rank_correlation": "rank correlation of both rewards",
+    "reward_r2": "reward variance explained on held-out rows",
+    "probe_rows": "rows of the probe set",
+}
+"""Facts of a fit that the summary shows, in this order, under these words."""
+
+
+def console() -> Console:
+    """Standard output as a console: as wide as the terminal, wide enough for whole lines where it is none."""
+    return Console(file=sys.stdout, markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[int] = ()) -> Table:
+    """A plain table; `numbers` are the columns set to the right."""
+    made = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        made.add_column(Text(name), justify="right" if index in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(str(cell)) for cell in row))
+    return made
+
+
+class _Speed(ProgressColumn):
+    """Rows per second, over what the bar has seen."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} rows/s" if task.speed else "")
+
+
+class Bars:
+    """Progress as the engines report it (`start`, `advance`, `close`), as a bar on a terminal's standard error."""
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stderr)
+        self._shown: Progress | None = None
+        self._task: Any = None
+
+    def start(self, label: str, total: int) -> None:
+        """Show a new bar."""
+        self.close()
+        self._shown = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Speed(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._shown.add_task(label, total=total)
+        self._shown.start()
+
+    def advance(self, rows: int) -> None:
+        """Move the bar."""
+        if self._shown is not None:
+            self._shown.advance(self._task, rows)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._shown is not None:
+            self._shown.stop()
+            self._shown = None
+
+
+def progress(*, wanted: bool) -> Bars | None:
+    """Bars where a person looks on, else None."""
+    return Bars() if wanted and sys.stderr.isatty() else None
+
+
+# --- the summary of a selection -------------------------------------------------------------------------------------
+
+
+def share(part: float, whole: float) -> str:
+    """A part of a whole in percent."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def show_selection(manifest: Mapping[str, Any], *, out: str, following: Sequence[str]) -> None:
+    """Rows, tokens, facts of the fit, domains, stages, files, next commands."""
+    shown = console()
+    rows = manifest["rows"]
+    shown.print(f"kept {rows['kept']:,} of {rows['read']:,} rows ({share(rows['kept'], rows['read'])}) -> {out}\n")
+    for name, text in [*row_lines(rows), *fact_lines(manifest.get("info", {}))]:
+        shown.print(f"  {name:<10}{text}")
+    if domains := rows.get("domains"):
+        read, kept = (sum(domain[name] for domain in domains.values()) for name in ("pool", "kept"))
+        lines = [
+            (name, f"{n['pool']:,}", share(n["pool"], read), f"{n['kept']:,}", share(n["kept"], kept))
+            for name, n in domains.items()
+        ]
+        shown.print()
+        shown.print(table("", ("pseudo-domain", "pool", "share", "kept", "share"), lines, numbers=(1, 2, 3, 4)))
+    else:
+        shown.print()
+    show_stages(shown, manifest)
+    shown.print("\nnext:")
+    for line in following:
+        shown.print(f"  {line}")
+
+
+def row_lines(rows: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows and tokens, one line each."""
+    lines = [("rows", f"{rows['read']:,} read, {rows['usable']:,} usable, {rows['duplicates']:,} duplicates")]
+    if rows["reasons"]:
+        lines.append(("left out", ", ".join(f"{count:,} {reason}" for reason, count in rows["reasons"].items())))
+    if "tokens" in rows:
+        kept = f"{rows['tokens_kept']:,} kept of {rows['tokens']:,} ({share(rows['tokens_kept'], rows['tokens'])})"
+        lines.append(("tokens", kept))
+    return lines
+
+
+def fact_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The facts of a fit worth a line."""
+    found = [(FACTS[name], info[name]) for name in FACTS if isinstance(info.get(name), (int, float))]
+    return [
+        ("fit" if index == 0 else "", f"{words} {value:.4g}" if isinstance(value, float) else f"{words} {value:,}")
+        for index, (words, value) in enumerate(found)
+    ]
+
+
+def show_stages(shown: Console, manifest: Mapping[str, Any]) -> None:
+    """Time per stage and peak memory."""
+    lines = []
+    for stage in manifest["stages"]:
+        counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in stage["counts"].items())
+        lines.append((stage["name"], stage["status"], f"{stage['seconds']:.1f} s", counts))
+    shown.print(table("", ("stage", "", "time", "counts"), lines, numbers=(2,)))
+    shown.print(f"peak memory {manifest['peak_memory_mb']:,} MB")
