@@ -1,0 +1,253 @@
+"""THE HOOK: `attach(trainer, selector)` makes a live Hugging Face trainer train on the rows the selector keeps.
+
+The trainer is unchanged otherwise: its `get_batch_samples` is wrapped on the instance, so candidates are fetched as
+ever, scored, cut, and counted by the same method again over the kept rows alone; the loss is divided by the right number
+of tokens. `train` is wrapped to learn which checkpoint a run resumes from, `log` to add the selection's numbers, and one
+callback writes state and ledger. Cost: the selector's scoring; nothing else runs per row but a hash.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..errors import UserError
+from ..online.base import OnlineMethod
+from . import state
+from .checks import allows_blanks, check, check_batch, check_budget
+from .deal import Padding
+from .identity import RowIndex, index_rows, token_ids
+from .ledger import Ledger
+from .meter import Meter
+from .sift import Sifted, keep_all, sift, window_count
+
+_MARK = "siftune_attachment"
+_WRAPPED = ("get_batch_samples", "train", "log")
+
+
+def attach(
+    trainer: Any,
+    selector: OnlineMethod,
+    *,
+    allow_fresh_selector: bool = False,
+    ledger: bool = True,
+    quiet: bool = False,
+) -> Attachment:
+    """Sift every training batch of `trainer` with `selector`, from the next `trainer.train()` on.
+
+    `trainer` is a `transformers.Trainer` or any subclass (`trl.SFTTrainer`, ...). `per_device_train_batch_size` becomes
+    the number of candidates; 64 with `keep=8` is a good shape. Evaluation is never sifted. With `ledger` every candidate
+    leaves a line in `OUTPUT_DIR/siftune/selection.parquet`. `allow_fresh_selector` lets a run resume from a checkpoint
+    that holds no selection state. One line on stderr says what the budget means, unless `quiet`.
+
+    Raises `UserError` where selection cannot work: a selector attached already, less than one row kept, several
+    processes without `scope="local"`, DataParallel, DeepSpeed, FSDP, context or tensor parallelism, images, packing.
+
+    >>> siftune.attach(trainer, siftune.UDS(keep="1/8"))
+    >>> trainer.train()
+    """
+    if (earlier := getattr(trainer, _MARK, None)) is not None:
+        raise UserError(f"the selector {earlier.selector.name} is attached already; call siftune.detach(trainer) first")
+    check(trainer, selector)
+    attachment = Attachment(trainer, selector, allow_fresh=allow_fresh_selector, ledger=ledger)
+    if not quiet and trainer.is_world_process_zero():
+        sys.stderr.write(attachment.describe() + "\n")
+    return attachment
+
+
+def detach(trainer: Any) -> None:
+    """Give the trainer back as it was. Raises `UserError` where nothing is attached.
+
+    >>> siftune.detach(trainer)
+    """
+    attachment: Attachment | None = getattr(trainer, _MARK, None)
+    if attachment is None:
+        raise UserError("no selector is attached to this trainer; nothing to detach")
+    attachment.detach()
+
+
+class Attachment:
+    """What `attach` bound to a trainer: the selector, the ledger, the live numbers, and the way back (`detach`)."""
+
+    def __init__(self, trainer: Any, selector: OnlineMethod, *, allow_fresh: bool, ledger: bool) -> None:
+        self.trainer = trainer
+        self.selector = selector
+        self.meter = Meter()
+        args = trainer.args
+        self.ledger = Ledger(Path(args.output_dir) / "siftune", rank=args.process_index) if ledger else None
+        self._allow_fresh = allow_fresh
+        self._padding = Padding.of(trainer)
+        self._blanks = allows_blanks(trainer)
+        self._rows: tuple[Any, RowIndex | None] = (None, None)
+        self._resume: Path | None = None
+        self._pristine: Mapping[str, Any] = {}
+        self._checked = False
+        self._previous = {name: getattr(trainer, name) for name in _WRAPPED}
+        self._own = {name for name in _WRAPPED if name in vars(trainer)}
+        self._callback = _Callback(self)
+        for name in _WRAPPED:
+            setattr(trainer, name, getattr(self, f"_{name}"))
+        trainer.add_callback(self._callback)
+        setattr(trainer, _MARK, self)
+
+    def detach(self) -> None:
+        """Give the trainer back as it was."""
+        for name in _WRAPPED:
+            if name in self._own:
+                setattr(self.trainer, name, self._previous[name])
+            else:
+                delattr(self.trainer, name)
+        self.trainer.remove_callback(self._callback)
+        delattr(self.trainer, _MARK)
+
+    def describe(self) -> str:
+        """Candidates and trained rows of a full step, and what that means for the schedule, in one line."""
+        args, name = self.trainer.args, self.selector.name
+        size, micro, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+        if getattr(self.selector, "window", "micro") == "step":
+            kept = window_count(self.selector, [size] * micro)
+        else:
+            kept = self.selector.count(size) * micro
+        return (
+            f"siftune: {name} scores {size * micro * ranks} candidates per step and trains on {kept * ranks} of them, "
+            f"the new effective batch; optimiser steps and schedule stay as they are, so an epoch trains on "
+            f"{kept / (size * micro):.1%} of the rows it reads"
+        )
+
+    # --- what replaces the trainer's own methods --------------------------------------------------------------------
+
+    def _get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        previous = self._previous["get_batch_samples"]
+        candidates, _ = previous(epoch_iterator, num_batches, device)
+        trained = self._sift(list(candidates), device) if candidates else candidates
+        # The same method again over the kept rows: it counts their tokens by the trainer's own rule. It gathers across
+        # ranks, so it is called on every rank each time, also at the end of an iterable that gave nothing.
+        return previous(iter(trained), len(trained), device)
+
+    def _train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        said = state.checkpoint_to_resume(
+            resume_from_checkpoint, self.trainer.args.output_dir, allow_fresh=self._allow_fresh
+        )
+        self._resume = Path(said) if isinstance(said, str) else None
+        self._pristine = copy.deepcopy(self.selector.state_dict())
+        try:
+            if args:
+                return self._previous["train"](said, *args, **kwargs)
+            return self._previous["train"](resume_from_checkpoint=said, **kwargs)
+        except BaseException:
+            if self.ledger is not None:  # a run that dies leaves what it knew; resuming drops it beyond its checkpoint
+                self.ledger.flush(self.trainer.state.global_step + 1)
+            raise
+
+    def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:  # a training line; evaluation's are named eval_loss, the summary's train_loss
+            logs.update(self.meter.report())
+        self._previous["log"](logs, *args, **kwargs)
+
+    # --- a step, and the events around it ---------------------------------------------------------------------------
+
+    def _sift(self, candidates: list[Any], device: torch.device) -> list[Any]:
+        step = self.trainer.state.global_step
+        if not self._checked:
+            for batch in candidates:
+                check_batch(batch)
+            self._checked = True
+        if step < self.selector.start_step:
+            sifted = keep_all(candidates, f"before start_step={self.selector.start_step}: every row is kept")
+        else:
+            with self.meter.scoring(device):
+                placed = [_on(device, batch) for batch in candidates]
+                sifted = sift(self.selector, self._model(), placed, padding=self._padding, blanks=self._blanks)
+        self.meter.add(sifted)
+        if self.ledger is not None:
+            self._write(step + 1, candidates, sifted)
+        return sifted.batches
+
+    def _model(self) -> torch.nn.Module:
+        """The model as the trainer runs it, autocast and adapters included. Of DDP its module, which has those too:
+        DDP's own forward would exchange buffers, and ranks score in different numbers of chunks."""
+        model: torch.nn.Module = self.trainer.model_wrapped
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        return model
+
+    def _write(self, step: int, candidates: list[Any], sifted: Sifted) -> None:
+        assert self.ledger is not None
+        digests = [digest for batch in candidates for digest in token_ids(batch)]
+        index = self._rows[1]
+        self.ledger.add(
+            step,
+            sifted.micro,
+            token_ids=digests,
+            rows=[index.row(digest) if index is not None else None for digest in digests],
+            total=sifted.total.tolist(),
+            parts={name: values.tolist() for name, values in sifted.parts.items()},
+            kept=sifted.kept.tolist(),
+            reasons=sifted.reasons,
+        )
+
+    def begin(self, dataloader: Any) -> None:
+        """A run starts (or starts again with a smaller batch): the selector's state is that of its checkpoint."""
+        now = self.trainer.state
+        if now.is_hyper_param_search:
+            raise UserError("hyperparameter_search trains many models, and a selector follows one; detach first")
+        check_budget(self.trainer, self.selector, now.train_batch_size or self.trainer.args.per_device_train_batch_size)
+        saved = state.Saved(copy.deepcopy(self._pristine), {})
+        if self._resume is not None and state.is_complete(self._resume):
+            saved = state.read(self._resume, self.selector, rank=self.trainer.args.process_index)
+        self.selector.load_state_dict(saved.selector)
+        self.meter.restart(saved.totals)
+        self._checked = False
+        if self.ledger is not None:
+            self.ledger.forget_after(now.global_step)
+            dataset = getattr(dataloader, "dataset", None)
+            if dataset is not None and self._rows[0] is not dataset:
+                self._rows = (dataset, index_rows(dataset, dataloader.collate_fn))
+
+    def save(self) -> None:
+        """A checkpoint was written: put the selection's state into it, `COMPLETE` last."""
+        args, step = self.trainer.args, self.trainer.state.global_step
+        checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
+        if self.ledger is not None:
+            self.ledger.flush(step)
+        state.write(checkpoint, self.selector, self.meter.totals(), step=step, rank=args.process_index)
+        self.trainer.accelerator.wait_for_everyone()
+        if self.trainer.is_world_process_zero():
+            state.finish(checkpoint, step=step)
+
+    def end(self) -> None:
+        """Training is over: write the rest of the ledger and merge it."""
+        if self.ledger is not None:
+            self.ledger.flush(self.trainer.state.global_step)
+            self.trainer.accelerator.wait_for_everyone()
+            if self.trainer.is_world_process_zero():
+                self.ledger.merge()
+
+
+class _Callback(TrainerCallback):
+    """The trainer's events, handed on."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._attachment.begin(kwargs.get("train_dataloader"))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._attachment.save()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._attachment.end()
+
+
+def _on(device: torch.device, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    if all(value.device.type == device.type for value in tensors):
+        return batch
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

@@ -1,0 +1,123 @@
+"""A selector's state inside the trainer's checkpoints, so that a resumed run keeps the rows it would have kept.
+
+`checkpoint-N/siftune/` holds `selector.safetensors` (tensors), `selector.json` (everything else) and, written last,
+`COMPLETE`; ranks beyond the first add files of their own. A checkpoint without `COMPLETE` was not finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..errors import UserError
+from ..online.base import OnlineMethod
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says of the selection: the selector's state and the running totals of the log."""
+
+    selector: Mapping[str, Any]
+    totals: Mapping[str, Any]
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """Where a checkpoint keeps the selection's state."""
+    return checkpoint / "siftune"
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the checkpoint holds a finished selection state."""
+    return (folder_of(checkpoint) / "COMPLETE").is_file()
+
+
+def write(checkpoint: Path, selector: OnlineMethod, totals: Mapping[str, Any], *, step: int, rank: int = 0) -> None:
+    """Write this rank's files; `finish` makes them count."""
+    folder = folder_of(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = selector.state_dict()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if _is_tensor(value)}
+    values = {name: value for name, value in state.items() if not _is_tensor(value)}
+    record = {"format": FORMAT, "selector": selector.name, "step": step, "values": values, "totals": dict(totals)}
+    stem = _stem(rank)
+    save_file(tensors, folder / f"{stem}.safetensors.tmp")
+    os.replace(folder / f"{stem}.safetensors.tmp", folder / f"{stem}.safetensors")
+    (folder / f"{stem}.json.tmp").write_text(json.dumps(record, indent=1, allow_nan=True) + "\n")
+    os.replace(folder / f"{stem}.json.tmp", folder / f"{stem}.json")
+
+
+def finish(checkpoint: Path, *, step: int) -> None:
+    """Mark the state as complete, once every rank has written."""
+    folder = folder_of(checkpoint)
+    (folder / "COMPLETE.tmp").write_text(f"{step}\n")
+    os.replace(folder / "COMPLETE.tmp", folder / "COMPLETE")
+
+
+def read(checkpoint: Path, selector: OnlineMethod, *, rank: int = 0) -> Saved:
+    """This rank's state. Raises `UserError` where it belongs to another method, or was written by fewer ranks."""
+    folder, stem = folder_of(checkpoint), _stem(rank)
+    if not (folder / f"{stem}.json").is_file():
+        raise UserError(
+            f"{folder} holds no selection state of rank {rank}; resume with as many processes as the run was saved with"
+        )
+    record = json.loads((folder / f"{stem}.json").read_text())
+    if record["selector"] != selector.name:
+        raise UserError(
+            f"{checkpoint} was saved with the selector {record['selector']}, and {selector.name} is attached; "
+            f"attach {record['selector']} or start anew without resume_from_checkpoint"
+        )
+    return Saved({**record["values"], **load_file(folder / f"{stem}.safetensors")}, record["totals"])
+
+
+def checkpoint_to_resume(said: str | bool | None, output_dir: str, *, allow_fresh: bool) -> str | bool | None:
+    """The checkpoint `train(resume_from_checkpoint=...)` should take: `True` becomes the newest complete one.
+
+    Raises `UserError` where the checkpoint holds no complete selection state, unless `allow_fresh`.
+    """
+    if said is None or said is False:
+        return said
+    if said is True:
+        numbered = _numbered(Path(output_dir))
+        complete = [path for path in numbered if is_complete(path)]
+        if complete:
+            return str(complete[-1])
+        if not numbered:
+            return True  # the trainer has its own words for that
+        chosen = numbered[-1]
+    else:
+        chosen = Path(said)
+        if not chosen.is_dir() or is_complete(chosen):
+            return said
+    if allow_fresh:
+        return said
+    raise UserError(
+        f"{chosen} holds no complete selection state (siftune/COMPLETE), so the resumed run would keep other rows; "
+        "resume from a checkpoint saved with the selector attached, or pass allow_fresh_selector=True to attach"
+    )
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    found = [
+        (int(match[1]), path)
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def _stem(rank: int) -> str:
+    return "selector" if rank == 0 else f"selector-rank{rank}"
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
