@@ -97,6 +97,6 @@ def part_of(shards: Sequence[Shard], part: str | None) -> list[Shard]:
     index, parts = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= index <= parts:
         raise UserError(f"shards={part!r} is not a part; give i/n with i from 1 to n, such as 2/4")
-    if parts > len(shards):
+    if parts > max(1, len(shards)):
         raise UserError(f"shards={part!r} leaves parts without work, for the pool has {len(shards)} shards; lower n")
     return list(shards[index - 1 :: parts])

@@ -13,19 +13,21 @@ from __future__ import annotations
 import copy
 import json
 import logging as std_logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
+from ..data.files import cache_folder
 from ..errors import UserError
-from . import store
+from .store import Store
 
 DType = Literal["auto", "float32", "bfloat16"]
+Made = TypeVar("Made")
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -103,6 +105,11 @@ class Backbone:
         return self._once("tokenizer", lambda: _read_tokenizer(self))
 
     @property
+    def opening(self) -> str:
+        """The beginning-of-text token as text, if the tokenizer puts it before every text by itself; else empty."""
+        return self._once("opening", lambda: _opening(self.tokenizer))
+
+    @property
     def torch_device(self) -> torch.device:
         """The device in use."""
         return self._once("device", lambda: _pick_device(self.device))
@@ -136,7 +143,7 @@ class Backbone:
     @property
     def key(self) -> str:
         """Content hash of all that determines a row's features: the weights read, configuration, tokenizer, layer, type
-        of number, type of device, length. A changed model has another key, a moved one the same."""
+        of number, type of device, length, library versions. A changed model has another key, a moved one the same."""
         return self._once("key", lambda: _content_key(self))
 
     # --- the weights --------------------------------------------------------------------------------------------------
@@ -144,16 +151,17 @@ class Backbone:
     @property
     def network(self) -> torch.nn.Module:
         """The truncated model, in eval mode, on its device."""
-        return self._once("network", lambda: _read_network(self).to(self.torch_device))
+        return self._once("network", lambda: _read_network(self))
 
     def release(self) -> None:
         """Free the weights; the next use loads them again."""
         self._loaded.pop("network", None)
 
-    def _once(self, name: str, make: Any) -> Any:
+    def _once(self, name: str, make: Callable[[], Made]) -> Made:
         if name not in self._loaded:
             self._loaded[name] = make()
-        return self._loaded[name]
+        made: Made = self._loaded[name]
+        return made
 
 
 # --- finding and reading the files ------------------------------------------------------------------------------------
@@ -165,12 +173,12 @@ def _find_folder(model: str, revision: str | None) -> Path:
         return path
     if path.exists():
         raise UserError(f"model={model!r} is a file; give the folder that holds it")
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(
             f"model={model!r} is not a folder here; check the path, or give a hub id such as Qwen/Qwen2.5-7B"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
@@ -230,6 +238,11 @@ def _read_tokenizer(backbone: Backbone) -> Any:
     return tokenizer
 
 
+def _opening(tokenizer: Any) -> str:
+    token = tokenizer.bos_token
+    return token if isinstance(token, str) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+
+
 def truncated_config(config: Any, layer: int) -> Any:
     """A copy of `config` for its first `layer` decoder layers; lists with one entry per layer are cut to match."""
     cut = copy.deepcopy(config)
@@ -257,21 +270,28 @@ def _read_network(backbone: Backbone) -> torch.nn.Module:
         )
 
     def load() -> torch.nn.Module:
-        network: torch.nn.Module = AutoModel.from_pretrained(
+        network: torch.nn.Module
+        network, facts = AutoModel.from_pretrained(
             backbone.folder,
             config=config,
-            torch_dtype=backbone.torch_dtype,
+            dtype=backbone.torch_dtype,
             use_safetensors=True,
             trust_remote_code=backbone.trust_remote_code,
-            **({"add_pooling_layer": False} if getattr(config, "is_decoder", False) else {}),
+            output_loading_info=True,
         )
+        if absent := sorted(facts["missing_keys"]):
+            raise UserError(
+                f"model={backbone.model!r} lacks {len(absent)} of the tensors of its first {backbone.layer} layers "
+                f"({absent[0]}, ...); download or save it again"
+            )
         return network
 
+    device = backbone.torch_device  # a wrong one is better known before gigabytes are read
     network = _asking(f"model={backbone.model!r} could not be loaded", load)
-    return network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False).to(device=device)
 
 
-def _asking(what: str, load: Any) -> Any:
+def _asking(what: str, load: Callable[[], Made]) -> Made:
     """`load()` without transformers' tables and bars; what goes wrong becomes one sentence."""
     try:
         with quiet():
@@ -323,7 +343,10 @@ def _pick_device(device: str) -> torch.device:
 
 def _content_key(backbone: Backbone) -> str:
     """Hash of the parts; the weights' own hash is remembered for files whose size, time and inode are unchanged."""
-    said = f"{backbone.layer}|{backbone.torch_dtype}|{backbone.device_kind}|{backbone.length}"
+    import transformers
+
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    said = f"{backbone.layer}|{backbone.torch_dtype}|{backbone.device_kind}|{backbone.length}|{libraries}"
     digest = blake2b(f"backbone 1|{said}|".encode(), digest_size=16)
     digest.update(json.dumps(_config_facts(backbone), sort_keys=True, default=str).encode())
     for name in TOKENIZER_FILES:
@@ -348,7 +371,7 @@ def _weights_digest(backbone: Backbone) -> str:
         stamps.append(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}")
     asked = f"{backbone.layer}|{backbone.torch_dtype}|{_config_facts(backbone)}"
     name = blake2b("\n".join(["weights 1", asked, *stamps]).encode(), digest_size=16).hexdigest()
-    memory = store.Store(store.default_folder() / "weights")
+    memory = Store(cache_folder() / "weights")
     if found := memory.get(name):
         return str(found[1]["digest"])
     digest = blake2b(digest_size=16)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +139,8 @@ def pooled(backbone: Backbone, ids: Sequence[NDArray[np.int32]]) -> torch.Tensor
         return states_BTD.sum(dim=1, dtype=torch.float32) / length_B1
 
     found: list[torch.Tensor] = []
-    hook = network.get_input_embeddings().register_forward_hook(lambda _m, _i, out: found.append(mean(out)))
+    layer = network.get_input_embeddings()  # type: ignore[operator]
+    hook = layer.register_forward_hook(lambda _m, _i, out: found.append(mean(out)))
     try:
         hidden_BTD = network(input_ids=input_BT, use_cache=False).last_hidden_state
     finally:
@@ -179,7 +181,9 @@ class FeatureTask:
     def __call__(self, pool: Pool, shard: Shard) -> ShardResult:
         rows, features = self.features(pool, shard)
         inside = np.asarray(rows, dtype=np.int64) - shard.start
-        columns = {"hidden": np.full((len(shard), self.backbone.width), np.nan, dtype=np.float32)}
+        columns: dict[str, NDArray[Any]] = {
+            "hidden": np.full((len(shard), self.backbone.width), np.nan, dtype=np.float32)
+        }
         columns["hidden"][inside] = features.hidden
         if self.embedding:
             columns["embedding"] = np.full_like(columns["hidden"], np.nan)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,13 +23,6 @@ from safetensors.numpy import save
 from ..data.files import atomic_path
 
 Arrays = Mapping[str, NDArray[Any]]
-
-
-def default_folder() -> Path:
-    """`SIFTUNE_CACHE`, else `$XDG_CACHE_HOME/siftune`, else `~/.cache/siftune`."""
-    if given := os.environ.get("SIFTUNE_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "siftune"
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,7 @@ def _some(backbone: Backbone, texts: Sequence[str]) -> list[Tokenised]:
     i.e. when a whole `length` of tokens lies between the ones used and the cut; else the whole text is tokenised.
     """
     limit = CUT_CHARACTERS * backbone.length
-    begin = _own_beginning(backbone)
-    plain = [text.removeprefix(begin) if begin else text for text in texts]
+    plain = [text.removeprefix(backbone.opening) for text in texts]
     fast = bool(getattr(backbone.tokenizer, "is_fast", False))
     first = [text[:limit] if fast else text for text in plain]
     done, chunks = _encode(backbone, first)
@@ -83,13 +82,3 @@ def _encode(backbone: Backbone, texts: Sequence[str]) -> tuple[list[Tokenised], 
         done.append(Tokenised(np.asarray(own, dtype=np.int32), parts > 1))
         chunks.append(parts)
     return done, chunks
-
-
-def _own_beginning(backbone: Backbone) -> str:
-    """The beginning-of-text token as text, if this tokenizer puts it before every text by itself."""
-    tokenizer = backbone.tokenizer
-    if not isinstance(tokenizer.bos_token, str) or tokenizer.bos_token_id is None:
-        return ""
-    if "begins" not in backbone._loaded:
-        backbone._loaded["begins"] = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return tokenizer.bos_token if backbone._loaded["begins"] else ""
