@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..records import Pool
+from .build import Writer
 from .files import (
     cache_folder,
     hash_file,
@@ -30,7 +31,7 @@ from .files import (
 from .formats import FIELDS, Reading, candidates, check_format, recognise
 from .parse import Chunk
 from .sources import Part, resolve
-from .store import VERSION, StoredRows, Writer, is_whole
+from .store import VERSION, StoredRows, is_whole
 
 _HEAD_ROWS = 1000
 """Rows within which one must show the pool's format."""

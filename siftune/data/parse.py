@@ -1,31 +1,22 @@
-"""The bytes of one file, or one table, as chunks of rows: JSON lines, JSON arrays, CSV, Parquet, `datasets.Dataset`.
+"""JSON text as chunks of rows: JSON lines and JSON arrays; and `Chunk`, which CSV and tables fill as well.
 
 Streamed: a chunk holds at most about `CHUNK_BYTES` of rows (one row where a row is larger), and nothing of an earlier
-chunk is kept. A row that cannot be parsed is an entry with a reason of the form `kind: detail`, never an exception; a
-file that cannot be read to its end is a `UserError`. Cost: one pass, about 5 microseconds per small JSON row.
+chunk is kept. A row that cannot be parsed is an entry with a reason of the form `kind: detail`, never an exception.
+Cost: one pass, about 5 microseconds per small row.
 """
 
 from __future__ import annotations
 
 import codecs
-import csv
-import gzip
 import io
 import json
 import re
 import sys
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any, cast
 
 import pyarrow as pa
-import pyarrow.parquet
-
-from ..errors import UserError
-from .files import plain_errors
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1024
@@ -34,6 +25,9 @@ DEEPEST = 60
 
 Parsed = tuple[dict[str, Any] | None, str | None]
 """The row's object where it is one, and why the row is bad (None: nothing wrong so far)."""
+
+Entry = tuple[int, bytes, Parsed]
+"""A text row: its line, its own bytes (as JSON on one line, where it is sound), and what they mean."""
 
 
 @dataclass(eq=False)
@@ -100,7 +94,8 @@ def _deeper_than(value: Any, limit: int) -> bool:
     return True
 
 
-def _cut(entries: Iterator[tuple[int, bytes, Parsed]]) -> Iterator[Chunk]:
+def cut(entries: Iterator[Entry]) -> Iterator[Chunk]:
+    """Text rows, gathered into chunks."""
     chunk, size = Chunk(), 0
     for line, raw, (row, reason) in entries:
         chunk.lines.append(line)
@@ -115,7 +110,8 @@ def _cut(entries: Iterator[tuple[int, bytes, Parsed]]) -> Iterator[Chunk]:
         yield chunk
 
 
-def _json_lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes, Parsed]]:
+def json_lines(stream: IO[bytes]) -> Iterator[Entry]:
+    """One row per line; blank lines are no rows. A byte-order mark and carriage returns are no part of a row."""
     for number, line in enumerate(stream, 1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -210,7 +206,7 @@ class _ArrayText:
         return text.rstrip()
 
 
-def _json_array(stream: IO[bytes]) -> Iterator[tuple[int, bytes, Parsed]]:
+def _json_array(stream: IO[bytes]) -> Iterator[Entry]:
     array = _ArrayText(stream)
     for line, text in array.elements():
         raw = _LINE_BREAK.sub(" ", text).encode("utf-8", "surrogateescape")
@@ -227,156 +223,8 @@ def _json_array(stream: IO[bytes]) -> Iterator[tuple[int, bytes, Parsed]]:
         yield array.line, raw, (None, f"unparsable line: {why}")
 
 
-def _json(stream: IO[bytes]) -> Iterator[tuple[int, bytes, Parsed]]:
+def json_rows(stream: IO[bytes]) -> Iterator[Entry]:
     """An array where the first character says so, else JSON lines."""
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(Any, stream))
     start = buffered.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()
-    return _json_array(buffered) if start.startswith(b"[") else _json_lines(buffered)
-
-
-# --- CSV ------------------------------------------------------------------------------------------------------------
-
-
-def _csv(stream: IO[bytes], name: str) -> Iterator[tuple[int, bytes, Parsed]]:
-    """Every value a string; the first row names the columns. Invalid bytes travel as lone surrogates until told."""
-    seen: list[str] = []
-
-    def watched() -> Iterator[str]:
-        for line in io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""):
-            seen.append(line)
-            yield line
-
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(watched(), strict=True)
-    header: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        seen.clear()
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield line, "".join(seen).encode("utf-8", "surrogateescape"), (None, f"unparsable line: {error}")
-            continue
-        if not values:
-            continue
-        if header is None:
-            header = _header(values, name)
-            continue
-        text = "".join(seen).encode("utf-8", "surrogateescape")
-        if len(values) != len(header):
-            yield line, text, (None, f"unparsable line: {len(values)} values for {len(header)} columns")
-            continue
-        row = dict(zip(header, values, strict=True))
-        raw = json.dumps(row, ensure_ascii=False)
-        try:
-            yield line, raw.encode("utf-8"), (cast("dict[str, Any]", row), None)
-        except UnicodeEncodeError:
-            yield line, text, (None, "invalid UTF-8: in a value")
-
-
-def _header(values: list[str], name: str) -> list[str]:
-    twice = [value for index, value in enumerate(values) if value in values[:index]]
-    if twice:
-        raise UserError(f"{name} names the column {twice[0]!r} twice in its first line; rename one of them")
-    return values
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def readable(name: str | Path) -> Iterator[None]:
-    """Turn whatever stops the reading of a file into one sentence."""
-    try:
-        with plain_errors(name):
-            yield
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        if isinstance(error, UserError):
-            raise
-        said = " ".join(str(error).split())[:200].rstrip(".")
-        raise UserError(f"{name} cannot be read to its end ({said}); it may be damaged or cut short") from error
-
-
-def open_bytes(path: Path) -> IO[bytes]:
-    """A file's bytes, unpacked by its last suffix (.gz, .zst)."""
-    if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), CHUNK_BYTES)
-    return open(path, "rb", buffering=CHUNK_BYTES)
-
-
-def read_file(path: Path, kind: str, name: str) -> Iterator[Chunk]:
-    """The rows of one file; `kind` is `jsonl`, `json`, `csv` or `parquet`, `name` stands in messages.
-
-    Raises `UserError` when the file cannot be read to its end.
-    """
-    with readable(name):
-        if kind == "parquet":
-            yield from _parquet(path)
-            return
-        with open_bytes(path) as stream:
-            if kind == "csv":
-                yield from _cut(_csv(stream, name))
-            else:
-                yield from _cut(_json(stream) if kind == "json" else _json_lines(stream))
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def _parquet(path: Path) -> Iterator[Chunk]:
-    with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
-        yield from _tables(file.iter_batches(batch_size=CHUNK_ROWS))
-
-
-def read_dataset(dataset: Any) -> Iterator[Chunk]:
-    """The rows of a `datasets.Dataset`, its selection and order respected."""
-    tables = dataset.with_format("arrow").iter(batch_size=CHUNK_ROWS)
-    yield from _tables(batch for table in tables for batch in table.combine_chunks().to_batches())
-
-
-def _tables(batches: Iterator[pa.RecordBatch]) -> Iterator[Chunk]:
-    number = 1
-    for whole in batches:
-        whole = _plain_columns(whole)
-        step = max(1, min(len(whole), CHUNK_BYTES * len(whole) // max(1, whole.nbytes)))
-        for start in range(0, len(whole), step):
-            batch = whole.slice(start, step)
-            parsed = _table_rows(batch)
-            yield Chunk(
-                lines=list(range(number, number + len(batch))),
-                rows=[row for row, _ in parsed],
-                reasons=[reason for _, reason in parsed],
-                batch=batch,
-            )
-            number += len(batch)
-
-
-def _plain_columns(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Dictionary-encoded (categorical) columns as their values: an Arrow file cannot hold changing dictionaries."""
-    if not any(pa.types.is_dictionary(kind) for kind in batch.schema.types):
-        return batch
-    arrays, fields = [], []
-    for column, schema_field in zip(batch.columns, batch.schema, strict=True):
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-            schema_field = schema_field.with_type(column.type)
-        arrays.append(column)
-        fields.append(schema_field)
-    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields, metadata=batch.schema.metadata))
-
-
-def _table_rows(batch: pa.RecordBatch) -> list[Parsed]:
-    try:
-        return [(row, None) for row in batch.to_pylist()]
-    except UnicodeDecodeError:
-        if len(batch) > 1:
-            return [parsed for index in range(len(batch)) for parsed in _table_rows(batch.slice(index, 1))]
-        return [(None, "invalid UTF-8: in a value")]
-    except (ValueError, OverflowError, pa.ArrowException) as error:  # such as a date beyond Python's calendar
-        if len(batch) > 1:
-            return [parsed for index in range(len(batch)) for parsed in _table_rows(batch.slice(index, 1))]
-        return [(None, f"wrong type: {' '.join(str(error).split())[:120]}")]
+    return _json_array(buffered) if start.startswith(b"[") else json_lines(buffered)

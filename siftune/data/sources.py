@@ -1,24 +1,32 @@
 """Where rows come from: a path, a folder, a glob, a hub id, a `datasets.Dataset`, or a list of these, as `Part`s.
 
-A part is one file or one dataset. Nothing is read here but names (and, for a hub id, what `datasets` downloads). Files
-of a folder or glob come sorted by name. A text with a glob's characters that is itself a file is that file.
+A part is one file or one dataset. `resolve` looks at names only (and, for a hub id, lets `datasets` download). Files of
+a folder or glob come sorted by name. A text with a glob's characters that is itself a file is that file.
 """
 
 from __future__ import annotations
 
 import glob
+import gzip
+import io
 import os
 import re
 import stat
 import sys
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
+
+import pyarrow as pa
 
 from ..errors import UserError
 from .files import plain_errors
-from .parse import Chunk, read_dataset, read_file
+from .parse import CHUNK_BYTES, Chunk, cut, json_lines, json_rows
+from .parse_csv import csv_rows
+from .tables import read_dataset, read_parquet
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PACKED = (".gz", ".zst")
@@ -142,3 +150,44 @@ def _from_hub(name: str, split: str) -> Part:
             f"({said}); check the name, as owner/name:split, and the connection"
         ) from error
     return Part(name=name if split == "train" else f"{name}:{split}", dataset=dataset)
+
+
+# --- reading one file -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def readable(name: str | Path) -> Iterator[None]:
+    """Turn whatever stops the reading of a file into one sentence."""
+    try:
+        with plain_errors(name):
+            yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        if isinstance(error, UserError):
+            raise
+        said = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(f"{name} cannot be read to its end ({said}); it may be damaged or cut short") from error
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file's bytes, unpacked by its last suffix (.gz, .zst)."""
+    if path.suffix.lower() == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if path.suffix.lower() == ".zst":
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), CHUNK_BYTES)
+    return open(path, "rb", buffering=CHUNK_BYTES)
+
+
+def read_file(path: Path, kind: str, name: str) -> Iterator[Chunk]:
+    """The rows of one file; `kind` is `jsonl`, `json`, `csv` or `parquet`, `name` stands in messages.
+
+    Raises `UserError` when the file cannot be read to its end.
+    """
+    with readable(name):
+        if kind == "parquet":
+            yield from read_parquet(path)
+            return
+        with open_bytes(path) as stream:
+            if kind == "csv":
+                yield from cut(csv_rows(stream, name))
+            else:
+                yield from cut(json_rows(stream) if kind == "json" else json_lines(stream))
