@@ -10,38 +10,22 @@ Shapes: `B` rows, `T` tokens, `D` hidden width.
 
 from __future__ import annotations
 
-import copy
 import json
-import logging as std_logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from ..data.files import cache_folder
 from ..errors import UserError
+from . import checkpoint
+from .checkpoint import Made
 from .store import Store
 
 DType = Literal["auto", "float32", "bfloat16"]
-Made = TypeVar("Made")
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-)
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,22 +76,30 @@ class Backbone:
     @property
     def folder(self) -> Path:
         """Where the model's files are; a hub id is downloaded (or found in the hub's cache) on first use."""
-        return self._once("folder", lambda: _find_folder(self.model, self.revision))
+        return self._once("folder", lambda: checkpoint.find_folder(self.model, self.revision))
 
     @property
     def config(self) -> Any:
         """The model's configuration as stored, checked to be a causal language model with `layer` layers."""
-        return self._once("config", lambda: _read_config(self))
+        return self._once(
+            "config",
+            lambda: checkpoint.read_config(
+                self.folder, model=self.model, layer=self.layer, trust_remote_code=self.trust_remote_code
+            ),
+        )
 
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, truncating and padding on the right."""
-        return self._once("tokenizer", lambda: _read_tokenizer(self))
+        return self._once(
+            "tokenizer",
+            lambda: checkpoint.read_tokenizer(self.folder, model=self.model, trust_remote_code=self.trust_remote_code),
+        )
 
     @property
     def opening(self) -> str:
         """The beginning-of-text token as text, if the tokenizer puts it before every text by itself; else empty."""
-        return self._once("opening", lambda: _opening(self.tokenizer))
+        return self._once("opening", lambda: checkpoint.opening(self.tokenizer))
 
     @property
     def torch_device(self) -> torch.device:
@@ -151,7 +143,7 @@ class Backbone:
     @property
     def network(self) -> torch.nn.Module:
         """The truncated model, in eval mode, on its device."""
-        return self._once("network", lambda: _read_network(self))
+        return self._once("network", lambda: _load(self))
 
     def release(self) -> None:
         """Free the weights; the next use loads them again."""
@@ -162,164 +154,6 @@ class Backbone:
             self._loaded[name] = make()
         made: Made = self._loaded[name]
         return made
-
-
-# --- finding and reading the files ------------------------------------------------------------------------------------
-
-
-def _find_folder(model: str, revision: str | None) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(f"model={model!r} is a file; give the folder that holds it")
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise UserError(
-            f"model={model!r} is not a folder here; check the path, or give a hub id such as Qwen/Qwen2.5-7B"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
-    try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"])
-        )
-    except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise UserError(
-            f"model={model!r} is not a folder here and the hub cannot be reached; download it first and give its folder"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"model={model!r} could not be fetched from the hub ({reason}); check the id and revision"
-        ) from error
-
-
-def _read_config(backbone: Backbone) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
-
-    said = f"model={backbone.model!r}"
-    if not (backbone.folder / "config.json").is_file():
-        raise UserError(f"{said} holds no config.json; give the folder that save_pretrained wrote")
-    config = _asking(
-        f"{said} has a config.json that transformers cannot read",
-        lambda: AutoConfig.from_pretrained(backbone.folder, trust_remote_code=backbone.trust_remote_code),
-    )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{said} is an encoder-decoder ({config.model_type}); give a decoder-only language model")
-    if config.get_text_config() is not config:
-        raise UserError(f"{said} is a multimodal wrapper ({config.model_type}); give its text-only language model")
-    known, masked = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    bidirectional = getattr(config, "use_bidirectional_attention", None) in (True, "all")
-    if bidirectional or (masked and not getattr(config, "is_decoder", False)):
-        raise UserError(f"{said} is an encoder ({config.model_type}); give a decoder-only language model")
-    if not known and not backbone.trust_remote_code:
-        raise UserError(f"{said} ({config.model_type}) is not a causal language model; give a decoder-only one")
-    layers = int(config.num_hidden_layers)
-    if backbone.layer > layers:
-        raise UserError(f"layer={backbone.layer} exceeds the {layers} layers of {said}; give 1 to {layers}")
-    return config
-
-
-def _read_tokenizer(backbone: Backbone) -> Any:
-    from transformers import AutoTokenizer
-
-    said = f"model={backbone.model!r}"
-    if not any((backbone.folder / name).is_file() for name in TOKENIZER_FILES if not name.startswith("chat")):
-        raise UserError(f"{said} holds no tokenizer; save the model's tokenizer into the same folder")
-    tokenizer = _asking(
-        f"{said} has a tokenizer that transformers cannot read",
-        lambda: AutoTokenizer.from_pretrained(backbone.folder, trust_remote_code=backbone.trust_remote_code),
-    )
-    tokenizer.truncation_side = tokenizer.padding_side = "right"
-    if not len(tokenizer):
-        raise UserError(f"{said} holds a tokenizer without tokens; save the model's tokenizer into the same folder")
-    return tokenizer
-
-
-def _opening(tokenizer: Any) -> str:
-    token = tokenizer.bos_token
-    return token if isinstance(token, str) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
-
-
-def truncated_config(config: Any, layer: int) -> Any:
-    """A copy of `config` for its first `layer` decoder layers; lists with one entry per layer are cut to match."""
-    cut = copy.deepcopy(config)
-    layers = int(cut.num_hidden_layers)
-    for name, value in config.to_dict().items():
-        if (
-            isinstance(value, (list, tuple))
-            and len(value) == layers
-            and "token" not in name
-            and name != "architectures"
-        ):
-            setattr(cut, name, list(value[:layer]))
-    cut.num_hidden_layers = layer
-    return cut
-
-
-def _read_network(backbone: Backbone) -> torch.nn.Module:
-    from transformers import AutoModel
-
-    config = truncated_config(backbone.config, backbone.layer)
-    if not any((backbone.folder / name).is_file() for name in WEIGHT_FILES):
-        raise UserError(
-            f"model={backbone.model!r} holds no model.safetensors; other weight formats can hold code and are not read, "
-            "convert it with save_pretrained"
-        )
-
-    def load() -> torch.nn.Module:
-        network: torch.nn.Module
-        network, facts = AutoModel.from_pretrained(
-            backbone.folder,
-            config=config,
-            dtype=backbone.torch_dtype,
-            use_safetensors=True,
-            trust_remote_code=backbone.trust_remote_code,
-            output_loading_info=True,
-        )
-        if absent := sorted(facts["missing_keys"]):
-            raise UserError(
-                f"model={backbone.model!r} lacks {len(absent)} of the tensors of its first {backbone.layer} layers "
-                f"({absent[0]}, ...); download or save it again"
-            )
-        return network
-
-    device = backbone.torch_device  # a wrong one is better known before gigabytes are read
-    network = _asking(f"model={backbone.model!r} could not be loaded", load)
-    return network.eval().requires_grad_(False).to(device=device)
-
-
-def _asking(what: str, load: Callable[[], Made]) -> Made:
-    """`load()` without transformers' tables and bars; what goes wrong becomes one sentence."""
-    try:
-        with quiet():
-            return load()
-    except UserError:
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        if "trust_remote_code" in str(error):
-            reason = "it needs Python code of its own; read that code, then pass trust_remote_code=True"
-        raise UserError(f"{what}: {reason}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers says nothing and draws no bar inside; both settings come back afterwards."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(std_logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _pick_device(device: str) -> torch.device:
@@ -338,6 +172,18 @@ def _pick_device(device: str) -> torch.device:
     return picked
 
 
+def _load(backbone: Backbone) -> torch.nn.Module:
+    device = backbone.torch_device  # a wrong one is better known before gigabytes are read
+    return checkpoint.read_network(
+        backbone.folder,
+        backbone.config,
+        model=backbone.model,
+        layer=backbone.layer,
+        dtype=backbone.torch_dtype,
+        trust_remote_code=backbone.trust_remote_code,
+    ).to(device=device)
+
+
 # --- what its results depend on ---------------------------------------------------------------------------------------
 
 
@@ -349,10 +195,12 @@ def _content_key(backbone: Backbone) -> str:
     said = f"{backbone.layer}|{backbone.torch_dtype}|{backbone.device_kind}|{backbone.length}|{libraries}"
     digest = blake2b(f"backbone 1|{said}|".encode(), digest_size=16)
     digest.update(json.dumps(_config_facts(backbone), sort_keys=True, default=str).encode())
-    for name in TOKENIZER_FILES:
-        path = backbone.folder / name
+    texts = [backbone.folder / name for name in checkpoint.TOKENIZER_FILES]
+    if backbone.trust_remote_code:
+        texts += sorted(backbone.folder.glob("*.py"))
+    for path in texts:
         if path.is_file():
-            digest.update(f"|{name}|".encode() + blake2b(path.read_bytes()).digest())
+            digest.update(f"|{path.name}|".encode() + blake2b(path.read_bytes()).digest())
     digest.update(_weights_digest(backbone).encode())
     return digest.hexdigest()
 

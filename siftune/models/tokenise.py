@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .backbone import Backbone, quiet
+from .backbone import Backbone
+from .checkpoint import quiet
 
 CUT_CHARACTERS = 32
 """Characters per wanted token that are handed to the tokenizer first: natural text has 1 to 6 per token."""

@@ -1,0 +1,42 @@
+"""What a figure was measured on: processor, cores, versions and date, for the head of every table. Never a host name."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from pathlib import Path
+
+
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.lower().startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe() -> str:
+    """One line: processor, cores, GPU if any, torch, transformers and Python versions, torch threads, date."""
+    import torch
+    import transformers
+
+    parts = [processor(), f"{cores()} cores"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    elif torch.backends.mps.is_available():
+        parts.append("Apple GPU (MPS)")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    return "; ".join([*parts, versions, f"{torch.get_num_threads()} torch threads", date])
+
+
+if __name__ == "__main__":
+    print(describe())
