@@ -25,8 +25,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import corpus, prompts
+from .embedded import MODEL
 
-ASSETS = Path(__file__).parent / "assets" / "model"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -196,14 +196,13 @@ def _plain(row: dict[str, str]) -> str:
 
 
 def _chat(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]]) -> str:
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
-    return text.rstrip("\n")
+    return str(tokenizer.apply_chat_template(turns, tokenize=False)).rstrip("\n")
 
 
 def main() -> None:
     """Read the options and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument("--out", type=Path, default=MODEL)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)

@@ -1,0 +1,24 @@
+"""Where the embedded tiny model lies: a Llama of 1.8 M weights with its tokenizer, trained by `train_model.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+
+MODEL = Path(__file__).parent / "assets" / "model"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def model_folder() -> Path:
+    """The folder to hand to `from_pretrained`. Raises `UserError` when the installation lost its files.
+
+    >>> AutoModelForCausalLM.from_pretrained(model_folder())
+    """
+    missing = [name for name in FILES if not (MODEL / name).is_file()]
+    if missing:
+        raise UserError(
+            f"the embedded model at {MODEL} lacks {', '.join(missing)}; install siftune again, or train it: "
+            "python -m siftune.demo.train_model"
+        )
+    return MODEL

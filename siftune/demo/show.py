@@ -1,0 +1,97 @@
+"""What the demo prints: a few sentences, tables and a histogram; plain text when piped, nothing when silent."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+PIPED_WIDTH = 120
+BAR = 36
+
+
+class Screen:
+    """Standard output, part by part of the story."""
+
+    def __init__(self, *, silent: bool) -> None:
+        width = None if sys.stdout.isatty() else PIPED_WIDTH
+        self._console = Console(file=sys.stdout, markup=False, highlight=False, width=width, quiet=silent)
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """One paragraph; paths and commands are never broken over lines."""
+        self._console.print(text, style=style, soft_wrap=True)
+
+    def pool(self, path: Path, count: int) -> None:
+        """What the pool is."""
+        self.say("1. A pool of mixed rows", "bold")
+        self.say(f"{count} made rows of four domains in {path}. The domain labels are hidden from the method.\n")
+        self.say("2. DaaR chooses 20 % of them", "bold")
+        self.say("It is told 15 example rows per domain and reads the first 3 layers of an embedded 1.8 M model.")
+
+    def offline(self, facts: Mapping[str, Any]) -> None:
+        """What DaaR chose, by hidden label; agreement; accuracy; rewards."""
+        rows = [
+            [
+                name,
+                f"{row['pool']} ({row['pool'] / facts['rows']:.1%})",
+                f"{row['kept']} ({row['kept'] / facts['kept']:.1%})",
+                f"{row['agreement']:.1%}",
+            ]
+            for name, row in facts["composition"].items()
+        ]
+        self._table(["hidden label", "pool", "chosen", "pseudo-label agrees"], rows)
+        self.say(f"Pseudo-labels agree with the hidden labels on {facts['agreement']:.1%} of {facts['rows']} rows.")
+        if facts["probe_accuracy"] is not None:
+            self.say(f"The domain probe is right on {facts['probe_accuracy']:.1%} of the rows it was not trained on.")
+        self.say("\nPredicted reward (higher = more ambiguous between domains; # chosen, . left):")
+        self._histogram(facts["reward"])
+
+    def online(self, facts: Mapping[str, Any]) -> None:
+        """Held-out loss with and without UDS."""
+        self.say("\n3. Sifting every batch while training (UDS)", "bold")
+        if "left_out" in facts:
+            self.say(f"Left out: {facts['left_out']}.")
+            return
+        self.say(
+            f"The embedded model is fine-tuned on the chosen rows for {facts['steps']} steps, {facts['trained_rows']} "
+            f"rows trained in each run; loss per answer token on {facts['held_out_rows']} held-out rows."
+        )
+        rows = [["before", "-", "-", f"{facts['loss_before']:.3f}", "-"]]
+        words = {"plain": "plain trainer", "uds": "with siftune.attach(trainer, UDS(...))"}
+        for name, result in facts["runs"].items():
+            cells = [str(result["candidates"]), str(facts["trained_rows"]), f"{result['loss']:.3f}"]
+            rows.append([words[name], *cells, f"{result['seconds']:.1f}"])
+        self._table(["run", "rows seen", "rows trained", "held-out loss", "seconds"], rows)
+        self.say("So few steps of so small a model show that it runs; they do not rank methods.")
+
+    def end(self, facts: Mapping[str, Any]) -> None:
+        """Time per stage, where the files are, what to try next."""
+        self.say("\nTime", "bold")
+        self._table(["stage", "seconds"], [[name, f"{spent:.1f}"] for name, spent in facts["seconds"].items()])
+        data, run = Path(facts["run"]) / "data", Path(facts["run"]) / "select"
+        self.say(f"Run folder: {facts['run']}   chosen rows: {facts['selected']}\n")
+        self.say("Next", "bold")
+        self.say(f"  siftune keep {run} --keep 10% --out ten.jsonl       another budget, without the model")
+        self.say(f"  siftune plan {data / 'pool.jsonl'} --model YOUR_MODEL     what your own model would take")
+        self.say("  siftune select daar YOUR_POOL.jsonl --model YOUR_MODEL --seeds YOUR_SEEDS.jsonl --keep 20%")
+        self.say("  siftune methods                                      every method, and what it needs")
+
+    def _table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, name in enumerate(columns):
+            table.add_column(name, justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+
+    def _histogram(self, reward: Mapping[str, Any]) -> None:
+        most = max(reward["pool"])
+        for index, (pool, kept) in enumerate(zip(reward["pool"], reward["kept"], strict=True)):
+            chosen = round(BAR * kept / most)
+            bar = "#" * chosen + "." * max(0, round(BAR * pool / most) - chosen)
+            self.say(f"  {reward['edges'][index]:6.3f} to {reward['edges'][index + 1]:6.3f}  {bar:<{BAR}}  {pool}")

@@ -1,0 +1,139 @@
+"""The online half of the demo: the embedded model fine-tuned for a few steps, with and without sifting its batches.
+
+Every run trains the same number of rows with the same schedule, so the held-out losses compare at equal budget; they
+are reported as they come. Shapes: `B` rows, `T` tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+TRAINED = 4
+"""Rows trained per step."""
+CANDIDATES = 16
+"""Rows that UDS chooses them from."""
+RATE = 5e-4
+HELD_OUT_ROWS = 200
+
+TokenRows = list[dict[str, list[int]]]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def compare(
+    model: Path,
+    rows: Sequence[Mapping[str, str]],
+    held_out: Sequence[Mapping[str, str]],
+    folder: Path,
+    *,
+    steps: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Fine-tune twice from the same weights and measure both on the same held-out rows.
+
+    Returns `steps`, `trained_rows`, `held_out_rows`, `loss_before` and, per run, `loss` (mean cross-entropy of an
+    answer token, in nats), `candidates` and `seconds`. The global random state is left as it was.
+    """
+    from ..online.uds import UDS
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    train, held = tokenised(tokenizer, rows), tokenised(tokenizer, held_out[:HELD_OUT_ROWS])
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    before = held_out_loss(AutoModelForCausalLM.from_pretrained(model), held, collate)
+    runs = {}
+    for name, selector in (("plain", None), ("uds", UDS(keep=TRAINED, seed=seed))):
+        candidates = TRAINED if selector is None else CANDIDATES
+        trained, seconds = fine_tune(
+            AutoModelForCausalLM.from_pretrained(model),
+            train,
+            collate,
+            folder / name,
+            selector,
+            candidates=candidates,
+            steps=steps,
+            seed=seed,
+        )
+        loss = held_out_loss(trained, held, collate)
+        runs[name] = {"loss": round(loss, 4), "candidates": candidates * steps, "seconds": round(seconds, 2)}
+    return {
+        "steps": steps,
+        "trained_rows": steps * TRAINED,
+        "held_out_rows": len(held),
+        "loss_before": round(before, 4),
+        "runs": runs,
+    }
+
+
+def fine_tune(
+    model: Any,
+    rows: TokenRows,
+    collate: Any,
+    folder: Path,
+    selector: Any,
+    *,
+    candidates: int,
+    steps: int,
+    seed: int,
+) -> tuple[Any, float]:
+    """`steps` optimiser steps of full fine-tuning on the CPU, sifted by `selector` where there is one; and seconds."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=candidates,
+        max_steps=steps,
+        learning_rate=RATE,
+        lr_scheduler_type="cosine",
+        seed=seed,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    with torch.random.fork_rng(devices=[]):  # the trainer seeds the global generators
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
+        if selector is not None:
+            from ..training.attach import attach
+
+            attach(trainer, selector, quiet=True)
+        started = perf_counter()
+        trainer.train()
+        return model.eval(), perf_counter() - started
+
+
+def tokenised(tokenizer: Any, rows: Sequence[Mapping[str, str]]) -> TokenRows:
+    """Rows as one turn of chat, with labels on the answer's tokens alone (the template's generation marks)."""
+    made = []
+    for row in rows:
+        question = "\n".join(part for part in (row["instruction"], row["input"]) if part)
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+        encoded = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        labels = [
+            token if answer else -100
+            for token, answer in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        ]
+        made.append({"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels})
+    return made
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, rows: TokenRows, collate: Any) -> float:
+    """Mean cross-entropy of an answer token, in nats."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for start in range(0, len(rows), CANDIDATES):
+        batch_BT = collate(rows[start : start + CANDIDATES])
+        logits = model(input_ids=batch_BT["input_ids"], attention_mask=batch_BT["attention_mask"]).logits[:, :-1]
+        labels = batch_BT["labels"][:, 1:]
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+        tokens += int((labels != -100).sum())
+    return total / tokens
