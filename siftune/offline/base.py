@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Engine, Pool, Scores, Shard, ShardResult, ShardTask
+
+
+class ArrayStore(Protocol):
+    """What a method may keep arrays in, by content hash: `siftune.models.store.Store`, or anything like it."""
+
+    def get(self, key: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None: ...
+    def put(self, key: str, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None: ...
 
 
 class OfflineMethod(ABC):
@@ -27,6 +35,12 @@ class OfflineMethod(ABC):
 
     engine: Engine | None = None
     """Where shards run; None is this process, one after the other, nothing cached. The pipeline sets it."""
+
+    store: ArrayStore | None = None
+    """Where a method that learns may remember what it learnt; None remembers nothing. The pipeline sets it."""
+
+    cache: str | Path | None = None
+    """Cache folder for files that a method reads itself (seeds); None is the default one. The pipeline sets it."""
 
     def fit(self, pool: Pool) -> Self:
         """Learn what the method needs from the pool. The default learns nothing."""
