@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from ...errors import UserError
 from .calibration import calibration_error, temperature
 from .probes import Probe, apply, entropy
 
@@ -52,6 +53,14 @@ class ProbeTraining:
     """Divide psi_dom's logits by a fitted temperature before p and H are taken (paper: no)."""
     threads: int = 1
     """CPU threads while training: fixed, so that a rerun is bit-identical; more pays from a width of about 1,000."""
+
+    def check(self) -> None:
+        """Raise `UserError` for a setting that cannot train anything."""
+        for name in ("lr", "batch", "epochs", "patience", "folds", "threads"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"training {name}={getattr(self, name)} must be above 0")
+        if not 0 < self.validation < 1:
+            raise UserError(f"training validation={self.validation} is not a share of the probe set; give 0.03 to 0.3")
 
     @classmethod
     def paper(cls) -> ProbeTraining:

@@ -11,6 +11,8 @@ Axes: `B` rows, `D` width, `K` domains.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,7 +41,7 @@ class Probe(nn.Module):
         super().__init__()
         sizes = layer_sizes(width, outputs)
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in pairwise(sizes):
             layers += [_linear(fan_in, fan_out, generator), nn.ReLU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.register_buffer("input_mean", torch.zeros(width))

@@ -1,0 +1,317 @@
+"""DaaR, "diversity as a reward": rank rows by how ambiguous their domain looks to the model's own early layers.
+
+Source: arXiv 2502.04380 (NeurIPS 2025). Seeds -> centroids -> k-means pseudo-labels -> psi_dom -> entropy -> psi_div ->
+one score per row, higher is kept. Cost: one truncated forward (embedding and first `layer` layers) over the probe set
+for `fit`, and one over the pool for `score`; the probes themselves are small.
+
+Axes: `B` rows of the probe set, `S` seed rows, `n` rows of the pool, `K` domains, `D` width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from ...data.files import hash_json
+from ...data.formats import TEXT_FORM
+from ...errors import UserError
+from ...models.backbone import Backbone, DType
+from ...models.features import FeatureTask
+from ...records import Pool, Scores, ShardTask
+from ..base import OfflineMethod, SerialEngine
+from .centroids import centroids, cosines, mean_pairwise_distance
+from .clusters import Clusters, cluster
+from .fitting import ProbeTraining, fit_probes
+from .paper import PaperFeatures
+from .probe_set import draw_probe_set, features_of
+from .scoring import ScoreTask, StoredFeatures
+from .seeds import Seeds, SeedSource, read_seeds
+from .state import Learned
+
+
+@dataclass(kw_only=True, eq=False)
+class DaaR(OfflineMethod):
+    """Diversity reward of every row, with no domain labels: seed rows per domain are all it is told.
+
+    `fit` draws a probe set from the pool and fits two probes; `score` streams the pool through them. The scores carry
+    `domains`, `probabilities` `(n, K)` and `pseudo_labels` `(n,)`, so that they can be cut by quota or target mix.
+    Raises `UserError` for seeds, settings or a model that cannot be used.
+
+    >>> method = siftune.DaaR(model="Qwen/Qwen2.5-7B", seeds="seeds.jsonl")
+    >>> method.fit(pool).score(pool).keep(fraction=0.2).write("selected.jsonl")
+    """
+
+    name: ClassVar[str] = "daar"
+
+    model: str
+    """Base model whose first layers are read: a folder or a hub id."""
+    seeds: SeedSource | None = None
+    """Seed rows: a JSONL file whose rows carry `domain`, or a mapping from domain to rows. At least 2 domains."""
+    generator: str | None = None
+    """Instruct model that would write the seeds. Not available yet: give `seeds`."""
+    layer: int = 3
+    """Decoder layers before h(x) is taken, at least 1 (paper: 3; 1 to 10 are about as good)."""
+    probe_rows: int = 5000
+    """Rows that the probes are fitted on, drawn from the pool; at most half of it, unless it is tiny (paper: 5,000)."""
+    reward: Literal["diversity", "entropy"] = "diversity"
+    """`diversity` ranks by psi_div (paper); `entropy` by the entropy of psi_dom itself. Same fit, same shards."""
+    training: ProbeTraining | None = None
+    """How the probes are trained; None is `ProbeTraining()`, or `ProbeTraining.paper()` under compat="paper"."""
+    seed: int = 0
+    """Seed of the probe set's draw, the split, the folds and the probes' weights."""
+    compat: Literal["paper"] | None = None
+    """`paper`: the published constants, and the quirks of the authors' code that change results."""
+    pooling: Literal["real", "padded"] | None = None
+    """Means over real tokens, or over `max_length` padded positions (the authors' code). None: as `compat` says."""
+    probe_text: Literal["plain", "labelled"] | None = None
+    """Text of the probe set: as scored, or with `Instruction:` labels (the authors' code). None: as `compat` says."""
+    max_length: int = 1024
+    """Tokens read of a row; longer rows are truncated for features only (paper: 1,024)."""
+    dtype: DType = "auto"
+    """`auto`, `float32` or `bfloat16`."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:0`, `mps`."""
+    token_budget: int | None = None
+    """Tokens of a batch, padding counted; None is the device's default."""
+    keep_features: bool = False
+    """Keep h(x) of every row in the store, 4 D bytes each; off, only the probe set's are kept."""
+
+    learned: Learned | None = field(default=None, init=False, repr=False)
+    """What `fit` learnt, or `load` read."""
+    seconds: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    """Wall time of the stages of the last `fit`; empty when the fit was found in the store."""
+
+    # --- fit ------------------------------------------------------------------------------------------------------
+
+    def check(self) -> Seeds:
+        """Everything that can be told wrong before a model is loaded; gives the seeds back, read."""
+        for name, value, known in (
+            ("reward", self.reward, ("diversity", "entropy")),
+            ("compat", self.compat, (None, "paper")),
+            ("pooling", self.pooling, (None, "real", "padded")),
+            ("probe_text", self.probe_text, (None, "plain", "labelled")),
+        ):
+            if value not in known:
+                raise UserError(f"{name}={value!r} is not known; give {' or '.join(str(k) for k in known if k)}")
+        if self.probe_rows < 2:
+            raise UserError(f"probe_rows={self.probe_rows} is too few to fit a probe on; give at least 2")
+        self._training().check()
+        if self.seeds is None:
+            wish = f"writing seeds with generator={self.generator!r} is not available yet; " if self.generator else ""
+            raise UserError(f'{wish}give seeds=FILE, JSONL rows with a "domain" beside their own fields')
+        return read_seeds(self.seeds, cache=self.cache)
+
+    def fit(self, pool: Pool) -> Self:
+        """Learn centroids, pseudo-labels and both probes from the seeds and a probe set of the pool."""
+        seeds = self.check()
+        engine = self.engine or SerialEngine()
+        self.seconds = {}
+        probe_set = draw_probe_set(pool, self.probe_rows, seed=self.seed)
+        task = self.feature_task(for_fit=True)
+        key = self._fit_key(task, seeds, probe_set)
+        if self.store is not None and (found := self.store.get(key)):
+            self.learned = Learned.from_arrays(*found)
+            return self
+        with self._timed("seed_features"):
+            seed_columns, _ = features_of(seeds.pool, task, engine, label="seed features")
+        with self._timed("probe_features"):
+            columns, sound = features_of(probe_set, task, engine, label="probe features")
+        self.learned = self._learn(seeds, seed_columns, columns, sound)
+        if self.store is not None:
+            self.store.put(key, self.learned.arrays(), self.learned.facts)
+        return self
+
+    def _learn(
+        self,
+        seeds: Seeds,
+        seed_columns: Mapping[str, NDArray[Any]],
+        columns: Mapping[str, NDArray[Any]],
+        sound: NDArray[np.int64],
+    ) -> Learned:
+        """Centroids, clusters and probes from the features of the seeds and of the sound rows of the probe set."""
+        if len(sound) < 2:
+            raise UserError(f"{len(sound)} of the {len(columns['tokens'])} rows of the probe set have features; need 2")
+        embedding_BD, hidden_BD = columns["embedding"][sound], columns["hidden"][sound]
+        with self._timed("clusters"):
+            centroids_KD = centroids(
+                seed_columns["embedding"], seeds.labels[: len(seed_columns["tokens"])], seeds.domains
+            )
+            clusters = cluster(embedding_BD, centroids_KD, seeds.domains)
+        _tell_absent(clusters, seeds.domains)
+        with self._timed("probes"):
+            fitted = fit_probes(
+                torch.from_numpy(hidden_BD),
+                clusters.labels,
+                clusters.present,
+                self._training(),
+                seed=self.seed,
+                device=self._probe_device(),
+            )
+        info = _cluster_facts(seeds, centroids_KD, clusters) | {"probe_rows": len(sound)} | fitted.info
+        return Learned(
+            domains=seeds.domains,
+            domain_probe=fitted.domain,
+            reward_probe=fitted.reward,
+            seed_centroids=centroids_KD,
+            cluster_centers=clusters.centers,
+            info=info,
+        )
+
+    def _training(self) -> ProbeTraining:
+        if self.training is not None:
+            return self.training
+        return ProbeTraining.paper() if self.compat == "paper" else ProbeTraining()
+
+    def _fit_key(self, task: ShardTask, seeds: Seeds, probe_set: Pool) -> str:
+        rows = list(range(len(seeds.labels)))
+        seen = [seeds.pool.source.ids(rows), seeds.labels.tolist(), list(seeds.domains), probe_set.fingerprint]
+        how = [TEXT_FORM, task.key, asdict(self._training()), self.seed, str(self._probe_device())]
+        return hash_json(["daar-fit", 1, *seen, *how])
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds[stage] = round(perf_counter() - start, 3)
+
+    # --- features -------------------------------------------------------------------------------------------------
+
+    def feature_task(self, *, for_fit: bool) -> ShardTask:
+        """Features of a shard: columns `hidden`, `tokens`, `truncated`, and for `fit` `embedding` too.
+
+        A subclass overrides it to take features from elsewhere.
+        """
+        backbone = self._backbone()
+        paper = self.compat == "paper"
+        padded = (self.pooling or ("padded" if paper else "real")) == "padded"
+        labelled = for_fit and (self.probe_text or ("labelled" if paper else "plain")) == "labelled"
+        if padded or labelled:
+            return PaperFeatures(backbone, padded=padded, labelled=labelled, token_budget=self.token_budget)
+        return FeatureTask(backbone, embedding=for_fit, token_budget=self.token_budget)
+
+    def _backbone(self) -> Backbone:
+        """One backbone per method, so that fit and score load the model once."""
+        asked = {"layer": self.layer, "max_length": self.max_length, "dtype": self.dtype, "device": self.device}
+        made: Backbone | None = self.__dict__.get("_made")
+        if made is None or (made.model, {name: getattr(made, name) for name in asked}) != (self.model, asked):
+            made = Backbone(str(self.model), **asked)  # type: ignore[arg-type]
+            self.__dict__["_made"] = made
+        return made
+
+    def _probe_device(self) -> torch.device:
+        """A GPU that the model runs on fits the probes too; else the CPU."""
+        device = self._backbone().torch_device
+        return device if device.type == "cuda" else torch.device("cpu")
+
+    # --- score ----------------------------------------------------------------------------------------------------
+
+    def shard_task(self, pool: Pool) -> ShardTask:
+        if self.learned is None:
+            raise UserError("daar is not fitted; call fit(pool) first, or DaaR.load(run folder)")
+        task = self.feature_task(for_fit=False)
+        if self.keep_features and self.store is not None:
+            task = StoredFeatures(task, self.store)
+        return ScoreTask(task, self.learned)
+
+    def finish(self, pool: Pool, columns: Mapping[str, NDArray[Any]], reasons: Mapping[int, str]) -> Scores:
+        """The chosen reward as the score; pseudo-label = the likeliest domain of every row that has features."""
+        assert self.learned is not None
+        values, probabilities = columns[self.reward], columns["probabilities"]
+        scored = ~np.isnan(values)
+        labels = np.full(len(values), -1, dtype=np.int16)
+        labels[scored] = probabilities[scored].argmax(axis=1)
+        info = dict(self.learned.info) | {
+            "reward": self.reward,
+            "rows_scored": int(scored.sum()),
+            "rows_truncated": int((columns["truncated"] > 0).sum()),
+            "pseudo_label_rows": _counted(self.learned.domains, labels[scored]),
+            "spearman_diversity_entropy": _rank_correlation(columns["diversity"][scored], columns["entropy"][scored]),
+        }
+        if self.seconds:
+            info["seconds"] = dict(self.seconds)
+        return Scores(
+            pool=pool,
+            method=self.name,
+            values=values,
+            reasons=reasons,
+            tokens=columns["tokens"],
+            domains=self.learned.domains,
+            probabilities=probabilities,
+            pseudo_labels=labels,
+            info=info,
+        )
+
+    # --- save and load --------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write probes, centroids and settings (safetensors and JSON, no pickle). Raises `UserError` before `fit`.
+
+        >>> method.save("run"); siftune.DaaR.load("run").score(other_pool)
+        """
+        if self.learned is None:
+            raise UserError("daar is not fitted, there is nothing to save; call fit(pool) first")
+        settings = {name: getattr(self, name) for name in _SAVED} | {"model": str(self.model)}
+        return self.learned.save(folder, settings)
+
+    @classmethod
+    def load(cls, folder: str | Path, **changed: Any) -> Self:
+        """A fitted method from a run folder; scores any pool with no refit. `changed` fields override the saved ones.
+
+        `model=` says where the same model lies now; another model's features mean something else to these probes.
+
+        >>> siftune.DaaR.load("run", model="/models/qwen", device="cuda").score(pool)
+        """
+        learned, settings = Learned.load(folder)
+        method = cls(**{**{name: settings[name] for name in (*_SAVED, "model")}, **changed})
+        method.learned = learned
+        return method
+
+
+_SAVED = ("layer", "probe_rows", "reward", "seed", "compat", "pooling", "probe_text", "max_length", "dtype")
+"""Fields that decide what a loaded method computes, beside the model."""
+
+
+def _cluster_facts(seeds: Seeds, centroids_KD: NDArray[np.float64], clusters: Clusters) -> dict[str, Any]:
+    """What the report says of seeds and clusters."""
+    moved = np.diagonal(cosines(centroids_KD, clusters.centers))
+    return {
+        "domains": list(seeds.domains),
+        "seed_rows": seeds.counts,
+        "absent_domains": [name for name, held in zip(seeds.domains, clusters.present, strict=True) if not held],
+        "cluster_rows": dict(zip(seeds.domains, clusters.sizes.tolist(), strict=True)),
+        "cluster_iterations": clusters.iterations,
+        "centroid_cosines": cosines(centroids_KD, centroids_KD).round(6).tolist(),
+        "centroid_distance": mean_pairwise_distance(centroids_KD),
+        "cluster_distance": mean_pairwise_distance(clusters.centers),
+        "cosine_to_cluster": dict(zip(seeds.domains, moved.round(6).tolist(), strict=True)),
+    }
+
+
+def _tell_absent(clusters: Clusters, domains: tuple[str, ...]) -> None:
+    absent = [name for name, held in zip(domains, clusters.present, strict=True) if not held]
+    if absent:
+        warnings.warn(
+            f"no row of the probe set lies nearest to the seeds of {', '.join(absent)}: probability 0 on every row",
+            stacklevel=3,
+        )
+
+
+def _counted(domains: tuple[str, ...], labels: NDArray[np.int16]) -> dict[str, int]:
+    return dict(zip(domains, np.bincount(labels, minlength=len(domains)).tolist(), strict=True))
+
+
+def _rank_correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float | None:
+    """Spearman's rho; None where one of the two does not vary."""
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(spearmanr(first, second).statistic)
