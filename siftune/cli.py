@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code and never raises."""
     words = list(sys.argv[1:] if words is None else words)
     try:
-        return _dispatch(words)
+        with warnings.catch_warnings():
+            _tell_warnings()
+            return _dispatch(words)
     except UserError as error:
         print(f"siftune: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -63,6 +66,17 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         return _our_fault(error)
+
+
+def _tell_warnings() -> None:
+    """Our own warnings as one line on standard error; other packages' are for their developers."""
+
+    def tell(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"siftune: note: {' '.join(str(message).split())}", file=sys.stderr)
+
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", category=UserWarning, module=r"siftune\b")
+    warnings.showwarning = tell  # type: ignore[assignment]
 
 
 def _our_fault(error: Exception) -> int:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from .budget import Keep
 from .errors import UserError
 
-PARTS = ("engine", "store")
+PARTS = ("engine", "store", "cache")
 """Fields of a method that the pipeline hands in; never an option."""
 
 

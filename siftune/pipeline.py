@@ -79,8 +79,8 @@ class Budget:
             rule["target_mix"] = dict(options.target_mix)
         return cls(rule, options.order)
 
-    def check(self, pool: Pool, domains: tuple[str, ...] | None) -> None:
-        """Refuse what the pool or the domains cannot meet. `domains` is None where they are known only after `fit`."""
+    def check(self, pool: Pool, domains: tuple[str, ...]) -> None:
+        """Refuse what the pool or the domains (`()` for none) cannot meet."""
         usable = len(pool) - len(pool.reasons)
         if self.rule.get("count", 0) > usable:
             raise UserError(f"--keep {self.rule['count']} exceeds the {usable} usable rows of the pool; lower it")
@@ -92,9 +92,9 @@ class Budget:
         for name in ("quota", "target_mix"):
             for domain in self.rule.get(name, {}):
                 flag = "--" + name.replace("_", "-")
-                if domains == ():
+                if not domains:
                     raise UserError(f"{flag} needs domains, and this method has none; use daar, or give --keep alone")
-                if domains is not None and domain not in domains and not (name == "quota" and domain == "*"):
+                if domain not in domains and not (name == "quota" and domain == "*"):
                     raise UserError(f"{flag} names the domain {domain!r}, which is not one of {', '.join(domains)}")
 
     def cut(self, scores: Scores) -> Subset:
@@ -165,7 +165,8 @@ def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, p
     started = perf_counter()
     pool = read_pool(options)
     seconds = perf_counter() - started
-    budget.check(pool, domains_of(method))
+    method.cache = options.cache
+    budget.check(pool, check_method(method))
     if options.shards is not None:
         from .engines.shard import part_of
 
@@ -192,23 +193,37 @@ def read_pool(options: Reading) -> Pool:
 def build(name: str, seed: int, settings: Mapping[str, Any]) -> OfflineMethod:
     """The method by name, with its settings. Raises `UserError` for a setting it does not have."""
     cls = registry.find("offline", name).load()
-    known = [item.name for item in dataclasses.fields(cls) if item.init]
+    fields = {item.name: item for item in dataclasses.fields(cls) if item.init}
     for setting in settings:
-        if setting not in known or setting in PARTS:
-            raise unknown(setting, known, what="setting", where=f"method {name}")
-    given = {"seed": seed, **settings} if "seed" in known else dict(settings)
+        if setting not in fields or setting in PARTS:
+            raise unknown(setting, list(fields), what="setting", where=f"method {name}")
+    given = {"seed": seed, **settings} if "seed" in fields else dict(settings)
+    for setting, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and given.get(setting) is None:
+            raise UserError(f"siftune select {name} needs --{setting.replace('_', '-')}; see its --help")
     method = cls(**given)
     assert isinstance(method, OfflineMethod), cls
     return method
 
 
-def domains_of(method: OfflineMethod) -> tuple[str, ...] | None:
-    """Check a method before anything is loaded; its domains, `()` for none, None where only `fit` knows them.
+def check_method(method: OfflineMethod) -> tuple[str, ...]:
+    """Check settings, seeds and model folder without a weight; the method's domains, `()` where it has none.
 
-    A method may offer `check() -> domains` for this: it raises `UserError` for seeds or a model it cannot use.
+    A method may offer `check()`, which raises `UserError` and returns what holds its `domains`, and `feature_task`,
+    whose `backbone` knows the model's configuration and tokenizer.
     """
-    check: Callable[[], tuple[str, ...] | None] | None = getattr(method, "check", None)
-    return tuple(check() or ()) if check is not None else ()
+    check: Callable[[], Any] | None = getattr(method, "check", None)
+    checked = check() if check is not None else None
+    if backbone := getattr(_features(method), "backbone", None):
+        _ = backbone.config, backbone.tokenizer
+    return tuple(getattr(checked, "domains", ()))
+
+
+def _features(method: OfflineMethod) -> Any:
+    """The task that reads the model for the fit; None for a method that reads no model."""
+    task: Callable[..., Any] | None = getattr(method, "feature_task", None)
+    return None if task is None else task(for_fit=True)
 
 
 def check_out(out: str | None) -> None:
@@ -227,15 +242,16 @@ def inputs_of(method: OfflineMethod) -> dict[str, str]:
     found = {}
     for item in dataclasses.fields(method):  # type: ignore[arg-type]
         value = getattr(method, item.name)
-        if item.name == "model" and isinstance(value, (str, Path)):
-            found["model"] = str(method.backbone.key)  # type: ignore[attr-defined]
-        elif isinstance(value, (str, Path)) and Path(value).is_file():
+        if isinstance(value, (str, Path)) and Path(value).is_file():
             found[item.name] = hash_file(value)
+    if task := _features(method):
+        found["model"] = str(task.key)
     return found
 
 
 def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[str, Any]:
-    """Every option that decides the result, in an order a reader likes: config.yaml, accepted by `--config`."""
+    """Every option that was said or has a default and decides the result, in a reader's order: config.yaml, which
+    `--config` takes."""
     config: dict[str, Any] = {"command": "select", "method": name, "pool": list(options.pool), "seed": options.seed}
     for item in dataclasses.fields(method):  # type: ignore[arg-type]
         if item.init and item.name not in (*PARTS, "seed"):
@@ -244,7 +260,7 @@ def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[s
         config[setting] = plain(getattr(options, setting))
     if all(config[budget] is None for budget in ("keep", "tokens", "quota")):
         config["keep"] = DEFAULT_KEEP
-    return config
+    return {setting: value for setting, value in config.items() if value is not None}
 
 
 def plain(value: Any) -> Any:
@@ -278,9 +294,7 @@ def _equip(run: RunFolder, job: Job) -> Any:
     cache = cache_folder(job.options.cache)
     engine = LocalEngine(Store(cache / "shards"), progress=job.progress)
     job.method.engine = engine
-    job.method.store = Store(cache / "features")  # type: ignore[attr-defined]
-    if hasattr(job.method, "progress"):
-        job.method.progress = job.progress
+    job.method.store = Store(cache / "features")
     return engine
 
 
@@ -288,13 +302,12 @@ def _fit(run: RunFolder, job: Job, key: str) -> OfflineMethod:
     """The fitted method: fitted now, or as the run folder holds it."""
     if type(job.method).fit is OfflineMethod.fit:  # it learns nothing
         return job.method
+    said = {item.name: getattr(job.method, item.name) for item in dataclasses.fields(job.method) if item.init}  # type: ignore[arg-type]
     with run.stage("fit", hash_json([key, "fit"])) as stage:
         if stage.reused:
-            fitted = type(job.method).load(run.folder)  # type: ignore[attr-defined]
-            for name in ("engine", "store", "progress"):
-                if hasattr(job.method, name):
-                    setattr(fitted, name, getattr(job.method, name))
+            fitted = type(job.method).load(run.folder, **said)  # type: ignore[attr-defined]
             assert isinstance(fitted, OfflineMethod)
+            fitted.engine, fitted.store, fitted.cache = job.method.engine, job.method.store, job.method.cache
             return fitted
         engine: Any = job.method.engine
         before = engine.computed, engine.reused

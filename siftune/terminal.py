@@ -21,9 +21,10 @@ FACTS = {
     "temperature": "temperature",
     "calibration_error_before": "calibration error before",
     "calibration_error_after": "calibration error after",
-    "reward_rank_correlation": "rank correlation of both rewards",
+    "spearman_diversity_entropy": "rank correlation of both rewards",
     "reward_r2": "reward variance explained on held-out rows",
     "probe_rows": "rows of the probe set",
+    "rows_truncated": "rows longer than max_length",
 }
 """Facts of a fit that the summary shows, in this order, under these words."""
 
@@ -115,7 +116,8 @@ def show_selection(manifest: Mapping[str, Any], *, out: str, following: Sequence
         shown.print(table("", ("pseudo-domain", "pool", "share", "kept", "share"), lines, numbers=(1, 2, 3, 4)))
     else:
         shown.print()
-    show_stages(shown, manifest)
+    if manifest["stages"]:
+        show_stages(shown, manifest)
     shown.print("\nnext:")
     for line in following:
         shown.print(f"  {line}")
