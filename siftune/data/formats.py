@@ -124,6 +124,8 @@ def _prompt_completion(original: Mapping[str, Any], columns: Mapping[str, str]) 
     prompt, completion = (_column(original, field, columns) for field in ("prompt", "completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         where = columns.get("completion", "completion")
+        if not completion:
+            raise BadRow(f"missing field: {_shown(where)} holds no message")
         return _chat(_turns(prompt, columns.get("prompt", "prompt")) + _turns(completion, where), where)
     question = _text(original, "prompt", columns)
     return question, "", _answer(_text(original, "completion", columns), "completion", columns), ()
