@@ -133,50 +133,24 @@ def held_out_loss(
 
 
 def train(out: Path, *, steps: int, rows: int, length: int, rate: float, vocabulary: int, seed: int) -> dict[str, Any]:
-    """Train from nothing and save model, tokenizer and `training_log.json` into `out`."""
+    """Train from nothing and save model, tokenizer and `training_log.json` into `out`; returns the log."""
     tokenizer = build_tokenizer(vocabulary, seed)
     model = build_model(tokenizer, seed)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-    warm = min(50, steps // 10 + 1)
-    started, losses = time.monotonic(), []
-    source = batches(tokenizer, rows=rows, length=length, seed=seed)
-    for step in range(1, steps + 1):
-        share = (
-            step / warm
-            if step < warm
-            else 0.05 + 0.475 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate * share
-        ids_BT = next(source)
-        with torch.autocast(
-            "cpu", dtype=torch.bfloat16
-        ):  # twice as fast as float32 on one core; the weights stay float32
-            loss = model(input_ids=ids_BT, labels=ids_BT).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 25 == 0 or step == steps:
-            losses.append({"step": step, "loss": round(loss.item(), 4)})
-            print(
-                f"step {step}/{steps} loss {loss.item():.3f} {step * rows * length / (time.monotonic() - started):,.0f} tokens/s",
-                flush=True,
-            )
-    model.eval()
+    started = time.monotonic()
+    losses = fit(model, batches(tokenizer, rows=rows, length=length, seed=seed), steps=steps, rate=rate)
+    seconds = time.monotonic() - started
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # written as 0600, and others must read it
+    said = {"steps": steps, "rows": rows, "length": length, "rate": rate, "vocabulary": vocabulary, "seed": seed}
     log = {
-        "command": f"python -m siftune.demo.train_model --steps {steps} --rows {rows} --length {length} --rate {rate} --vocabulary {vocabulary} --seed {seed}",
+        "command": "python -m siftune.demo.train_model "
+        + " ".join(f"--{name} {value}" for name, value in said.items()),
         "data": "siftune.demo.corpus (pool part) and siftune.demo.prompts, nothing else",
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": steps * rows * length,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -189,6 +163,35 @@ def train(out: Path, *, steps: int, rows: int, length: int, rate: float, vocabul
     }
     (out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     return log
+
+
+def fit(model: LlamaForCausalLM, source: Iterator[torch.Tensor], *, steps: int, rate: float) -> list[dict[str, Any]]:
+    """`steps` steps of AdamW, warmed up, then cosine down to a twentieth; returns the losses seen on the way."""
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+    warm = min(50, steps // 10 + 1)
+    started, tokens, losses = time.monotonic(), 0, []
+    for step in range(1, steps + 1):
+        past = (step - warm) / max(1, steps - warm)
+        share = step / warm if step < warm else 0.05 + 0.475 * (1 + math.cos(math.pi * past))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share
+        ids_BT = next(source)
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # twice as fast on one core; the weights stay float32
+            loss = model(input_ids=ids_BT, labels=ids_BT).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += ids_BT.numel()
+        if step % 25 == 0 or step == steps:
+            losses.append({"step": step, "loss": round(loss.item(), 4)})
+            speed = tokens / (time.monotonic() - started)
+            print(f"step {step}/{steps} loss {loss.item():.3f} {speed:,.0f} tokens/s", flush=True)
+    model.eval()
+    return losses
 
 
 def _plain(row: dict[str, str]) -> str:
