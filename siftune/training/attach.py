@@ -159,7 +159,7 @@ class Attachment:
                 check_batch(batch)
             self._checked = True
         if step < self.selector.start_step:
-            sifted = keep_all(candidates, f"before start_step={self.selector.start_step}: every row is kept")
+            sifted = keep_all(candidates, f"no selection before start_step={self.selector.start_step}")
         else:
             with self.meter.scoring(device):
                 placed = [_on(device, batch) for batch in candidates]

@@ -92,6 +92,7 @@ def check_budget(trainer: Any, selector: OnlineMethod, size: int) -> None:
     if getattr(selector, "window", "micro") != "step":
         selector.check_keep(size)
         return
+    selector.check()
     candidates = size * micro_batches
     if parse_keep(selector.keep).rows(candidates) < 1:
         raise UserError(

@@ -65,7 +65,7 @@ def sift(
     scores: list[RowScores] = []
     kept: list[torch.Tensor] = []
     for batch in batches:
-        measured = selector.measure(model, batch)
+        measured = _measure(selector, model, batch)
         said = _answers_first(selector.combine(measured), batch)
         chosen = selector.choose(said, measured, selector.count(measured.rows))
         selector.commit(measured, said, chosen)
@@ -75,10 +75,23 @@ def sift(
     return _sifted(trained, batches, _join(scores), torch.cat(kept))
 
 
+def _measure(selector: OnlineMethod, model: torch.nn.Module, batch: Batch) -> Measured:
+    """Measure in chunks of what the kept micro-batch will hold, unless the user said otherwise: candidates then cost no
+    more activation memory than training does."""
+    if selector.score_tokens is not None:
+        return selector.measure(model, batch)
+    rows, width = batch["input_ids"].shape
+    selector.score_tokens = max(1, selector.count(rows) * width)
+    try:
+        return selector.measure(model, batch)
+    finally:
+        selector.score_tokens = None
+
+
 def _across(
     selector: OnlineMethod, model: torch.nn.Module, batches: Sequence[Batch], padding: Padding, blanks: bool
 ) -> Sifted:
-    parts = [selector.measure(model, batch) for batch in batches]
+    parts = [_measure(selector, model, batch) for batch in batches]
     measured = Measured.join(parts)
     joined = _join([_answers_first(_silent(part), batch) for part, batch in zip(parts, batches, strict=True)])
     scores = _without(selector.combine(measured), joined.reasons)
