@@ -71,6 +71,8 @@ class OnlineMethod(ABC):
 
     _selections: int = 0
     """Selections made, saved with the state."""
+    _stale: bool = True
+    """Whether the trained weights may have moved since something was derived from them."""
 
     def check(self) -> None:
         """Refuse options that cannot work, before any model is run. Raises `UserError` that names value and way out.
@@ -88,6 +90,7 @@ class OnlineMethod(ABC):
     def new_step(self) -> None:
         """An optimiser step begins: what was derived from trained weights is stale. The trainer hook calls it once
         per optimiser step before scoring; `score` and `select` call it themselves."""
+        self._stale = True
 
     # --- the four steps -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,265 @@
+"""The final hidden states of a causal LM, without its logits: one forward pass, a hook on the decoder's output.
+
+The forward goes through the model as it is handed in (DDP, PEFT, autocast wrappers included), in eval mode, without
+gradients, keys and values, labels or more than one column of logits; everything is left as it was found. The
+collator's tensors are forwarded as they are: never padded again, never turned to the other side.
+Cost: one forward of the backbone. Sources: UDS (arXiv 2510.16882) for the use, `transformers` for the interfaces.
+
+Axes: `B` rows of the batch, `R` rows of a chunk, `T` columns, `N` positions wanted of a row, `D` hidden width,
+`V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A causal LM taken apart: what scoring hooks, reads and calls."""
+
+    called: nn.Module
+    """What the forward goes through: the model as given, less an outermost `torch.compile`."""
+    causal: nn.Module
+    """The `transformers` model inside the wrappers: it holds the configuration and the head."""
+    decoder: nn.Module
+    """Its output, after the final norm, is what the head reads."""
+    head: nn.Module
+    """The output embeddings, as the wrappers left them (LoRA, trained copies)."""
+    config: Any
+    """The configuration of the text model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Hidden states of some rows of a batch, from one forward pass."""
+
+    rows: list[int]
+    """Positions in the batch."""
+    states: list[torch.Tensor]
+    """Per row `(N, D)`: the wanted positions, in order, in the model's own dtype and on its device."""
+    probe_states: torch.Tensor
+    """`(R, D)`: the states of the last column ..."""
+    probe_logits: torch.Tensor | None
+    """... and `(R, V)`: the model's own logits there, to hold a head formula against. None where it gives none."""
+
+
+# --- taking a model apart -------------------------------------------------------------------------------------------
+
+
+def take_apart(model: nn.Module) -> Parts:
+    """Find decoder and head inside any nesting of DDP, FSDP, PEFT and `torch.compile`.
+
+    Raises `UserError` for encoder-decoders, for models without output embeddings and for what is no language model.
+
+    >>> parts = take_apart(peft_model)
+    >>> parts.head.weight.shape, parts.config.vocab_size
+    """
+    called: Any = getattr(model, "_orig_mod", model)  # a compiled outermost wrapper would never fire a hook made later
+    causal: Any = called
+    while (inner := _unwrapped(causal)) is not causal:
+        causal = inner
+    kind = type(causal).__name__
+    config = getattr(causal, "config", None)
+    if config is None or not hasattr(causal, "get_output_embeddings"):
+        raise UserError(f"{kind} is not a transformers language model; online scoring needs an AutoModelForCausalLM")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{kind} is an encoder-decoder, whose rows have two sequences; use a decoder-only causal LM")
+    head = causal.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{kind} has no output embeddings; load the model with AutoModelForCausalLM")
+    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else causal.base_model
+    if decoder is causal or not isinstance(decoder, nn.Module):
+        raise UserError(f"{kind} does not tell its decoder from its head; use an AutoModelForCausalLM architecture")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return Parts(called, causal, decoder, head, text)
+
+
+def _unwrapped(module: Any) -> Any:
+    """One wrapper less: compiled module, PEFT model, or anything that keeps the model in `.module` (DDP, FSDP)."""
+    if hasattr(module, "_orig_mod"):
+        return module._orig_mod
+    if hasattr(module, "get_base_model"):
+        return module.get_base_model()
+    inner = getattr(module, "module", None)
+    return inner if isinstance(inner, nn.Module) and not hasattr(module, "get_output_embeddings") else module
+
+
+# --- which positions ------------------------------------------------------------------------------------------------
+
+
+def real_tokens(batch: Batch) -> torch.Tensor:
+    """Which positions hold a real token: bool `(B, T)`, on the CPU.
+
+    Without a mask all do. A 2-D mask says so itself; in a 4-D mask (boolean or additive) a real token is one that
+    may attend to itself. Raises `UserError` for any other mask.
+    """
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones(ids.shape, dtype=torch.bool)
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        return mask.detach().cpu() != 0
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[-1] == mask.shape[-2] == ids.shape[1]:
+        diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1).detach().cpu()
+        seen = diagonal == 0 if diagonal.is_floating_point() else diagonal != 0
+        return seen.expand(ids.shape).clone()
+    found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    raise UserError(f"attention_mask of {found} fits no input_ids of {tuple(ids.shape)}; give one 0/1 per token")
+
+
+def predicting_tokens(batch: Batch) -> torch.Tensor:
+    """Which positions predict a token that counts in the loss: bool `(B, T)`, on the CPU; the last column never does.
+
+    Position t predicts token t + 1, so these are the logits that a causal LM's loss reads. Raises `UserError` where
+    the batch has no labels.
+    """
+    labels = batch.get("labels")
+    if labels is None:
+        raise UserError("the batch has no labels, which tell the answer's tokens; give labels with -100 on the prompt")
+    wanted = torch.zeros(labels.shape, dtype=torch.bool)
+    wanted[:, :-1] = labels[:, 1:].detach().cpu() != -100
+    return wanted
+
+
+# --- the forward pass -----------------------------------------------------------------------------------------------
+
+
+def walk(parts: Parts, batch: Batch, wanted: torch.Tensor, *, score_tokens: int | None = None) -> Iterator[Chunk]:
+    """Hidden states of the positions `wanted` (bool `(B, T)`), row by row, in chunks of one forward pass each.
+
+    Rows are walked in order of length; a chunk holds at most `score_tokens` padded tokens (at least one row). Rows
+    that want no position are left out. Raises `UserError` when the hook on the decoder does not fire.
+    """
+    columns = wanted.shape[1]
+    for rows, width in _chunks(batch, wanted, score_tokens):
+        states, logits = _forward(parts, _rows_of_batch(parts, batch, rows, width), last_logits_only=True)
+        states = states[:, -width:]  # prompt tuning puts virtual tokens in front
+        masks = wanted[rows][:, :width].to(states.device)
+        picked = [state[mask] for state, mask in zip(states, masks, strict=True)]
+        assert width <= columns
+        yield Chunk(rows, picked, states[:, -1], None if logits is None else logits[:, -1])
+
+
+def walk_logits(parts: Parts, batch: Batch, wanted: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """The model's own logits `(N, V)` of the positions `wanted`, one row at a time: where no formula for the head
+    holds. Rows that want no position are left out."""
+    for row in wanted.any(dim=1).nonzero().flatten().tolist():
+        _, logits = _forward(parts, _rows_of_batch(parts, batch, [row], wanted.shape[1]), last_logits_only=False)
+        assert logits is not None, "a causal LM without logits"
+        own = logits[0, -wanted.shape[1] :]
+        yield row, own[wanted[row].to(own.device)]
+
+
+def _chunks(batch: Batch, wanted: torch.Tensor, score_tokens: int | None) -> Iterator[tuple[list[int], int]]:
+    """Rows of each chunk, and the columns it needs: trailing columns that are padding in all its rows are dropped.
+
+    Only when the batch is walked in chunks, and only where the mask is 2-D (or absent) and no tensor has an axis that
+    could not be told apart. Columns on the left are never dropped: learned positions would move.
+    """
+    rows, columns = wanted.shape
+    wanting = wanted.any(dim=1).nonzero().flatten()
+    if score_tokens is None or len(wanting) == 0 or rows * columns <= score_tokens:
+        if len(wanting):
+            yield wanting.tolist(), columns
+        return
+    mask = batch.get("attention_mask")
+    trims = mask is None or mask.ndim == 2
+    last = real_tokens(batch) | wanted
+    ends = torch.where(last, torch.arange(1, columns + 1), 0).amax(dim=1) if trims else torch.full((rows,), columns)
+    chunk: list[int] = []
+    for row in wanting[torch.argsort(ends[wanting], stable=True)].tolist():
+        if chunk and (len(chunk) + 1) * int(ends[row]) > score_tokens:
+            yield chunk, int(ends[chunk[-1]])
+            chunk = []
+        chunk.append(row)
+    yield chunk, int(ends[chunk[-1]])
+
+
+def _rows_of_batch(parts: Parts, batch: Batch, rows: list[int], width: int) -> dict[str, Any]:
+    """The model's arguments for some rows and the first `width` columns, on the model's device."""
+    count, columns = batch["input_ids"].shape
+    device = next(parts.causal.parameters()).device
+    accepted = _parameters(parts.causal)
+    arguments: dict[str, Any] = {}
+    for name, value in batch.items():
+        if name in ("labels", "use_cache") or (name not in accepted and "**" not in accepted):
+            continue
+        if isinstance(value, torch.Tensor):
+            if value.ndim and len(value) == count and rows != list(range(count)):
+                value = value[torch.tensor(rows, device=value.device)]
+            if value.ndim == 2 and value.shape[1] == columns and width < columns:
+                value = value[:, :width]
+            value = value.to(device)
+        arguments[name] = value
+    return arguments
+
+
+def _parameters(causal: nn.Module) -> set[str]:
+    """Names that the model's forward accepts; `**` stands for any."""
+    parameters = inspect.signature(type(causal).forward).parameters.values()
+    return {"**" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters}
+
+
+def _forward(parts: Parts, arguments: dict[str, Any], *, last_logits_only: bool) -> tuple[torch.Tensor, Any]:
+    """Decoder output `(R, T', D)` and whatever logits the model gives, with nothing left changed."""
+    caught: list[torch.Tensor] = []
+
+    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        caught.append(state.detach())
+
+    accepted = _parameters(parts.causal)
+    if last_logits_only:
+        arguments |= {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in accepted}
+    if {"use_cache", "**"} & accepted:
+        arguments["use_cache"] = False  # in eval mode the default returns every candidate's keys and values
+    handle = parts.decoder.register_forward_hook(catch)
+    try:
+        with torch.no_grad(), evaluating(parts.called):
+            output = parts.called(**arguments)
+    finally:
+        handle.remove()
+    if len(caught) != 1:
+        raise UserError(
+            f"the decoder {type(parts.decoder).__name__} was seen {len(caught)} times in one scoring forward; a model "
+            "compiled in place hides it: turn torch_compile off, or compile with torch.compile(model)"
+        )
+    return caught[0], getattr(output, "logits", None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, then every module's own training flag again; the global random state is as before, too."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+
+
+@contextmanager
+def exact_math(device: torch.device) -> Iterator[None]:
+    """Score mathematics in the dtype written: no autocast, no TF32 or bf16 inside float32 products, no gradients."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

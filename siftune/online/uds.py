@@ -1,0 +1,334 @@
+"""UDS: the rows of a batch that are useful and novel, from the forward pass alone (arXiv 2510.16882).
+
+    s_intra = ‖L‖_*                           nuclear norm of the row's logits L: utility and diversity inside the row
+    s_inter = mean over memory of ‖z − z_j‖   distance of the row's sketch z to those of recently kept rows
+    s       = s_intra + α s_inter             higher is better; the best K of B are kept and remembered
+
+Logits are never formed (siftune.online.nuclear, siftune.online.sketch); padding never enters a score.
+Cost: one forward of the backbone, and about 1 % of it for the scores of a frozen head.
+
+Axes: `B` candidates, `N` tokens of a row, `V` vocabulary, `S` = d₁·d₂ numbers of a sketch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ..budget import Keep
+from ..errors import UserError
+from ..models.hidden import exact_math, predicting_tokens, real_tokens
+from ..records import RowScores
+from .base import Batch, Measured, OnlineMethod, at_least, one_of
+from .memory import Memory, pairwise
+from .nuclear import Norms, gram_of_blocks, groups, lanczos_norms, norms, norms_of_grams
+from .sketch import Sketch
+from .view import Seen, View
+
+PAPER_ALPHA = 1.5e-3
+"""α of the authors' training script."""
+FORGET = 0.99
+"""Weight that the running spreads of `alpha="auto"` keep per selection: a memory of about 100 selections."""
+
+
+@dataclass(kw_only=True, eq=False)
+class UDS(OnlineMethod):
+    """Keeps the K candidates with the largest `intra + alpha * inter`.
+
+    >>> kept = UDS(keep=2).select(model, batch)
+    >>> kept.indices, kept.scores.total, kept.scores.intra, kept.scores.inter
+    """
+
+    name: ClassVar[str] = "uds"
+
+    keep: Keep
+    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
+    alpha: float | Literal["auto"] = "auto"
+    """Weight of `inter`, >= 0. `auto` is the ratio of the two terms' running spreads among candidates that were
+    compared with each other; with `compat="paper"` it stands for the authors' 1.5e-3."""
+    memory: int = 1024
+    """Kept rows that are remembered (the paper's M); 0 turns the memory off."""
+    sketch: tuple[int, int] = (128, 8)
+    """(d₁, d₂) of the sketch, over vocabulary and positions. `uds.sketch.signs` and `.indices` show its draw."""
+    norm: Literal["nuclear", "frobenius", "blend"] | float = "nuclear"
+    """Norm of the logits. A number w in [0, 1] is `w * nuclear + (1 - w) * frobenius`; `blend` is w = 0.5."""
+    window: str = "micro"
+    """Choose within each micro-batch (`micro`, the paper) or across the accumulation window (`step`)."""
+    scope: str = "global"
+    """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
+    tokens: Literal["all", "answer"] = "all"
+    """Logits that count: at every real token (the paper), or at those that predict a token with a label."""
+    score_tokens: int | None = None
+    """Padded tokens of one scoring forward at most; None is the whole batch at once (the trainer hook sets its own)."""
+    start_step: int = 0
+    """Optimiser steps before the first selection; until then every row is kept."""
+    seed: int = 0
+    """Seed of the sketch, of the reservoir and of Lanczos probes."""
+    compat: Literal["paper"] | None = None
+    """`paper`: the authors' scaling of the sketch and their α, so that their α means the same."""
+    within: float = 0.0
+    """Weight, >= 0, of a further term inside `inter`: the mean distance to the other candidates of the same choice."""
+    apart: float = 0.0
+    """Greedy diversity inside a choice: a candidate whose sketch is nearer to a better kept one than this share, in
+    [0, 1], of the longer of the two is kept only when nothing else is left. 0 is off; 0.1 catches near-copies."""
+    length_norm: Literal["none", "sqrt", "tokens"] = "none"
+    """Divide `intra` by 1 (the paper), by √N or by N, the tokens that count."""
+    keep_tokens: int | None = None
+    """Token budget of one choice, beside `keep`: best rows first while the tokens that count fit, at least one row."""
+    precision: Literal["exact", "fast"] = "exact"
+    """`fast`: matrix products in place of eigenvalues (to 1e-4, shown per row, else exact); pays on accelerators."""
+    memory_policy: Literal["fifo", "reservoir"] = "fifo"
+    """Which rows are remembered: the latest (the paper), or a uniform sample of all kept so far."""
+    lanczos_above: int | None = None
+    """Rows with more tokens than this have their nuclear norm estimated by stochastic Lanczos quadrature; the
+    relative standard error is the part `intra_error`. None is exact at every length."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sketch, (tuple, list)):  # equal to what was given, and able to show its draw
+            self.sketch = Sketch(self.sketch, seed=self.seed, paper=self.compat == "paper")
+        self._memory = Memory(self.memory, policy=self.memory_policy, seed=self.seed)
+        self._view = View()
+        self._spread_intra = 0.0
+        self._spread_inter = 0.0
+
+    def check(self) -> None:
+        super().check()
+        if self.alpha != "auto":
+            at_least("alpha", self.alpha, 0.0)
+        at_least("memory", self.memory, 0)
+        if not isinstance(self.sketch, Sketch) or len(self.sketch) != 2:
+            raise UserError(f"sketch={self.sketch!r} must be two numbers, such as (128, 8)")
+        for side in self.sketch:
+            at_least("sketch", side, 1)
+        if isinstance(self.norm, str):
+            one_of("norm", self.norm, ("nuclear", "frobenius", "blend"))
+        elif isinstance(self.norm, bool) or not 0 <= self.norm <= 1:
+            raise UserError(f"norm={self.norm!r} must be nuclear, frobenius, blend or the nuclear share in [0, 1]")
+        one_of("tokens", self.tokens, ("all", "answer"))
+        if self.compat is not None:
+            one_of("compat", self.compat, ("paper",))
+        at_least("within", self.within, 0.0)
+        if not 0 <= self.apart <= 1:
+            raise UserError(f"apart={self.apart!r} must be a share of a sketch's length in [0, 1]")
+        one_of("length_norm", self.length_norm, ("none", "sqrt", "tokens"))
+        one_of("precision", self.precision, ("exact", "fast"))
+        one_of("memory_policy", self.memory_policy, ("fifo", "reservoir"))
+        if self.lanczos_above is not None:
+            at_least("lanczos_above", self.lanczos_above, 1)
+
+    # --- measure ------------------------------------------------------------------------------------------------------
+
+    def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
+        """Columns `intra` `(B,)`, `sketch` `(B, S)` (float64), `tokens` `(B,)` (int64), `intra_error` where asked."""
+        wanted = real_tokens(batch)
+        if self.tokens == "answer":
+            wanted &= predicting_tokens(batch)
+        rows = len(wanted)
+        result = _Columns(rows, self.sketch[0] * self.sketch[1])
+        for seen in self._view.rows(model, batch, wanted, score_tokens=self.score_tokens):
+            self._bind(seen.vocabulary)
+            if seen.head is not None:
+                self._view.forget(seen.head, stale=self._stale)
+                self._stale = False
+            device = seen.head.device if seen.head is not None else torch.device("cpu")
+            with exact_math(device):
+                if seen.head is not None and seen.head.cap is None:
+                    self._measure_linear(seen, seen.head, result)
+                else:
+                    self._measure_blocks(seen, result)
+        what = "real" if self.tokens == "all" else "answer"
+        result.close(wanted, f"no {what} tokens to score")
+        columns = {"intra": result.intra, "sketch": result.sketch, "tokens": wanted.sum(dim=1)}
+        if self.lanczos_above is not None:
+            columns["intra_error"] = result.error
+        return Measured(rows, columns, result.reasons)
+
+    def _measure_linear(self, seen: Seen, head: Any, result: _Columns) -> None:
+        factor = self._view.factor(head)
+        projected = self._view.projected(head, self._sketch) * head.multiplier
+        lengths = [len(inputs) for inputs in seen.inputs]
+        for group in groups(lengths, head.device):
+            some = [lengths[index] for index in group]
+            padded = torch.nn.utils.rnn.pad_sequence([seen.inputs[index] for index in group], batch_first=True)
+            sketches = self._sketch.apply(padded, projected).cpu()
+            if self.lanczos_above is not None and max(some) > self.lanczos_above:
+                found = [self._long_or_exact(seen.inputs[index], factor) for index in group]
+            else:
+                found = norms(padded, some, factor, precision=self.precision)
+            for index, sketch, norm in zip(group, sketches, found, strict=True):
+                result.put(seen.rows[index], self._intra(norm, lengths[index], abs(head.multiplier)), norm, sketch)
+
+    def _measure_blocks(self, seen: Seen, result: _Columns) -> None:
+        """A capped head, or the model's own logits: the vocabulary is walked once, in blocks."""
+        for index, row in enumerate(seen.rows):
+            sketch = torch.zeros(1, dtype=torch.float64)
+
+            def walked(index: int = index) -> Any:
+                nonlocal sketch
+                for start, stop, block in seen.blocks(index):
+                    time = self._sketch.rows(len(block)).to(block.device)
+                    columns = self._sketch.columns(start, stop).to(block.device)
+                    sketch = sketch.to(block.device) + (time @ block.double()) @ columns.T
+                    yield block
+
+            gram = gram_of_blocks(walked())
+            (norm,) = norms_of_grams(gram[None], [len(gram)], precision=self.precision)
+            result.put(row, self._intra(norm, len(gram), 1.0), norm, sketch.flatten().cpu())
+
+    def _long_or_exact(self, inputs: torch.Tensor, factor: Any) -> Norms:
+        assert self.lanczos_above is not None
+        if len(inputs) > self.lanczos_above:
+            return lanczos_norms(inputs, factor, seed=self.seed)
+        return norms(inputs[None], [len(inputs)], factor, precision=self.precision)[0]
+
+    def _intra(self, norm: Norms, tokens: int, multiplier: float) -> float:
+        if norm.fell_back:
+            warnings.warn(
+                "precision='fast' could not show 1e-4 for some rows, which were computed exactly", stacklevel=5
+            )
+        share = {"nuclear": 1.0, "frobenius": 0.0, "blend": 0.5}[self.norm] if isinstance(self.norm, str) else self.norm
+        value = multiplier * (share * norm.nuclear + (1 - share) * norm.frobenius)
+        return value / {"none": 1.0, "sqrt": math.sqrt(tokens), "tokens": tokens}[self.length_norm]
+
+    # --- combine, choose, commit --------------------------------------------------------------------------------------
+
+    def combine(self, measured: Measured) -> RowScores:
+        """Parts `intra`, `inter`, `alpha` (the α in use, the same for all rows) and `intra_error` where asked."""
+        intra, sketch = measured.columns["intra"], measured.columns["sketch"]
+        inter = self._memory.distances(sketch) + self._within(sketch)
+        alpha = torch.where(torch.isnan(intra), torch.nan, self._alpha(intra, inter)).double()
+        parts = {"intra": intra, "inter": inter, "alpha": alpha}
+        if "intra_error" in measured.columns:
+            parts["intra_error"] = measured.columns["intra_error"]
+        return RowScores(intra + alpha * inter, parts, dict(measured.reasons))
+
+    def choose(self, scores: RowScores, measured: Measured, count: int) -> torch.Tensor:
+        """As `OnlineMethod.choose`; with `apart`, near-copies of better rows go behind all others."""
+        if self.apart == 0:
+            return super().choose(scores, measured, count)
+        total = torch.where(torch.isnan(scores.total), -torch.inf, scores.total)
+        sketch = measured.columns["sketch"]
+        lengths = sketch.norm(dim=1)
+        near = pairwise(sketch, sketch) < self.apart * torch.maximum(lengths[:, None], lengths)
+        taken: list[int] = []
+        copies: list[int] = []
+        for row in torch.argsort(-total, stable=True).tolist():
+            (copies if taken and bool(near[row, taken].any()) else taken).append(row)
+        unscored = [row for row in taken if bool(torch.isnan(scores.total[row]))]
+        order = [row for row in taken if row not in unscored] + copies + unscored
+        return self.affordable(torch.tensor(order, dtype=torch.int64), measured)[:count].sort().values
+
+    def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
+        self._spread_intra, self._spread_inter = self._spreads(scores.intra, scores.inter)
+        sketches = measured.columns["sketch"][kept]
+        self._memory.push(sketches[torch.isfinite(sketches).all(dim=1)])
+        self._selections += 1
+
+    def _within(self, sketch: torch.Tensor) -> torch.Tensor:
+        """`within` times the mean distance to the other candidates that have a score, `(B,)`."""
+        finite = torch.isfinite(sketch).all(dim=1)
+        others = int(finite.sum()) - 1
+        if self.within == 0 or others < 1:
+            return torch.zeros(len(sketch), dtype=torch.float64)
+        return self.within * pairwise(sketch, sketch[finite]).sum(dim=1) / others
+
+    def _alpha(self, intra: torch.Tensor, inter: torch.Tensor) -> float:
+        if self.alpha != "auto":
+            return float(self.alpha)
+        if self.compat == "paper":
+            return PAPER_ALPHA
+        spread_intra, spread_inter = self._spreads(intra, inter)
+        return math.sqrt(spread_intra / spread_inter) if spread_inter > 0 else 0.0
+
+    def _spreads(self, intra: torch.Tensor, inter: torch.Tensor) -> tuple[float, float]:
+        """Running sums of the two terms' variances among candidates that were compared, these included.
+
+        Variances inside a choice, because a drift of all candidates together decides nothing; both with the same
+        weights, so that their ratio is that of the spreads. Choices in which `inter` says nothing are left out.
+        """
+        finite = torch.isfinite(intra) & torch.isfinite(inter)
+        if int(finite.sum()) < 2 or float(inter[finite].var()) == 0:
+            return self._spread_intra, self._spread_inter
+        return (
+            FORGET * self._spread_intra + float(intra[finite].var()),
+            FORGET * self._spread_inter + float(inter[finite].var()),
+        )
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensor `sketches` `(<= M, S)` and plain numbers: counters, spreads, and what the sketches were drawn with."""
+        state = self._memory.state_dict()
+        if len(self._memory) == 0:
+            state["sketches"] = torch.zeros(0, self.sketch[0] * self.sketch[1], dtype=torch.float64)
+        return {
+            **state,
+            "selections": self._selections,
+            "spread_intra": self._spread_intra,
+            "spread_inter": self._spread_inter,
+            "drawn": self._drawn(),
+            "vocabulary": self._sketch.vocabulary or 0,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises `UserError` when the state belongs to another method or was drawn with other options."""
+        if set(state) != set(self.state_dict()):
+            raise UserError(f"this is no state of uds: it holds {', '.join(state) or 'nothing'}; start without it")
+        for name, mine in self._drawn().items():
+            if state["drawn"].get(name) != mine:
+                raise UserError(
+                    f"the saved state was made with {name}={state['drawn'].get(name)!r} and this selector has {mine!r}; "
+                    f"set {name} as it was"
+                )
+        self._memory.load_state_dict(state)
+        self._selections = int(state["selections"])
+        self._spread_intra, self._spread_inter = float(state["spread_intra"]), float(state["spread_inter"])
+        if state["vocabulary"]:
+            self._sketch.bind(int(state["vocabulary"]))
+
+    def _drawn(self) -> dict[str, Any]:
+        """Options that the remembered sketches depend on, as plain values."""
+        return {
+            "sketch": list(self.sketch),
+            "seed": self.seed,
+            "compat": self.compat,
+            "memory_policy": self.memory_policy,
+        }
+
+    @property
+    def _sketch(self) -> Sketch:
+        assert isinstance(self.sketch, Sketch)
+        return self.sketch
+
+    def _bind(self, vocabulary: int) -> None:
+        if len(self._memory) and self._sketch.vocabulary not in (None, vocabulary):
+            raise UserError(
+                f"this selector remembers rows of a model with {self._sketch.vocabulary} logits, and this model has "
+                f"{vocabulary}; use a new selector"
+            )
+        self._sketch.bind(vocabulary)
+
+
+class _Columns:
+    """The measurements of one batch while its rows arrive, in any order."""
+
+    def __init__(self, rows: int, numbers: int) -> None:
+        self.intra = torch.full((rows,), torch.nan, dtype=torch.float64)
+        self.error = torch.full((rows,), torch.nan, dtype=torch.float64)
+        self.sketch = torch.full((rows, numbers), torch.nan, dtype=torch.float64)
+        self.reasons: dict[int, str] = {}
+
+    def put(self, row: int, intra: float, norm: Norms, sketch: torch.Tensor) -> None:
+        self.intra[row], self.error[row], self.sketch[row] = intra, norm.error, sketch
+
+    def close(self, wanted: torch.Tensor, empty: str) -> None:
+        """Give every row without finite measurements its reason, and NaN in all columns."""
+        finite = torch.isfinite(self.intra) & torch.isfinite(self.sketch).all(dim=1)
+        for row in (~finite).nonzero().flatten().tolist():
+            self.intra[row], self.error[row], self.sketch[row] = torch.nan, torch.nan, torch.nan
+            self.reasons[row] = "its hidden states are not finite" if bool(wanted[row].any()) else empty
