@@ -26,12 +26,14 @@ class Screen:
         """One paragraph; paths and commands are never broken over lines."""
         self._console.print(text, style=style, soft_wrap=True)
 
-    def pool(self, path: Path, count: int) -> None:
+    def pool(self, path: Path, count: int, per_domain: int) -> None:
         """What the pool is."""
         self.say("1. A pool of mixed rows", "bold")
         self.say(f"{count} made rows of four domains in {path}. The domain labels are hidden from the method.\n")
         self.say("2. DaaR chooses 20 % of them", "bold")
-        self.say("It is told 15 example rows per domain and reads the first 3 layers of an embedded 1.8 M model.")
+        self.say(
+            f"It is told {per_domain} example rows per domain and reads the first 3 layers of an embedded 1.8 M model."
+        )
 
     def offline(self, facts: Mapping[str, Any]) -> None:
         """What DaaR chose, by hidden label; agreement; accuracy; rewards."""

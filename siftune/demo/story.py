@@ -24,6 +24,7 @@ from . import corpus, show
 from .embedded import model_folder
 
 KEEP = "20%"
+SEEDS_PER_DOMAIN = 15
 BINS = 12
 
 
@@ -67,9 +68,9 @@ def run(
     folder = Path(run_folder)
     screen = show.Screen(silent=quiet or json)
     started = perf_counter()
-    data = corpus.write(folder / "data", count=count, seed=seed)
+    data = corpus.write(folder / "data", count=count, per_domain=SEEDS_PER_DOMAIN, seed=seed)
     seconds = {"write the pool": perf_counter() - started}
-    screen.pool(data / "pool.jsonl", count)
+    screen.pool(data / "pool.jsonl", count, SEEDS_PER_DOMAIN)
     facts: dict[str, Any] = {"run": str(folder), "seconds": seconds}
     began = perf_counter()
     settings = {"model": str(model_folder()), "seeds": str(data / "seeds.jsonl")}

@@ -13,7 +13,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from ..models.checkpoint import quiet
 
 TRAINED = 4
 """Rows trained per step."""
@@ -49,12 +58,12 @@ def compare(
     tokenizer = AutoTokenizer.from_pretrained(model)
     train, held = tokenised(tokenizer, rows), tokenised(tokenizer, held_out[:HELD_OUT_ROWS])
     collate = DataCollatorForSeq2Seq(tokenizer)
-    before = held_out_loss(AutoModelForCausalLM.from_pretrained(model), held, collate)
+    before = held_out_loss(load(model), held, collate)
     runs = {}
     for name, selector in (("plain", None), ("uds", UDS(keep=TRAINED, seed=seed))):
         candidates = TRAINED if selector is None else CANDIDATES
         trained, seconds = fine_tune(
-            AutoModelForCausalLM.from_pretrained(model),
+            load(model),
             train,
             collate,
             folder / name,
@@ -72,6 +81,12 @@ def compare(
         "loss_before": round(before, 4),
         "runs": runs,
     }
+
+
+def load(model: Path) -> Any:
+    """The model in float32, without the loader's notes."""
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(model)
 
 
 def fine_tune(
@@ -101,6 +116,7 @@ def fine_tune(
     )
     with torch.random.fork_rng(devices=[]):  # the trainer seeds the global generators
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)
         if selector is not None:
             from ..training.attach import attach
 
