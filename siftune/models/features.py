@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..data.formats import text_of
+from ..errors import UserError
 from ..records import Pool, Shard, ShardResult
 from .backbone import Backbone
 from .tokenise import Tokenised, tokenise
@@ -81,6 +82,7 @@ def extract_tokens(
 ) -> Features:
     """As `extract`, for texts already tokenised."""
     lengths = np.fromiter((len(row.ids) for row in rows), dtype=np.int32, count=len(rows))
+    _check_ids(backbone, rows)
     budget = token_budget or TOKEN_BUDGET.get(backbone.torch_device.type, TOKEN_BUDGET["cuda"])
     order: list[int] = []
     means = []
@@ -100,6 +102,15 @@ def extract_tokens(
     features_2BD[:, ~finite] = np.nan
     truncated = np.fromiter((row.truncated for row in rows), dtype=np.bool_, count=len(rows))
     return Features(features_2BD[0], features_2BD[1], lengths, truncated, reasons)
+
+
+def _check_ids(backbone: Backbone, rows: Sequence[Tokenised]) -> None:
+    largest = max((int(row.ids.max()) for row in rows if len(row.ids)), default=-1)
+    if largest >= int(backbone.config.vocab_size):
+        raise UserError(
+            f"the tokenizer of model={backbone.model!r} gives token {largest}, and the model knows "
+            f"{backbone.config.vocab_size}; the two do not belong together"
+        )
 
 
 def batches(lengths: NDArray[np.int32], token_budget: int) -> Iterator[list[int]]:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from siftune.errors import UserError
 from siftune.models import tokenise as tokenising
 from siftune.models.backbone import Backbone
 from siftune.models.features import NO_TOKENS, NOT_FINITE, FeatureTask, batches, extract
@@ -121,6 +122,12 @@ def test_what_has_no_features_says_why(llama: Path) -> None:
     assert np.isnan(broken.hidden[1]).all()
     assert np.isfinite(broken.hidden[0]).all()
     assert len(extract(backbone, [])) == 0
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "llama", vocabulary=100)
+    with pytest.raises(UserError, match="do not belong together"):
+        extract(Backbone(str(folder)), ["zzz"])
 
 
 def test_long_rows_are_cut_and_counted(llama: Path) -> None:
