@@ -1,0 +1,91 @@
+"""A chat model's folder: how a conversation is put to it, what ends its replies, its weights, its content hash.
+
+Cost: the weights once; their hash once per file, remembered by size, time and inode.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.files import cache_folder, hash_file, hash_json
+from ..errors import UserError
+from .backbone import Backbone
+from .checkpoint import TOKENIZER_FILES, quiet
+from .store import Store
+
+SENTINEL = "siftune-end"
+
+
+def templated(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """The conversation in the model's own form; a system turn goes into the user's where the template knows none."""
+    from jinja2 import TemplateError
+
+    def render(some: list[dict[str, str]]) -> str:
+        # Models that think aloud by default answer at once; other templates ignore the word.
+        return str(
+            tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        )
+
+    try:
+        return render(turns)
+    except TemplateError as error:
+        if turns[0]["role"] != "system" or len(turns) < 2:
+            raise UserError(f"the generator's chat template refuses the conversation: {error}") from error
+        joined = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
+        return render([joined, *turns[2:]])
+
+
+def end_tokens(network: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a reply: those of the model's configuration, and the one its template writes after an answer."""
+    said = getattr(network, "siftune_eos", None)
+    ends = {tokenizer.eos_token_id, *(said if isinstance(said, (list, tuple)) else [said])}
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SENTINEL}]
+        after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(SENTINEL)[2]
+        first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+        ends |= {int(token) for token in first if token in special}
+    return sorted(int(token) for token in ends if token is not None)
+
+
+def load(files: Backbone) -> Any:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    if not any(files.folder.glob("*.safetensors")):
+        raise UserError(f"model={files.model!r} holds no safetensors; convert it with save_pretrained")
+    assert files.config is not None
+    try:
+        with quiet():
+            network = AutoModelForCausalLM.from_pretrained(files.folder, dtype=files.torch_dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model={files.model!r} could not be loaded: {reason}") from error
+    # The folder's own taste in sampling must not mix with the request's; what ends a reply is kept.
+    network.siftune_eos = network.generation_config.eos_token_id
+    network.generation_config = GenerationConfig()
+    return network.eval().requires_grad_(False).to(files.torch_device)
+
+
+def content_key(files: Backbone) -> str:
+    """Hash of weights, configuration and tokenizer; a file's hash is remembered while its stamp is the same."""
+    import transformers
+
+    names = {"config.json", "generation_config.json", *TOKENIZER_FILES}
+    paths = sorted(path for path in files.folder.iterdir() if path.name in names or path.suffix == ".safetensors")
+    content = [[path.name, _remembered_hash(path)] for path in paths]
+    versions = [torch.__version__, transformers.__version__]
+    return hash_json(["transformers", 1, content, str(files.torch_dtype), files.device_kind, versions])
+
+
+def _remembered_hash(path: Path) -> str:
+    stat = path.stat()
+    name = hash_json(["file", 1, str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    memory = Store(cache_folder() / "weights")
+    if found := memory.get(name):
+        return str(found[1]["digest"])
+    digest = hash_file(path)
+    memory.put(name, {}, {"digest": digest})
+    return digest

@@ -1,0 +1,212 @@
+"""A journal of replies: append-only JSON Lines, flushed to the disk before a reply is used, read first on a rerun.
+
+Nothing that was paid for is asked twice: a line is found again by the content hash of (generator, request). A process
+killed while writing leaves a torn last line, which the next one cuts off. One process writes a journal at a time.
+Cost: one flush per reply; in memory 100 bytes per line, the texts stay on the disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from ..data.files import plain_errors
+from ..errors import UserError
+from .generate import Generator, Reply, Request, request_key
+
+VERSION = 1
+OPENING = b'{"v": 1, "key": "'
+"""How every line begins."""
+FIELDS = ("text", "prompt_tokens", "completion_tokens", "finish_reason", "error")
+
+
+class Journal:
+    """A journal file, locked while it is open.
+
+    Entering raises `UserError` when another process has it open, or when the file is no journal.
+
+    >>> with Journal("replies.jsonl") as journal:
+    ...     generator = Journaled(open_generator("./model"), journal)
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.damaged = 0
+        """Whole lines that could not be read; what they held is asked again."""
+        self._file: IO[bytes] | None = None
+        self._places: dict[bytes, int] = {}
+
+    def __enter__(self) -> Self:
+        assert self._file is None, "this journal is open already"
+        with plain_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "a+b")  # held until __exit__
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = file
+            self._read()
+        except BlockingIOError as error:
+            file.close()
+            raise UserError(f"{self.path} is being written by another siftune process; wait for it") from error
+        except BaseException:
+            self._file = None
+            file.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _read(self) -> None:
+        """Find every line's place; cut a torn last line off."""
+        assert self._file is not None
+        self._file.seek(0)
+        place, first = 0, True
+        for line in self._file:
+            if not line.endswith(b"\n") and (not first or line[: len(OPENING)] == OPENING[: len(line)]):
+                os.ftruncate(self._file.fileno(), place)
+                break
+            entry = _entry(line)
+            if entry is not None:
+                self._places[bytes.fromhex(entry["key"])] = place
+            elif first:
+                raise UserError(f"{self.path} is no journal of replies; give another path or remove the file")
+            else:
+                self.damaged += 1
+            place, first = place + len(line), False
+
+    def __contains__(self, key: str) -> bool:
+        return bytes.fromhex(key) in self._places
+
+    def get(self, key: str) -> Reply | None:
+        """The reply under a content hash; its `key` is empty, for the asker's name is the asker's."""
+        assert self._file is not None, "open the journal with `with`"
+        place = self._places.get(bytes.fromhex(key))
+        if place is None:
+            return None
+        self._file.seek(place)
+        entry = _entry(self._file.readline())
+        assert entry is not None, f"{self.path} was changed while it was open"
+        assert entry["key"] == key, f"{self.path} was changed while it was open"
+        return Reply(key="", **{name: entry[name] for name in FIELDS})
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Append a reply and flush it to the disk; only then may it be used."""
+        assert self._file is not None, "open the journal with `with`"
+        said = asdict(reply)
+        entry = {"v": VERSION, "key": key, "asked": reply.key, **{name: said[name] for name in FIELDS}}
+        line = json.dumps(entry, ensure_ascii=True).encode() + b"\n"
+        with plain_errors(self.path):
+            place = self._file.seek(0, os.SEEK_END)
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._places[bytes.fromhex(key)] = place
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """A line's JSON object when it is an entry of ours, else None."""
+    try:
+        entry = json.loads(line)
+        if entry["v"] == VERSION and all(name in entry for name in FIELDS) and len(bytes.fromhex(entry["key"])) == 16:
+            return dict(entry)
+    except (ValueError, TypeError, KeyError):
+        pass
+    return None
+
+
+@dataclass
+class Counts:
+    """What asking cost, for summaries."""
+
+    asked: int = 0
+    """Requests sent in this run."""
+    reused: int = 0
+    """Replies taken from the journal, or shared with an equal request."""
+    failed: int = 0
+    """Requests that nobody answered; they are asked again in the next run."""
+    prompt_tokens: int = 0
+    """Of replies that came in this run."""
+    completion_tokens: int = 0
+
+
+@dataclass(eq=False)
+class Journaled:
+    """A generator whose every final reply is in a journal before it is handed on.
+
+    >>> replies = Journaled(generator, journal).replies(requests)
+    """
+
+    generator: Generator
+    journal: Journal
+    counts: Counts = field(default_factory=Counts, init=False)
+
+    @property
+    def key(self) -> str:
+        return self.generator.key
+
+    def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        """Replies of the journal first as they are met, the others as they come; equal requests are asked once."""
+        waiting: dict[str, list[str]] = {}
+        found: list[tuple[str, str]] = []
+
+        def missing() -> Iterator[Request]:
+            for request in requests:
+                content = request_key(self.generator.key, request)
+                if content in waiting:
+                    waiting[content].append(request.key)
+                elif content in self.journal:
+                    self.counts.reused += 1
+                    found.append((content, request.key))
+                else:
+                    waiting[content] = [request.key]
+                    self.counts.asked += 1
+                    # The content hash is the name inside: two askers may use one name for two questions.
+                    yield Request(**{**_fields(request), "key": content})
+
+        for reply in self.generator.replies(missing()):
+            names = waiting.pop(reply.key)
+            self._keep(reply, names[0])
+            yield from self._known(found)
+            for index, name in enumerate(names):
+                self.counts.reused += index > 0
+                yield _named(reply, name)
+        yield from self._known(found)
+        assert not waiting, "a generator left requests without a reply"
+
+    def _known(self, found: list[tuple[str, str]]) -> Iterator[Reply]:
+        """Hand out, and forget, what the journal had; the texts are read only now."""
+        for content, name in found:
+            reply = self.journal.get(content)
+            assert reply is not None
+            yield _named(reply, name)
+        found.clear()
+
+    def _keep(self, reply: Reply, name: str) -> None:
+        self.counts.prompt_tokens += reply.prompt_tokens
+        self.counts.completion_tokens += reply.completion_tokens
+        if reply.final:
+            self.journal.put(reply.key, _named(reply, name))
+        else:
+            self.counts.failed += 1
+
+
+def _named(reply: Reply, name: str) -> Reply:
+    return Reply(**{**asdict(reply), "key": name})
+
+
+def _fields(request: Request) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in request.__dataclass_fields__}

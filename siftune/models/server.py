@@ -1,0 +1,288 @@
+"""Replies from any OpenAI-compatible server, asked several at a time and patiently, through the `openai` client.
+
+Retried with exponential back-off and jitter, at most `attempts` times: 408, 409, 429, 5xx, time-outs, dropped connections,
+replies that are no chat completion. `Retry-After` holds every thread back, not only the one that was told. A request
+that the server refuses for good (400, 413, 422) gets a reply that says so; a wrong key or an unknown model ends the run.
+The API key comes from OPENAI_API_KEY alone and stands in no message, no identity and no file.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import KW_ONLY, dataclass, field
+from email.utils import parsedate_to_datetime
+from itertools import islice
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..data.files import hash_json
+from ..errors import MissingExtra, UserError
+from .generate import Reply, Request
+
+API_KEY = "OPENAI_API_KEY"
+REFUSED = (400, 413, 422)
+"""Statuses about one request; asking again would change nothing."""
+FATAL = (401, 403, 404)
+"""Statuses about every request."""
+
+
+def read_address(spec: str) -> tuple[str, str | None]:
+    """Base address and model of `http(s)://HOST:PORT/v1[#MODEL]`. Raises `UserError`; a password in it is refused.
+
+    >>> read_address("http://127.0.0.1:8000/v1/#my-model")
+    ('http://127.0.0.1:8000/v1', 'my-model')
+    """
+    address, _, model = spec.partition("#")
+    parts = urlsplit(address)
+    try:
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if "@" in parts.netloc or parts.query:
+        raise UserError(
+            f"generator={parts.scheme}://{host or ''}... holds a password or a query; put the key into {API_KEY} and "
+            "give http://HOST:PORT/v1"
+        )
+    if not host:
+        raise UserError(f"generator={spec!r} is no server's address; give http://HOST:PORT/v1, if need be with #MODEL")
+    return address.rstrip("/"), model or None
+
+
+class _Garbage(Exception):
+    """The server answered with something that is no chat completion."""
+
+
+@dataclass(eq=False)
+class OpenAIGenerator:
+    """A server that speaks the OpenAI chat-completions protocol (vLLM, llama.cpp, Ollama, `transformers serve`, ...).
+
+    Raises `UserError` on first use for a server that cannot be reached, lists no model, or refuses the key.
+
+    >>> OpenAIGenerator("http://127.0.0.1:8000/v1#my-model", concurrency=16)
+    """
+
+    address: str
+    """`http(s)://HOST:PORT/v1`, the model's name after `#`; without one, the first model that the server lists."""
+    _: KW_ONLY
+    concurrency: int = 8
+    """Requests under way at a time."""
+    attempts: int = 6
+    """Tries of one request, the first included; then its reply is an error."""
+    timeout: float = 300.0
+    """Seconds of silence after which a try is given up."""
+    first_wait: float = 1.0
+    """Seconds before the second try; doubled for each further one, times a jitter of 0.5 to 1.5."""
+    longest_wait: float = 120.0
+    """Seconds at most between two tries, a server's `Retry-After` included: a longer one ends the request."""
+
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _not_before: float = field(default=0.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        read_address(self.address)
+        for name in ("concurrency", "attempts", "timeout", "longest_wait"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} of the generator's server must be above 0")
+
+    @property
+    def key(self) -> str:
+        """Hash of the address and the model's name: a server does not say what weights it runs."""
+        return hash_json(["openai", 1, read_address(self.address)[0], self.model])
+
+    @property
+    def model(self) -> str:
+        """The model's name as the server knows it."""
+        if "model" not in self._made:
+            self._made["model"] = read_address(self.address)[1] or self._first_model()
+        return str(self._made["model"])
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        """Replies as they come. Requests are drawn as they can be sent, so a long list need not be in memory.
+
+        When one reply shows that none can be had, those under way are still handed out before `UserError` is raised.
+        """
+        self._client()
+        assert self.model
+        source, fatal = iter(requests), None
+        stopped = threading.Event()
+        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="siftune-ask")
+        under_way: set[Future[Reply]] = set()
+        try:
+            while True:
+                if fatal is None:
+                    fresh = islice(source, self.concurrency - len(under_way))
+                    under_way |= {pool.submit(self._reply, request, stopped) for request in fresh}
+                if not under_way:
+                    break
+                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in done:
+                    try:
+                        reply = future.result()
+                    except UserError as error:
+                        fatal = error
+                        continue
+                    yield reply
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+        if fatal is not None:
+            raise fatal
+
+    def _reply(self, request: Request, stopped: threading.Event) -> Reply:
+        """One request, tried until it has a reply, a refusal, or no try left."""
+        from openai import APIError, APIStatusError, APITimeoutError
+
+        jitter, said = random.Random(request.seed), ""
+        for attempt in range(self.attempts):
+            self._hold(stopped)
+            told: float | None = None
+            try:
+                return self._once(request)
+            except APITimeoutError:
+                said = f"no answer within {self.timeout:g} s"
+            except APIStatusError as error:
+                said = f"status {error.status_code}: {_short(error)}"
+                if error.status_code in FATAL:
+                    raise UserError(self._fatal(error.status_code, said)) from None
+                if error.status_code in REFUSED and not self._other_limit(error):
+                    return Reply(key=request.key, finish_reason="refused", error=self._clean(said))
+                told = _retry_after(error.response.headers.get("retry-after"))
+            except (APIError, ValueError, _Garbage) as error:  # dropped, half a reply, not JSON, not ours
+                said = _short(error)
+            if told is not None and told > self.longest_wait:
+                said += f" (the server asks for {told:g} s of patience)"
+                break
+            back_off = min(self.longest_wait, self.first_wait * 2**attempt) * (0.5 + jitter.random())
+            if told is not None:
+                with self._lock:
+                    self._not_before = max(self._not_before, time.monotonic() + told)
+            elif attempt + 1 < self.attempts:
+                stopped.wait(back_off)
+            if stopped.is_set():
+                break
+        return Reply(
+            key=request.key, finish_reason="error", error=self._clean(f"no reply in {attempt + 1} tries: {said}")
+        )
+
+    def _once(self, request: Request) -> Reply:
+        limit = self._made.get("limit", "max_tokens")
+        answer = self._client().chat.completions.create(
+            model=self.model,
+            messages=[{"role": role, "content": content} for role, content in request.messages],
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            **({"stop": list(request.stop)} if request.stop else {}),
+            **{limit: request.max_new_tokens},
+        )
+        try:
+            choice, usage = answer.choices[0], answer.usage
+            text = choice.message.content
+            assert text is None or isinstance(text, str)
+            reason = str(choice.finish_reason or "stop")
+        except (AttributeError, IndexError, TypeError, AssertionError) as error:
+            raise _Garbage("the answer is no chat completion") from error
+        if text is None and reason != "content_filter":
+            raise _Garbage("the answer holds no text")
+        if text is None:
+            return Reply(key=request.key, finish_reason="refused", error="the server's content filter took the reply")
+        return Reply(
+            key=request.key,
+            text=text,
+            prompt_tokens=_count(usage, "prompt_tokens"),
+            completion_tokens=_count(usage, "completion_tokens"),
+            finish_reason=reason if reason not in ("error", "refused") else f"server said {reason}",
+        )
+
+    def _hold(self, stopped: threading.Event) -> None:
+        """Wait as long as the server told any of us to."""
+        while (left := self._not_before - time.monotonic()) > 0 and not stopped.is_set():
+            stopped.wait(min(left, 1.0))
+
+    def _other_limit(self, error: Any) -> bool:
+        """Some servers know the reply's limit by its newer name only; learn it, and ask again."""
+        if "max_completion_tokens" not in str(error) or "limit" in self._made:
+            return False
+        self._made["limit"] = "max_completion_tokens"
+        return True
+
+    # --- the server ---------------------------------------------------------------------------------------------------
+
+    def _client(self) -> Any:
+        with self._lock:
+            if "client" not in self._made:
+                try:
+                    from openai import OpenAI
+                except ImportError as error:
+                    raise MissingExtra("openai", extra="generate", needed_for="a server as generator") from error
+                base, _ = read_address(self.address)
+                key = os.environ.get(API_KEY) or "none"
+                self._made["client"] = OpenAI(base_url=base, api_key=key, max_retries=0, timeout=self.timeout)
+            return self._made["client"]
+
+    def _first_model(self) -> str:
+        from openai import OpenAIError
+
+        said = f"generator={self.address!r}"
+        try:
+            listed = self._client().with_options(max_retries=2, timeout=min(30.0, self.timeout)).models.list()
+            names = [str(model.id) for model in listed.data or []]
+        except (OpenAIError, ValueError, AttributeError, TypeError) as error:
+            status = getattr(error, "status_code", None)
+            if status in FATAL[:2]:
+                raise UserError(self._fatal(status, _short(error))) from None
+            reason = self._clean(_short(error))
+            raise UserError(
+                f"{said} does not list its models ({reason}); check that it runs, or name one with #MODEL"
+            ) from error
+        if not names:
+            raise UserError(f"{said} lists no model; name one with #MODEL")
+        return names[0]
+
+    def _fatal(self, status: int, said: str) -> str:
+        base, _ = read_address(self.address)
+        if status == 404:
+            return (
+                f"generator={base!r} has no model {self.model!r} ({self._clean(said)}); name one of its own with #MODEL"
+            )
+        return f"generator={base!r} refuses the key ({self._clean(said)}); set {API_KEY} in the environment"
+
+    def _clean(self, said: str) -> str:
+        key = os.environ.get(API_KEY)
+        return said.replace(key, "***") if key else said
+
+
+def _short(error: Exception) -> str:
+    """An error on one line of at most 200 characters, with the cause that the client hides."""
+    said = str(getattr(error, "message", "") or error) or type(error).__name__
+    if error.__cause__ is not None and str(error.__cause__):
+        said += f" ({error.__cause__})"
+    said = " ".join(said.split())
+    return said if len(said) <= 200 else said[:197] + "..."
+
+
+def _count(usage: Any, name: str) -> int:
+    found = getattr(usage, name, None)
+    return found if isinstance(found, int) and found >= 0 else 0
+
+
+def _retry_after(said: str | None) -> float | None:
+    """Seconds of a `Retry-After` header: a number, or a date; None where there is none or it says nothing."""
+    if said is None:
+        return None
+    try:
+        seconds = float(said)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(said).timestamp() - time.time()
+        except (TypeError, ValueError):
+            return None
+    return max(0.0, seconds) if seconds == seconds else None
