@@ -1,0 +1,146 @@
+"""Before anything runs: what a selection will cost on this machine, from a short measured forward on a sample.
+
+Rows, bad rows and duplicates are counted exactly; tokens, minutes and memory are estimates from a seeded sample of
+rows. Cost: reading the pool, loading the model's first layers, two forwards of the sample.
+
+Shapes: `n` rows of the sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from .config import PlanOptions
+from .data.files import cache_folder
+from .errors import UserError
+from .pipeline import build, counted, read_pool
+from .records import SHARD_ROWS, Pool
+from .run import peak_memory_mb
+
+WARM_UP_ROWS = 16
+
+
+def plan(options: PlanOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts and estimates for `siftune select` with a method that reads a model, as JSON values.
+
+    Bad rows are counted, never an error here. Raises `UserError` for a pool, settings or a model that cannot be used.
+
+    >>> plan(PlanOptions(pool=["pool.jsonl"]), {"model": "./model"})["estimate"]["minutes"]
+    """
+    method = build(options.method, options.seed, settings)
+    task = method.feature_task(for_fit=True) if hasattr(method, "feature_task") else None
+    if task is None:
+        raise UserError(f"{options.method} reads no model, so there is nothing to plan; run siftune select")
+    cache = cache_folder(options.cache)
+    pools_before = _entries(cache / "pools")
+    pool = read_pool(dataclasses.replace(options, on_bad_row="skip"))
+    measured = measure(task.backbone, pool, sample=options.sample, seed=options.seed)
+    probe_rows = min(int(getattr(method, "probe_rows", 0)), max(1, len(pool.eligible) // 2))
+    return {
+        "method": options.method,
+        "model": str(settings.get("model")),
+        "rows": counted(pool),
+        "measured": measured,
+        "estimate": estimate(measured, len(pool.eligible), probe_rows),
+        "cache": {
+            "folder": str(cache),
+            "pool_index": "reused" if _entries(cache / "pools") == pools_before else "made now",
+            "finished_shards": _entries(cache / "shards", "*/*.safetensors"),
+        },
+    }
+
+
+def measure(backbone: Any, pool: Pool, *, sample: int, seed: int) -> dict[str, Any]:
+    """Tokens and speed of a seeded sample of usable rows, through the model's first layers on this machine."""
+    from .data.formats import text_of
+    from .models.features import extract_tokens
+    from .models.tokenise import tokenise
+
+    if sample < 1:
+        raise UserError(f"--sample {sample} measures nothing; give at least 1 row")
+    eligible = pool.eligible
+    drawn = np.sort(np.random.default_rng(seed).choice(eligible, size=min(sample, len(eligible)), replace=False))
+
+    def texts(picked: Any) -> list[str]:
+        return [text_of(row, backbone.tokenizer) for row in pool.read(picked.tolist())]
+
+    started = perf_counter()
+    extract_tokens(backbone, tokenise(backbone, texts(drawn[:WARM_UP_ROWS])))  # loads tokenizer and layers
+    loaded = perf_counter() - started
+    started = perf_counter()
+    rows = tokenise(backbone, texts(drawn))
+    extract_tokens(backbone, rows)
+    seconds = perf_counter() - started
+    lengths_n = np.array([len(row.ids) for row in rows], dtype=np.int64)
+    return {
+        "sample_rows": len(rows),
+        "tokens_per_row": float(lengths_n.mean()),
+        "tokens_per_row_error": float(lengths_n.std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else None,
+        "truncated_share": float(np.mean([row.truncated for row in rows])),
+        "rows_per_second": len(rows) / seconds,
+        "tokens_per_second": float(lengths_n.sum() / seconds),
+        "load_seconds": loaded,
+        "device": str(backbone.torch_device),
+        "width": int(backbone.width),
+        "peak_memory_mb": peak_memory_mb(),
+        "device_memory_mb": _device_memory_mb(backbone.torch_device),
+    }
+
+
+def estimate(measured: Mapping[str, Any], usable: int, probe_rows: int) -> dict[str, Any]:
+    """What the whole pool will take: one pass over the probe set for the fit, one over the pool for the scores.
+
+    Memory beyond the sample's is one shard of features; disk is the probe set's features and the scores.
+    """
+    seconds = (usable + probe_rows) / measured["rows_per_second"] + measured["load_seconds"]
+    shard_mb = 3 * SHARD_ROWS * measured["width"] * 4 / 1e6
+    return {
+        "tokens": round(measured["tokens_per_row"] * usable),
+        "probe_rows": probe_rows,
+        "minutes": seconds / 60,
+        "memory_gb": (measured["peak_memory_mb"] + shard_mb) / 1e3,
+        "disk_gb": (probe_rows * measured["width"] * 8 + usable * 64) / 1e9,
+    }
+
+
+def _device_memory_mb(device: Any) -> int | None:
+    """Most memory held on a CUDA device so far; None elsewhere."""
+    import torch
+
+    return round(torch.cuda.max_memory_allocated(device) / 1e6) if device.type == "cuda" else None
+
+
+def _entries(folder: Any, pattern: str = "*") -> int:
+    return sum(1 for _ in folder.glob(pattern)) if folder.is_dir() else 0
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print a plan for a person."""
+    from .terminal import console, row_lines, share
+
+    rows, measured, expected, cache = facts["rows"], facts["measured"], facts["estimate"], facts["cache"]
+    error = measured["tokens_per_row_error"]
+    about = f" ± {1.96 * error:.1f}" if error is not None else ""
+    lines = [
+        *row_lines(rows),
+        ("tokens", f"about {expected['tokens']:,} (estimate: {measured['tokens_per_row']:.1f}{about} a row, from a "
+         f"sample of {measured['sample_rows']:,}; {share(measured['truncated_share'], 1)} of rows are truncated)"),
+        ("speed", f"{measured['rows_per_second']:,.0f} rows/s, {measured['tokens_per_second']:,.0f} tokens/s, measured "
+         f"on {measured['device']}"),
+        ("time", f"about {expected['minutes']:.1f} minutes (estimate: {expected['probe_rows']:,} rows for the fit, "
+         f"{rows['usable']:,} for the scores; fitting the probes comes on top, seconds on a GPU or at small widths)"),
+        ("memory", f"about {expected['memory_gb']:.1f} GB, whatever the pool's size"
+         + (f"; {measured['device_memory_mb']:,} MB on the device" if measured["device_memory_mb"] else "")),
+        ("disk", f"about {expected['disk_gb']:.2f} GB beside the chosen rows"),
+        ("cache", f"{cache['folder']}: the pool's index was {cache['pool_index']}, {cache['finished_shards']:,} "
+         "finished shards of any run"),
+    ]  # fmt: skip
+    shown = console()
+    shown.print(f"plan of siftune select {facts['method']} with {facts['model']}: nothing was kept or scored\n")
+    for name, text in lines:
+        shown.print(f"  {name:<10}{text}")
