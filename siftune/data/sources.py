@@ -161,7 +161,7 @@ def readable(name: str | Path) -> Iterator[None]:
     try:
         with plain_errors(name):
             yield
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         if isinstance(error, UserError):
             raise
         said = " ".join(str(error).split())[:200].rstrip(".")

@@ -105,13 +105,14 @@ def _parquet(source: Rows, rows: Sequence[int], temporary: Path, path: Path) -> 
 
 def _groups(source: Rows, rows: Sequence[int], schema: pa.Schema, *, from_table: bool) -> Iterator[pa.Table]:
     waiting: list[pa.Table] = []
+    size = 0
     for chunk in _chunks(rows):
-        waiting.append(
-            source.arrow(chunk) if from_table else pa.Table.from_pylist(source.originals(chunk), schema=schema)
-        )
-        if sum(table.nbytes for table in waiting) >= GROUP_BYTES:
+        own = source.arrow(chunk) if from_table else pa.Table.from_pylist(source.originals(chunk), schema=schema)
+        waiting.append(own)
+        size += own.nbytes
+        if size >= GROUP_BYTES:
             yield pa.concat_tables(waiting)
-            waiting = []
+            waiting, size = [], 0
     if waiting:
         yield pa.concat_tables(waiting)
 
