@@ -111,6 +111,16 @@ class PlanOptions(Reading, Everywhere):
     """Rows tokenised and timed, drawn by --seed."""
 
 
+@dataclass(kw_only=True)
+class DemoOptions(Everywhere):
+    """`siftune demo`"""
+
+    rows: int = 6000
+    """Rows of the embedded pool."""
+    steps: int = 40
+    """Optimiser steps of the fine-tuning with and without UDS; 0 leaves it out."""
+
+
 @dataclass(frozen=True)
 class Option:
     """One option: what the parser, the help and the error messages need to know."""

@@ -226,13 +226,13 @@ def _features(method: OfflineMethod) -> Any:
     return None if task is None else task(for_fit=True)
 
 
-def check_out(out: str | None) -> None:
-    """Refuse a result file of an unknown kind, or a folder, before any work is done."""
+def check_out(out: str | None, *, copied: bool = False) -> None:
+    """Refuse a result file of an unknown kind, or a folder, before any work is done; a copy is JSONL only."""
     if out is None:
         return
     if Path(out).is_dir():
         raise UserError(f"--out {out} is a folder; give the path of a file")
-    known = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+    known = (".jsonl",) if copied else (".jsonl", ".jsonl.gz", ".json", ".parquet")
     if not out.endswith(known):
         raise UserError(f"--out {out} has no known suffix; give one of {', '.join(known)}")
 
@@ -381,10 +381,15 @@ def copy_out(
     if out is None or Path(out).resolve() == written.resolve():
         return written
     if out.endswith(".jsonl"):
-        with atomic_path(out) as temporary:
-            shutil.copyfile(written, temporary)
-        return Path(out)
+        return copy_file(written, Path(out))
     return subset.write(out, order=order)
+
+
+def copy_file(written: Path, out: Path) -> Path:
+    """A copy that is whole or absent."""
+    with atomic_path(out) as temporary:
+        shutil.copyfile(written, temporary)
+    return out
 
 
 def counted(pool: Pool, subset: Subset | None = None) -> dict[str, Any]:
