@@ -12,7 +12,6 @@ import torch
 from siftune.errors import UserError
 from siftune.models.generate import Reply, Request, check_generator, open_generator, request_key
 from siftune.models.sampling import TransformersGenerator, draw
-
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
