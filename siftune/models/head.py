@@ -180,12 +180,13 @@ def read_head(parts: Parts) -> Head | None:
             "whole; keep the head out of the sharding"
         )
     bias: torch.Tensor | None = linear.bias
-    for _, up, _ in adapters:
+    for _, up, scale in adapters:
         if up.bias is not None:
-            bias = up.bias if bias is None else bias + up.bias
+            bias = up.bias * scale if bias is None else bias + up.bias * scale
     pieces = [weight, *([] if linear.bias is None else [linear.bias])]
     extra = [part for down, up, _ in adapters for layer in (down, up) for part in layer.parameters()]
     scales = tuple(scale for _, _, scale in adapters)
+    merged = tuple(getattr(module, "merged_adapters", ()))  # merging changes W behind its version counter
     return Head(
         weight=weight,
         bias=bias,
@@ -193,8 +194,8 @@ def read_head(parts: Parts) -> Head | None:
         up=torch.cat([up.weight.detach() for _, up, _ in adapters], dim=1) if adapters else None,
         multiplier=_multiplier(parts.config),
         cap=_cap(parts.config),
-        key=(*map(_identity, [*pieces, *extra]), scales),
-        base_key=tuple(map(_identity, pieces)),
+        key=(*map(_identity, [*pieces, *extra]), scales, merged),
+        base_key=(*map(_identity, pieces), merged),
         trained=any(part.requires_grad for part in [*pieces, *extra]),
         base_trained=any(part.requires_grad for part in pieces),
     )
