@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from siftune.data import write
 from siftune.data.load import load_pool
 from siftune.data.write import SUFFIXES, check_suffix
 from siftune.errors import UserError
@@ -52,6 +53,7 @@ def test_every_text_suffix_is_read_back_the_same(lines: Path, tmp_path: Path, su
     assert out.read_bytes() == first
     if suffix == ".jsonl.gz":
         assert gzip.decompress(first).splitlines() == [LINES[0], LINES[2]]
+        assert first[3:8] == b"\0" * 5, "neither a name nor a time in the header"
 
 
 def test_a_json_array_of_nothing(lines: Path, tmp_path: Path) -> None:
@@ -93,6 +95,15 @@ def test_a_table_comes_back_in_its_own_types_and_metadata(tmp_path: Path) -> Non
     expected = pq.read_table(tmp_path / "in.parquet").take(chosen)
     assert back.schema.equals(expected.schema, check_metadata=True)
     assert repr(back.to_pylist()) == repr(expected.to_pylist())
+
+
+def test_row_groups_end_when_they_are_large_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "GROUP_BYTES", 1)
+    pq.write_table(_table(), tmp_path / "in.parquet")
+    load_pool(tmp_path / "in.parquet").source.write(range(300), tmp_path / "out.parquet")
+    back = pq.ParquetFile(tmp_path / "out.parquet")
+    assert [back.metadata.row_group(index).num_rows for index in range(back.num_row_groups)] == [128, 128, 44]
+    assert back.read()["small"].to_pylist() == list(range(300))
 
 
 def test_a_table_as_json_lines_has_a_text_for_what_json_lacks(tmp_path: Path) -> None:
