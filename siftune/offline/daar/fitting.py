@@ -37,11 +37,11 @@ class ProbeTraining:
     """Learning rate of AdamW (paper: 1e-5, Adam, which one epoch of single rows needs 5,000 steps to use)."""
     weight_decay: float = 0.01
     """AdamW's decoupled decay; 0 is Adam (paper)."""
-    batch: int = 64
+    batch: int = 128
     """Rows of a step (paper: 1)."""
-    epochs: int = 12
+    epochs: int = 24
     """At most this many passes (paper: 1)."""
-    patience: int = 2
+    patience: int = 3
     """Epochs without a better validation loss before training stops; the best epoch's weights are kept."""
     validation: float = 0.1
     """Share of the probe set held out for stopping, accuracy and temperature (paper: 0.03)."""

@@ -1,0 +1,197 @@
+"""The domains in words, and the wording in which a model is asked for rows of them (DaaR, arXiv 2502.04380, stage 1).
+
+Read from YAML: `domains.yaml` beside this file holds the paper's four domains in our words and the default prompts; a
+user's file names domains of its own. Reading is strict: an unknown key names the nearest known one. Cost: a small file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+
+THRESHOLD = 0.85
+"""tau where a domain gives none: the paper's (0.90 for its mathematics)."""
+PROMPTS: dict[str, tuple[str, ...]] = {
+    "system": (),
+    "seeds": ("domain", "description", "avoid", "count"),
+    "augment": ("domain", "description", "avoid", "examples"),
+    "avoid": ("domain", "description"),
+    "example": ("number", "instruction", "input", "output"),
+}
+"""Every prompt, and the words in braces that it may hold."""
+NEEDED = {"seeds": ("description",), "augment": ("description", "examples"), "example": ("instruction", "output")}
+"""Words without which a prompt cannot do its work."""
+
+DomainSource = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain: its name, its sentence, how alike two of its rows may be."""
+
+    name: str
+    description: str
+    threshold: float | None = None
+    """tau: a new row's cosine to every row kept stays below it. None: the stage's own."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The prompts; `{word}` is filled in, any other brace stays as it is."""
+
+    seeds: str
+    augment: str
+    avoid: str
+    example: str
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Descriptions:
+    """What the writing stage is told."""
+
+    domains: tuple[Domain, ...]
+    wording: Wording
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(domain.name for domain in self.domains)
+
+    def seed_messages(self, domain: Domain, count: int) -> tuple[tuple[str, str], ...]:
+        """The conversation that asks for `count` rows of a domain, with no example (stage 1a)."""
+        words = self._words(domain) | {"count": str(count)}
+        return self._conversation(fill(self.wording.seeds, words))
+
+    def augment_messages(self, domain: Domain, shown: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
+        """The conversation that asks for one more row, unlike the rows shown (stage 1b)."""
+        rows = [
+            fill(self.wording.example, {**row, "number": str(number)}).strip() for number, row in enumerate(shown, 1)
+        ]
+        return self._conversation(fill(self.wording.augment, self._words(domain) | {"examples": "\n\n".join(rows)}))
+
+    def _words(self, domain: Domain) -> dict[str, str]:
+        others = [other for other in self.domains if other.name != domain.name]
+        avoid = "".join(
+            fill(self.wording.avoid, {"domain": o.name, "description": o.description}).rstrip("\n") + "\n"
+            for o in others
+        )
+        return {"domain": domain.name, "description": domain.description, "avoid": avoid}
+
+    def _conversation(self, request: str) -> tuple[tuple[str, str], ...]:
+        system = (("system", self.wording.system.strip()),) if self.wording.system.strip() else ()
+        return (*system, ("user", request.strip()))
+
+
+def fill(template: str, words: Mapping[str, str]) -> str:
+    """Put words into a template in one pass, so that braces inside a word are only text.
+
+    >>> fill("{a} {b} {c}", {"a": "{b}", "b": "2"})
+    '{b} 2 {c}'
+    """
+    return re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), template)
+
+
+def read_descriptions(source: DomainSource | None = None) -> Descriptions:
+    """Domains and wording from a YAML file or a mapping; None gives the paper's four domains.
+
+    The mapping is `{name: sentence}`, or has the keys `domains` and, if wanted, `prompts`; a domain is a sentence or
+    `{"description": ..., "threshold": ...}`. Raises `UserError` by file and key.
+
+    >>> read_descriptions({"law": "Questions of law.", "music": "Musical notation."}).names
+    ('law', 'music')
+    """
+    shipped = _load(resources.files(__package__).joinpath("domains.yaml").read_text("utf-8"), "domains.yaml")
+    default = Wording(**shipped["prompts"])
+    if source is None:
+        return Descriptions(_domains(shipped["domains"], "domains.yaml"), default)
+    if isinstance(source, Mapping):
+        said, place = source, "domains"
+    else:
+        place = f"domains {source}"
+        try:
+            said = _load(Path(source).expanduser().read_text(encoding="utf-8"), place)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise UserError(f"{place} cannot be read ({reason}); give a YAML file of `name: one sentence`") from error
+    if isinstance(said.get("domains"), Mapping):
+        _known(said, ("domains", "prompts"), place)
+        return Descriptions(_domains(said["domains"], place), _wording(said.get("prompts"), default, place))
+    if isinstance(said.get("prompts"), Mapping):
+        _known(said, ("domains", "prompts"), place)
+        shipped_domains = _domains(shipped["domains"], "domains.yaml")
+        return Descriptions(shipped_domains, _wording(said["prompts"], default, place))
+    return Descriptions(_domains(said, place), default)
+
+
+def _load(text: str, place: str) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        said = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{place} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(said, Mapping):
+        raise UserError(f"{place} holds no mapping; write one `name: one sentence` a line")
+    return said
+
+
+def _domains(said: Mapping[str, Any], place: str) -> tuple[Domain, ...]:
+    found = []
+    for name, value in said.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w][\w .+-]*", name):
+            raise UserError(f"{place} names a domain {name!r}; use letters, digits, spaces and _ . + -")
+        threshold = None
+        if isinstance(value, Mapping):
+            _known(value, ("description", "threshold"), f"{place}, domain {name}")
+            threshold, value = value.get("threshold"), value.get("description")
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{place} gives the domain {name!r} no description; write one sentence")
+        found.append(Domain(name, " ".join(value.split()), _threshold(threshold, f"{place}, domain {name}")))
+    if len(found) < 2:
+        raise UserError(f"{place} holds {len(found)} domain; give at least 2")
+    return tuple(found)
+
+
+def _threshold(value: Any, place: str) -> float | None:
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 < value <= 1:
+        raise UserError(f"{place}: threshold={value!r} is not a cosine in (0, 1]")
+    return float(value)
+
+
+def _wording(said: Any, default: Wording, place: str) -> Wording:
+    if said is None:
+        return default
+    if not isinstance(said, Mapping):
+        raise UserError(f"{place}: prompts holds no mapping; give {', '.join(PROMPTS)}")
+    _known(said, tuple(PROMPTS), f"{place}, prompts")
+    for name, text in said.items():
+        if not isinstance(text, str) or (name in ("seeds", "augment", "example") and not text.strip()):
+            raise UserError(f"{place}: the prompt {name} is no text")
+        words = set(re.findall(r"\{(\w+)\}", text))
+        if wrong := sorted(words - set(PROMPTS[name])):
+            raise UserError(
+                f"{place}: the prompt {name} holds {{{wrong[0]}}}, which is not one of "
+                f"{', '.join('{' + word + '}' for word in PROMPTS[name]) or 'none'}"
+            )
+        if absent := [word for word in NEEDED.get(name, ()) if word not in words]:
+            raise UserError(f"{place}: the prompt {name} lacks {{{absent[0]}}}; put it in")
+    return Wording(**{**{name: getattr(default, name) for name in PROMPTS}, **said})
+
+
+def _known(said: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+    for key in said:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+            raise UserError(f"{place} has an unknown key {key!r}; {hint}")

@@ -1,0 +1,258 @@
+"""Rows out of what a model wrote: instruction, input and output, however it chose to write them.
+
+Read are labelled rows (`Instruction:` ... `Output:`; numbered, bold, as headings, with `Question`/`Answer` and the like
+for labels, the input missing) and JSON (an array, an object, one a line, in a code fence, cut off at the end), with any
+chatter around them. What cannot be read is handed back with a reason; nothing is guessed. Cost: a few passes over the text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MOST_CHARACTERS = 20_000
+"""A longer field is a model that did not stop, no example."""
+
+FAMILIES: tuple[dict[str, tuple[str, ...]], ...] = (
+    {"instruction": ("instruction",), "input": ("input",), "output": ("output", "response")},
+    {
+        "instruction": ("question", "problem", "task", "prompt", "query", "q"),
+        "input": ("input", "context"),
+        "output": ("answer", "solution", "output", "response", "completion", "a"),
+    },
+)
+"""Labels for each field; the second family is tried where a text has no label of the first for the instruction."""
+EMPTY = {"", "none", "n/a", "na", "nil", "null", "empty", "no input", "noinput", "-", "--", "—", '""', "''"}
+"""An input that says, in words, that there is none."""
+PLACEHOLDERS = {"...", "…", "what is asked", "the complete, correct answer", "output", "answer", "your answer here"}
+CLOSING = re.compile(
+    r"\n\s*\n(?:let me know|i hope|hope (?:this|these)|feel free|would you like|if you(?:'d| would| need| want)|"
+    r"these (?:\w+ ){0,2}examples|this example|note that these|is there anything|please let me)\b[^\n]*\s*\Z",
+    re.IGNORECASE,
+)
+"""A model's farewell after the last row."""
+HEADING = re.compile(
+    r"\n[ \t]*(?:[-=*_]{3,}|[#*_ \t]*(?:(?:training )?(?:example|sample|row|entry|triple|task|item)[ \t]*)?#?\(?\d+[.):]?[*_:. \t]*)[ \t]*\Z",
+    re.IGNORECASE,
+)
+"""A number, an `Example 2` or a rule that stands before the next row."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One row as written, or one that cannot be used, with the reason."""
+
+    instruction: str = ""
+    input: str = ""
+    output: str = ""
+    reason: str | None = None
+    """None for a good row; else `kind: detail`."""
+
+    @property
+    def row(self) -> dict[str, str]:
+        """The row's own fields."""
+        return {"instruction": self.instruction, "input": self.input, "output": self.output}
+
+
+def parse_rows(text: str, *, cut: bool = False) -> list[Found]:
+    """Every row in a reply, in order; `cut` says that the reply was ended by its token limit, so its last row is torn.
+
+    A reply without any row gives one `Found` with the reason.
+
+    >>> [found.row for found in parse_rows("1. **Instruction:** Add.\\n**Input:** 1 + 1\\n**Output:** 2")]
+    [{'instruction': 'Add.', 'input': '1 + 1', 'output': '2'}]
+    """
+    text = _without_thoughts(text.replace("\r\n", "\n"))
+    if not text.strip():
+        return [Found(reason="empty reply")]
+    found = list(_json_rows(text)) if _looks_like_json(text) else []
+    whole = bool(found) and text.rstrip().rstrip("`").rstrip().endswith(("]", "}"))
+    found = found or list(_labelled_rows(text))
+    if not found:
+        return [Found(reason="no row found: neither labels nor JSON")]
+    if cut and not whole:
+        last = found[-1]
+        found[-1] = Found(**last.row, reason="torn: the reply reached its token limit")
+    return [item if item.reason else _checked(item) for item in found]
+
+
+def _without_thoughts(text: str) -> str:
+    """The text after a model's thinking aloud, if it does; a thought that never ends leaves nothing."""
+    text = re.sub(r"<think(?:ing)?>.*?</think(?:ing)?>", "", text, flags=re.DOTALL | re.IGNORECASE)
+    text = re.sub(r"\A.*</think(?:ing)?>", "", text, flags=re.DOTALL | re.IGNORECASE)
+    return re.sub(r"<think(?:ing)?>.*\Z", "", text, flags=re.DOTALL | re.IGNORECASE)
+
+
+def _checked(found: Found) -> Found:
+    """The row without decoration around its fields, or with the reason why it is none."""
+    instruction, output = found.instruction.strip(), found.output.strip()
+    material = found.input.strip()
+    if _bare(material) in EMPTY:
+        material = ""
+    row = {"instruction": instruction, "input": material, "output": output}
+    reason = None
+    if not instruction:
+        reason = "empty instruction"
+    elif not output:
+        reason = "empty output"
+    elif _bare(output) in PLACEHOLDERS or _bare(instruction) in PLACEHOLDERS:
+        reason = "placeholder: the form was repeated, not filled in"
+    elif output == instruction:
+        reason = "output repeats the instruction"
+    elif max(map(len, row.values())) > MOST_CHARACTERS:
+        reason = f"too long: more than {MOST_CHARACTERS} characters in one field"
+    elif any("\0" in part or any("\ud800" <= c <= "\udfff" for c in part) for part in row.values()):
+        reason = "unusable characters"
+    return Found(**row, reason=reason)
+
+
+def _bare(text: str) -> str:
+    return text.strip().strip("[]()<>{}*_`. \t").lower() if text.strip() not in ("...", "…") else text.strip()
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _names(field: str) -> list[str]:
+    return [name for family in FAMILIES for name in family[field] if len(name) > 1]
+
+
+def _looks_like_json(text: str) -> bool:
+    """Is a quoted key for the instruction there, before any label at the start of a line?"""
+    key = re.search(rf'[{{,]\s*"(?:{"|".join(_names("instruction"))})"\s*:', text, re.IGNORECASE)
+    labels = [match.start() for family in FAMILIES for match in _labels(text, family) if len(match["field"]) > 1]
+    return key is not None and all(key.start() < place for place in labels)
+
+
+def _json_rows(text: str) -> Iterator[Found]:
+    """Every object with an instruction, wherever it stands; a broken one does not hide those after it."""
+    decoder, place = json.JSONDecoder(strict=False), 0
+    while (place := text.find("{", place)) >= 0:
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            key = re.match(rf'\{{\s*"(?:{"|".join(_names("instruction"))})"\s*:', text[place:], re.IGNORECASE)
+            if key:
+                yield Found(reason="broken JSON")
+            place += 1
+            continue
+        yield from _objects(value)
+        place = end
+
+
+def _objects(value: Any) -> Iterator[Found]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _objects(item)
+    elif isinstance(value, Mapping):
+        lower = {str(name).strip().lower(): inner for name, inner in value.items()}
+        fields = {f: next((lower[n] for n in _names(f) if n in lower), None) for f in FAMILIES[0]}
+        if fields["instruction"] is None:
+            for inner in value.values():
+                yield from _objects(inner)
+        else:
+            texts = {name: _text(inner) for name, inner in fields.items()}
+            yield Found(**texts)
+
+
+def _text(value: Any) -> str:
+    """A JSON value as the text of a field: lists of strings are lines, other values their JSON."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return "\n".join(value)
+    return "" if value in ([], {}) else json.dumps(value, ensure_ascii=False)
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def _labels(text: str, family: Mapping[str, tuple[str, ...]]) -> list[re.Match[str]]:
+    """Labels at the start of a line, or after a number or `Example 2:` there: before a colon, or decorated and alone."""
+    words = "|".join(sorted((word for field in family.values() for word in field), key=len, reverse=True))
+    pattern = rf"""
+        ^[ \t]*(?:[-•>+]\s+)?                                                                # a list's dot
+        (?:[\#*_]*[ \t]*(?:(?:example|sample|row|task|item)[ \t]*)?\#?\(?\d+[ \t]*[.):](?:[*_]+(?=\s))?\s*)?   # 1.  Example 1:
+        (?P<mark>[\#*_`\[<]*)[ \t]*
+        (?P<field>{words})(?![A-Za-z])
+        (?:[ \t]*\#?\d+)?[ \t]*[*_`\]>]*[ \t]*(?P<colon>[:：]?)[ \t]*(?:[*_]+(?=\s|$))?[ \t]*
+    """
+    found = re.finditer(pattern, text, re.IGNORECASE | re.MULTILINE | re.VERBOSE)
+    return [m for m in found if m["colon"] or (m["mark"] and text[m.end() : m.end() + 1] in ("", "\n"))]
+
+
+def _labelled_rows(text: str) -> Iterator[Found]:
+    text = _unfenced(text)
+    for family in FAMILIES:
+        fields = {word: name for name, words in family.items() for word in words}
+        labels = [
+            (fields[m["field"].lower()], bool(re.search(r"[*_`\]>]", text[m.end("field") : m.end()])), m)
+            for m in _labels(text, family)
+        ]
+        if any(name == "instruction" for name, _, _ in labels):
+            yield from _rows_between(text, labels)
+            return
+
+
+def _rows_between(text: str, labels: list[tuple[str, bool, re.Match[str]]]) -> Iterator[Found]:
+    """Rows from instruction to instruction. Input and output count once, in order, and only in the instruction's own
+    decoration: what else looks like a label is part of a text, such as the sample input of a programming task."""
+    rows: list[list[tuple[str, re.Match[str]]]] = []
+    bold = False
+    for name, marked, match in labels:
+        if name == "instruction":
+            rows.append([(name, match)])
+            bold = marked
+        elif rows and marked == bold:
+            seen = [field for field, _ in rows[-1]]
+            if name not in seen and not (name == "input" and "output" in seen):
+                rows[-1].append((name, match))
+    for index, row in enumerate(rows):
+        stop = rows[index + 1][0][1].start() if index + 1 < len(rows) else len(text)
+        last = index + 1 == len(rows)
+        parts: dict[str, str] = {}
+        for place, (name, match) in enumerate(row):
+            until = row[place + 1][1].start() if place + 1 < len(row) else stop
+            parts[name] = text[match.end() : until]
+        if "output" not in parts:
+            parts = _on_one_line(parts)
+        if "output" not in parts:
+            yield Found(parts["instruction"].strip(), parts.get("input", "").strip(), reason="no output found")
+            continue
+        parts["output"] = _tail(parts["output"], last=last)
+        yield Found(**parts)
+
+
+def _on_one_line(parts: dict[str, str]) -> dict[str, str]:
+    """A row whose labels follow each other on one line: `Instruction: ... Input: ... Output: ...`."""
+    name = "input" if "input" in parts else "instruction"
+    match = re.fullmatch(r"(.*?)(?:\bInput:(.*?))?\b(?:Output|Response):(.*)", parts[name], re.DOTALL)
+    if match is None:
+        return parts
+    return {**parts, name: match[1], **({"input": match[2]} if match[2] is not None else {}), "output": match[3]}
+
+
+def _tail(output: str, *, last: bool) -> str:
+    """An output without the next row's number, a closing fence that it never opened, or the model's farewell."""
+    if last:
+        output = CLOSING.sub("", output)
+    while not last and (shorter := HEADING.sub("", output.rstrip())) != output.rstrip():
+        output = shorter
+    if last:
+        output = re.sub(r"\n[ \t]*[-=*_]{3,}[ \t]*\Z", "", output.rstrip())
+    output = re.sub(r"\n[ \t]*```[ \t]*\n\s*```\w*\s*\Z", "", output)  # one fence closed, the next row's opened
+    if output.count("```") % 2 and output.rstrip().endswith("```"):
+        output = output.rstrip()[:-3]
+    return output
+
+
+def _unfenced(text: str) -> str:
+    """The inside of a fence that holds whole rows; fences inside a row stay."""
+    opened = re.search(r"^[ \t]*```\w*[ \t]*\n", text, re.MULTILINE)
+    first = min((match.start() for family in FAMILIES for match in _labels(text, family)), default=0)
+    return text[: opened.start()] + text[opened.end() :] if opened and opened.start() < first else text

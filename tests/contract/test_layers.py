@@ -1,0 +1,85 @@
+"""Imports point one way, and `import siftune` is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2] / "siftune"
+ORDER = [
+    "errors budget records registry",
+    "data",
+    "models",
+    "engines",
+    "offline",
+    "online",
+    "training",
+    "integrations",
+    "evaluation",
+    "reports",
+    "demo",
+    "arguments terminal run plan config pipeline cli __main__ __init__",
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
+NOT_TOGETHER = {("offline", "engines"), ("online", "offline"), ("training", "offline")}
+"""Engines are handed to offline methods; the two sides of selection know nothing of each other."""
+
+
+def imports(path: Path) -> set[str]:
+    """First folder or module of siftune that each import statement of a file names, those inside functions too."""
+    package = ("siftune", *path.relative_to(ROOT).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[tuple[str, ...]] = []
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            names = [(*module, alias.name) for alias in node.names]
+        found |= {name[1] for name in names if name[0] == "siftune" and len(name) > 1}
+    return found
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_from_layers_above_its_own(path: Path) -> None:
+    own = layer(path)
+    assert own in RANK, f"{own} is a new layer: give it a place in ORDER"
+    for name in imports(path) - {own}:
+        if name not in RANK:  # siftune.__version__ and other names of the package itself
+            continue
+        below = RANK[name] > RANK[own] and RANK[own] < len(ORDER) - 1
+        assert not below, f"{path.relative_to(ROOT)} imports {name}, which lies below {own}"
+        assert (own, name) not in NOT_TOGETHER, f"{path.relative_to(ROOT)} imports {name}; it must be handed in"
+
+
+def test_the_walk_sees_relative_and_absolute_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    path = tmp_path / "offline" / "daar" / "new.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from ...engines.local import x\nimport siftune.cli\nfrom ..base import y\nfrom ... import data\n")
+    assert imports(path) == {"engines", "cli", "offline", "data"}
+
+
+HEAVY = ("torch", "transformers", "datasets", "sklearn", "pyarrow")
+
+
+def test_import_siftune_pulls_in_no_heavy_library_and_is_quick() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import siftune; took = time.perf_counter() - start;"
+        f"print(took, [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert all(run.stdout.split(" ", 1)[1].strip() == "[]" for run in runs), runs[0].stdout
+    assert min(float(run.stdout.split()[0]) for run in runs) < 0.3
