@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -197,7 +198,7 @@ def _metavar(option: Option) -> str:
 
 
 def _help(option: Option) -> str:
-    text = option.help.replace("`", "")
+    text = re.sub(r"\bNone\b", "left out", option.help.replace("`", ""))  # what None is called on a command line
     shown = option.default
     if not option.is_switch and shown is not None and shown != [] and "default" not in text:
         text += f" (default: {shown})"

@@ -105,8 +105,6 @@ class KeepOptions(Cutting, Everywhere):
 class PlanOptions(Reading, Everywhere):
     """`siftune plan POOL...`"""
 
-    method: str = "daar"
-    """The offline method to plan for."""
     sample: int = 256
     """Rows tokenised and timed, drawn by --seed."""
 

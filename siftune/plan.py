@@ -22,27 +22,26 @@ from .pipeline import build, counted, read_pool
 from .records import SHARD_ROWS, Pool
 from .run import peak_memory_mb
 
+METHOD = "daar"
 WARM_UP_ROWS = 16
 
 
 def plan(options: PlanOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts and estimates for `siftune select` with a method that reads a model, as JSON values.
+    """Facts and estimates for `siftune select daar`, as JSON values.
 
     Bad rows are counted, never an error here. Raises `UserError` for a pool, settings or a model that cannot be used.
 
     >>> plan(PlanOptions(pool=["pool.jsonl"]), {"model": "./model"})["estimate"]["minutes"]
     """
-    method = build(options.method, options.seed, settings)
-    task = method.feature_task(for_fit=True) if hasattr(method, "feature_task") else None
-    if task is None:
-        raise UserError(f"{options.method} reads no model, so there is nothing to plan; run siftune select")
+    method = build(METHOD, options.seed, settings)
+    task = method.feature_task(for_fit=True)  # type: ignore[attr-defined]
     cache = cache_folder(options.cache)
     pools_before = _entries(cache / "pools")
     pool = read_pool(dataclasses.replace(options, on_bad_row="skip"))
     measured = measure(task.backbone, pool, sample=options.sample, seed=options.seed)
     probe_rows = min(int(getattr(method, "probe_rows", 0)), max(1, len(pool.eligible) // 2))
     return {
-        "method": options.method,
+        "method": METHOD,
         "model": str(settings.get("model")),
         "rows": counted(pool),
         "measured": measured,

@@ -1,0 +1,109 @@
+"""Documented commands run: every `siftune` line in a bash block of the README and of docs/cli.md, in order, on a small pool.
+
+A line marked `# needs a hub model` is only read, as are the lines of the other pages. Python blocks that load a pool run.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from siftune.cli import main
+from siftune.demo import corpus
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = [ROOT / "README.md", ROOT / "docs" / "cli.md"]
+READ = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page not in RUN]
+HUB = "# needs a hub model"
+POOL_ROWS = 600
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[tuple[list[str], bool]]:
+    """The words after `siftune` of every command of a page, and whether it can run without the hub."""
+    found = []
+    for block in blocks(page, "(?:bash|sh|console|shell)"):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.removeprefix("$ ").strip()
+            if line.startswith("siftune ") and "..." not in line and "…" not in line:
+                found.append((shlex.split(line, comments=True)[1:], HUB not in line))
+    return found
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the pages take it for granted: pool.jsonl, seeds.jsonl and ./model."""
+    corpus.write(tmp_path, count=POOL_ROWS, per_domain=5, seed=1)
+    save_tiny(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def understood(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command's words are read and then nothing is done."""
+
+    class UnderstoodError(BaseException):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise UnderstoodError
+
+    for target in ("siftune.pipeline.select", "siftune.pipeline.recut", "siftune.plan.plan", "siftune.demo.story.run"):
+        monkeypatch.setattr(target, stop)
+    try:
+        code = main(words)
+    except UnderstoodError:
+        return
+    assert code == 0, f"siftune {shlex.join(words)}: {capsys.readouterr().err}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_commands_run(
+    page: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = commands(page)
+    assert found, f"{page.name} shows no command"
+    for words, runs in found:
+        if runs:
+            code = main(words)
+            assert code == 0, f"siftune {shlex.join(words)}: {capsys.readouterr().err}"
+        else:
+            with monkeypatch.context() as patched:
+                understood(words, patched, capsys)
+
+
+@pytest.mark.parametrize("page", READ, ids=lambda page: str(page.relative_to(ROOT)))
+def test_other_pages_commands_are_understood(
+    page: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, _ in commands(page):
+        understood(words, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_the_readmes_python_runs_on_a_pool(prepared: Path) -> None:
+    found = [block for block in blocks(ROOT / "README.md", "python") if "load_pool(" in block]
+    assert found
+    for block in found:
+        exec(compile(block, "README.md", "exec"), {})
+    assert (prepared / "selected.jsonl").is_file()
+
+
+def test_shipped_yaml_in_pages_is_read() -> None:
+    import yaml
+
+    from siftune.cli import own_options, select_command
+
+    for block in blocks(ROOT / "docs" / "cli.md", "yaml"):
+        config = yaml.safe_load(block)
+        known = {option.name for option in select_command("daar", own_options("daar")).options} | {"method"}
+        assert {key.replace("-", "_") for key in config} <= known
