@@ -6,13 +6,21 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench soak clean
+.PHONY: demo test test-oldest lint bench soak clean
 
 demo: $(READY)
 	$(BIN)/siftune demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak"
+
+# The hook's tests once against the oldest supported transformers and trl, in an environment of their own.
+OLDEST := .venv-oldest
+test-oldest:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints-oldest.txt)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile tests/unit/test_attach*.py tests/laws/test_attach*.py tests/laws/test_resume.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

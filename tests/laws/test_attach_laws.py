@@ -112,18 +112,19 @@ def sft(folder: Path, *, data: Dataset | None = None, model: Any = None, **more:
 
 
 class TestLossIsThatOfTheKeptRows:
-    """The first logged loss against a hand-made batch of the rows that the ledger says were kept."""
+    """The first logged loss (transformers 4 rounds it to 4 decimals) against a hand-made batch of the rows that the
+    ledger says were kept."""
 
     @pytest.mark.parametrize("window", ["micro", "step"])
     @pytest.mark.parametrize(
         ("more", "tolerance"),
         [
-            ({}, 1e-5),
-            ({"gradient_accumulation_steps": 3}, 1e-5),
-            ({"padding_side": "left", "multiple": 8, "gradient_accumulation_steps": 2}, 1e-5),
+            ({}, 2e-5),
+            ({"gradient_accumulation_steps": 3}, 2e-5),
+            ({"padding_side": "left", "multiple": 8, "gradient_accumulation_steps": 2}, 2e-5),
             ({"family": "gpt2", "padding_side": "left", "gradient_accumulation_steps": 2}, None),
             ({"bf16": True, "gradient_accumulation_steps": 2}, 2e-2),
-            ({"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, 1e-5),
+            ({"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, 2e-5),
         ],
         ids=["plain", "accumulation", "left", "gpt2-left", "bf16", "checkpointing"],
     )
@@ -180,7 +181,7 @@ class TestLossIsThatOfTheKeptRows:
         chosen = [{name: column[0].tolist() for name, column in collate([data[row]]).items()} for row in kept]
         if kind != "everything":
             assert all(-100 in row["labels"] for row in chosen)
-        assert losses(live)[0] == pytest.approx(loss_by_hand(before, chosen), rel=1e-5)
+        assert losses(live)[0] == pytest.approx(loss_by_hand(before, chosen), rel=2e-5)
 
 
 class TestHowTheStepIsCut:

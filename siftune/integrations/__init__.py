@@ -1,0 +1,1 @@
+"""PLUGINS FOR OTHER TRAINING FRAMEWORKS: a few lines each around `siftune.attach`."""

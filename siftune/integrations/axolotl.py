@@ -1,0 +1,80 @@
+"""Axolotl: sift every batch from the YAML file alone, through Axolotl's plugin interface.
+
+    plugins:
+      - siftune.integrations.axolotl.SiftunePlugin
+    siftune:
+      method: uds
+      keep: 1/8
+
+Axolotl makes its trainer, a `transformers.Trainer`, and shows it to every plugin; this one attaches the selector to it.
+Importable without Axolotl, whose base class only adds hooks that do nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .. import registry
+from ..errors import UserError
+from ..online.base import OnlineMethod
+from ..training.attach import attach
+
+if TYPE_CHECKING:
+    _Base: Any = object
+else:
+    try:
+        from axolotl.integrations.base import BasePlugin as _Base
+    except ImportError:
+        _Base = object
+    try:
+        from pydantic import BaseModel as _Model
+    except ImportError:
+        _Model = object
+
+    class SiftuneArgs(_Model):
+        """What Axolotl's own check of the YAML file lets through: one mapping under `siftune`."""
+
+        siftune: dict[str, Any] | None = None
+
+
+class SiftunePlugin(_Base):
+    """Attaches the selector that the YAML file's `siftune:` section describes; without the section it does nothing."""
+
+    def get_input_args(self) -> str:
+        """The schema of the plugin's section, by dotted name."""
+        return f"{__name__}.SiftuneArgs"
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Axolotl calls this once the trainer exists, before it trains."""
+        section = cfg.get("siftune") if hasattr(cfg, "get") else getattr(cfg, "siftune", None)
+        if section:
+            options = dict(section)
+            allow_fresh = bool(options.pop("allow_fresh_selector", False))
+            attach(trainer, selector_of(options), allow_fresh_selector=allow_fresh)
+
+
+def selector_of(options: Mapping[str, Any]) -> OnlineMethod:
+    """The online method that a YAML section names: `method` (default uds) and that method's own options.
+
+    Raises `UserError` for an unknown method or option, with the nearest known one.
+
+    >>> selector_of({"method": "uds", "keep": "1/8"}).keep
+    '1/8'
+    """
+    wanted = dict(options)
+    method = registry.find("online", str(wanted.pop("method", "uds"))).load()
+    known = [field.name for field in dataclasses.fields(method) if field.init]
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"siftune: {name} is no option of {method.name}; known: {', '.join(known)}{hint}")
+    if "keep" not in wanted and method.name != "regular":
+        raise UserError(f"siftune: {method.name} needs keep, the rows to train on, such as keep: 1/8")
+    if isinstance(wanted.get("sketch"), list):
+        wanted["sketch"] = tuple(wanted["sketch"])
+    made: OnlineMethod = method(**wanted)
+    return made
