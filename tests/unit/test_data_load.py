@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import siftune.data.load as load_module
+from siftune.data.build import later_duplicates
 from siftune.data.files import hash_json, temporary_beside
 from siftune.data.load import counts, load_pool
 from siftune.errors import UserError
@@ -330,6 +332,12 @@ def test_duplicates_are_counted_and_dropped_on_request(tmp_path: Path) -> None:
     assert dict(dropped.reasons) == {2: "duplicate of row 0", 3: "duplicate of row 0"}
     assert dropped.eligible.tolist() == [0, 1]
     assert dropped.fingerprint != kept.fingerprint
+
+
+def test_ids_that_share_a_half_are_no_duplicates() -> None:
+    ids = np.zeros((5, 16), dtype=np.uint8)
+    ids[:, 0], ids[:, 15] = [1, 1, 2, 1, 2], [1, 2, 2, 1, 1]
+    assert later_duplicates(ids).tolist() == [[3, 0]]
 
 
 # --- the stored rows ------------------------------------------------------------------------------------------------
