@@ -201,7 +201,7 @@ class UDS(OnlineMethod):
         """Parts `intra`, `inter`, `alpha` (the α in use, the same for all rows) and `intra_error` where asked."""
         intra, sketch = measured.columns["intra"], measured.columns["sketch"]
         inter = self._memory.distances(sketch) + self._within(sketch)
-        alpha = torch.where(torch.isnan(intra), torch.nan, self._alpha(intra, inter)).double()
+        alpha = torch.full_like(intra, self._alpha(intra, inter)).masked_fill(torch.isnan(intra), torch.nan)
         parts = {"intra": intra, "inter": inter, "alpha": alpha}
         if "intra_error" in measured.columns:
             parts["intra_error"] = measured.columns["intra_error"]
@@ -272,7 +272,7 @@ class UDS(OnlineMethod):
             "spread_intra": self._spread_intra,
             "spread_inter": self._spread_inter,
             "drawn": self._drawn(),
-            "vocabulary": self._sketch.vocabulary or 0,
+            "vocabulary": self._sketch.vocabulary or 0 if len(self._memory) else 0,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,0 +1,295 @@
+"""One contract suite over every online method of the registry: it walks the table, so a new line is tested at once.
+
+`case(name)` says how a method is made for the suite; methods that are not named there are made with `keep=2`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from siftune import registry
+from siftune.errors import UserError
+from siftune.online.base import Measured, OnlineMethod
+from tests.reference_uds import tiny_batch
+from tests.tiny import tiny_model
+
+METHODS = [entry.name for entry in registry.methods("online")]
+LENGTHS = [12, 30, 7, 21, 3, 16]
+BATCHES = [tiny_batch(LENGTHS, seed=seed) for seed in range(4)]
+KEEPS_ALL = {"regular"}
+BLIND = {"regular", "random"}
+"""Methods whose scores do not come from the rows, so laws about rows do not bind them."""
+
+
+def make(name: str, **options: Any) -> OnlineMethod:
+    method: type[OnlineMethod] = registry.find("online", name).load()
+    if "keep" not in options and name not in KEEPS_ALL:
+        options["keep"] = 2
+    return method(**options)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama", layers=2)
+
+
+def same(a: torch.Tensor, b: torch.Tensor, *, rtol: float = 0.0) -> None:
+    np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=rtol, atol=0)
+
+
+def frozen_state(method: OnlineMethod) -> str:
+    return json.dumps(
+        {
+            name: value.tolist() if isinstance(value, torch.Tensor) else value
+            for name, value in method.state_dict().items()
+        },
+        sort_keys=True,
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestEveryMethod:
+    def test_it_is_a_keyword_only_dataclass_that_only_stores(self, name: str) -> None:
+        method = make(name)
+        assert method.name == name
+        for field in dataclasses.fields(method):  # type: ignore[arg-type]
+            assert field.kw_only
+            if field.default is not dataclasses.MISSING and field.name != "keep":
+                assert getattr(method, field.name) == field.default
+        with pytest.raises(TypeError):
+            make(name, no_such_option=1)
+
+    def test_scores(self, name: str, model: Any) -> None:
+        method = make(name)
+        before = frozen_state(method)
+        scores = method.score(model, BATCHES[0])
+        assert frozen_state(method) == before, "score changed the state"
+        for values in (scores.total, *scores.parts.values()):
+            assert values.dtype == torch.float64
+            assert values.shape == (len(LENGTHS),)
+            assert values.device.type == "cpu"
+            assert torch.isfinite(values).all()
+        assert not scores.reasons
+        same(method.score(model, BATCHES[0]).total, scores.total)
+
+    def test_select(self, name: str, model: Any) -> None:
+        method = make(name)
+        before = frozen_state(method)
+        kept = method.select(model, BATCHES[0])
+        assert frozen_state(method) != before, "select left no trace in the state"
+        assert kept.indices.dtype == torch.int64
+        assert kept.indices.tolist() == sorted(set(kept.indices.tolist()))
+        assert len(kept.indices) == (len(LENGTHS) if name in KEEPS_ALL else 2)
+        for field in ("input_ids", "attention_mask", "labels"):
+            assert torch.equal(kept.batch[field], BATCHES[0][field][kept.indices])
+        left_out = [row for row in range(len(LENGTHS)) if row not in kept.indices.tolist()]
+        if left_out:
+            assert float(kept.scores.total[left_out].max()) <= float(kept.scores.total[kept.indices].min())
+
+    def test_select_is_measure_combine_choose_commit(self, name: str, model: Any) -> None:
+        whole, steps = make(name), make(name)
+        for batch in BATCHES:
+            kept = whole.select(model, batch)
+            steps.new_step()
+            measured = Measured.join([steps.measure(model, batch)])
+            scores = steps.combine(measured)
+            chosen = steps.choose(scores, measured, steps.count(measured.rows))
+            steps.commit(measured, scores, chosen)
+            assert torch.equal(chosen, kept.indices)
+            assert frozen_state(steps) == frozen_state(whole)
+
+    def test_keep_all_returns_the_batch_itself(self, name: str, model: Any) -> None:
+        for keep in (1.0, "100%", "1/1"):
+            kept = make(name, keep=keep).select(model, BATCHES[0])
+            assert kept.indices.tolist() == list(range(len(LENGTHS)))
+            assert all(kept.batch[field] is BATCHES[0][field] for field in BATCHES[0])
+
+    def test_how_many(self, name: str, model: Any) -> None:
+        if name in KEEPS_ALL:
+            with pytest.raises(UserError, match="keep"):
+                make(name, keep=0.5).check_keep(8)
+            return
+        for keep, candidates, rows in ((2, 8, 2), (99, 8, 8), ("1/8", 8, 1), (0.3, 8, 2), ("20%", 4, 1), (0.5, 5, 3)):
+            assert make(name, keep=keep).count(candidates) == rows, (keep, candidates)
+        assert make(name, keep="1/8").count(2) == 1, "a short last batch keeps one"
+        assert make(name, keep=2).count(0) == 0
+        with pytest.raises(UserError, match=r"keep=0\.05.*per_device_train_batch_size"):
+            make(name, keep=0.05).check_keep(8)
+        make(name, keep=0.07).check_keep(8)
+        for wrong in (0, -1, 1.5, "none", True):
+            with pytest.raises(UserError, match="keep"):
+                make(name, keep=wrong).select(model, BATCHES[0])
+
+    def test_options_are_refused_by_name_before_a_model_runs(self, name: str) -> None:
+        for option in ({"window": "epoch"}, {"scope": "world"}, {"start_step": -1}):
+            with pytest.raises(UserError, match=next(iter(option))):
+                make(name, **option).check_keep(8)
+            with pytest.raises(UserError, match=next(iter(option))):
+                make(name, **option).score(torch.nn.Linear(1, 1), BATCHES[0])
+        with pytest.raises(UserError, match="input_ids"):
+            make(name).select(torch.nn.Linear(1, 1), {"labels": torch.zeros(1)}) if name in BLIND else make(
+                name, start_step=1
+            ).select(torch.nn.Linear(1, 1), {"labels": torch.zeros(1)})
+
+    def test_seeds_decide(self, name: str, model: Any) -> None:
+        first, second = make(name), make(name)
+        for batch in BATCHES:
+            a, b = first.select(model, batch), second.select(model, batch)
+            assert torch.equal(a.indices, b.indices)
+            same(a.scores.total, b.scores.total)
+
+    def test_the_global_random_state_is_left_alone(self, name: str, model: Any) -> None:
+        torch.manual_seed(5)
+        np.random.seed(5)  # noqa: NPY002
+        wanted = (torch.rand(3), np.random.rand(3))  # noqa: NPY002
+        torch.manual_seed(5)
+        np.random.seed(5)  # noqa: NPY002
+        make(name).select(copy.deepcopy(model).train(), BATCHES[0])
+        assert torch.equal(torch.rand(3), wanted[0])
+        assert (np.random.rand(3) == wanted[1]).all()  # noqa: NPY002
+
+    def test_the_model_and_the_batch_are_left_as_they_were(self, name: str, model: Any) -> None:
+        mine = copy.deepcopy(model).train()
+        mine.model.layers[0].eval()
+        mine.model.layers[1].self_attn.q_proj.weight.requires_grad_(False)
+        mine.lm_head.weight.grad = torch.full_like(mine.lm_head.weight, 3.0)
+        batch = {field: value.clone() for field, value in BATCHES[0].items()}
+
+        def facts() -> Any:
+            flags = [(module.training, len(module._forward_hooks)) for module in mine.modules()]
+            grads = [(p.requires_grad, None if p.grad is None else p.grad.sum().item()) for p in mine.parameters()]
+            return (
+                flags,
+                grads,
+                [float(p.detach().sum()) for p in mine.parameters()],
+                torch.get_float32_matmul_precision(),
+            )
+
+        before = facts()
+        make(name).select(mine, batch)
+        assert facts() == before
+        assert all(torch.equal(batch[field], BATCHES[0][field]) for field in batch)
+        assert torch.is_grad_enabled()
+
+    def test_dropout_does_not_enter(self, name: str) -> None:
+        noisy = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
+        same(make(name).score(noisy, BATCHES[0]).total, make(name).score(noisy.eval(), BATCHES[0]).total)
+
+    def test_permuting_rows_permutes_scores(self, name: str, model: Any) -> None:
+        if name in BLIND:
+            return
+        method = make(name)
+        method.select(model, BATCHES[1])
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        permuted = {field: value[order] for field, value in BATCHES[0].items()}
+        scores, other = method.score(model, BATCHES[0]), method.score(model, permuted)
+        same(other.total, scores.total[order], rtol=1e-5)
+        for part in scores.parts:
+            same(other.parts[part], scores.parts[part][order], rtol=1e-5)
+
+    def test_padding_never_enters(self, name: str, model: Any) -> None:
+        if name in BLIND:
+            return
+        method = make(name)
+        method.select(model, BATCHES[1])
+        wanted = method.score(model, BATCHES[0])
+        for side in ("right", "left"):
+            for extra in (0, 9):
+                padded = tiny_batch(LENGTHS, side=side, extra=extra)
+                same(method.score(model, padded).total, wanted.total, rtol=1e-5)
+
+    def test_chunks_change_nothing(self, name: str, model: Any) -> None:
+        method = make(name)
+        if "score_tokens" not in {field.name for field in dataclasses.fields(method)}:  # type: ignore[arg-type]
+            return
+        same(
+            make(name, score_tokens=33).score(model, BATCHES[0]).total, method.score(model, BATCHES[0]).total, rtol=1e-5
+        )
+
+    def test_rows_that_cannot_be_scored(self, name: str, model: Any) -> None:
+        if name in BLIND:
+            return
+        batch = {field: value.clone() for field, value in BATCHES[0].items()}
+        batch["attention_mask"][1] = 0
+        batch["labels"][1] = -100
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            broken.model.embed_tokens.weight[7] = torch.nan
+        batch["input_ids"][batch["input_ids"] == 7] = 8
+        batch["input_ids"][3, 2] = 7
+        method = make(name, keep=4)
+        good = [0, 2, 4, 5]
+        kept = method.select(broken, batch)
+        scores = kept.scores
+        assert torch.isnan(scores.total).nonzero().flatten().tolist() == [1, 3] == sorted(scores.reasons)
+        assert all(torch.isnan(part).nonzero().flatten().tolist() == [1, 3] for part in scores.parts.values())
+        assert kept.indices.tolist() == good
+        alone = make(name, keep=4).score(broken, {field: value[good] for field, value in batch.items()})
+        same(scores.total[good], alone.total, rtol=1e-5)
+        assert torch.isfinite(method.score(model, BATCHES[1]).total).all(), "a broken row poisoned the state"
+        assert make(name, keep=5).select(broken, batch).indices.tolist() == [0, 1, 2, 4, 5], "taken last, in order"
+        make(name, keep=6).select(broken, batch)
+
+    def test_state_travels_through_safetensors_and_json(self, name: str, model: Any, tmp_path: Path) -> None:
+        uninterrupted, resumed = make(name), make(name)
+        for batch in BATCHES[:2]:
+            uninterrupted.select(model, batch)
+        state = uninterrupted.state_dict()
+        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        save_file(tensors, tmp_path / "state.safetensors")
+        plain = json.loads(json.dumps({key: value for key, value in state.items() if key not in tensors}))
+        resumed.load_state_dict({**plain, **load_file(tmp_path / "state.safetensors")})
+        for batch in BATCHES[2:]:
+            a, b = uninterrupted.select(model, batch), resumed.select(model, batch)
+            assert torch.equal(a.indices, b.indices)
+            same(a.scores.total, b.scores.total)
+        assert frozen_state(uninterrupted) == frozen_state(resumed)
+
+    def test_a_state_is_a_snapshot(self, name: str, model: Any) -> None:
+        method = make(name)
+        method.select(model, BATCHES[0])
+        state = method.state_dict()
+        kept = copy.deepcopy(state)
+        method.select(model, BATCHES[1])
+        for key, value in state.items():
+            equal = torch.equal(value, kept[key]) if isinstance(value, torch.Tensor) else value == kept[key]
+            assert equal, key
+
+    def test_another_methods_state_is_refused(self, name: str) -> None:
+        with pytest.raises(UserError):
+            make(name).load_state_dict({"something": 1})
+
+    def test_no_selection_before_start_step(self, name: str, model: Any) -> None:
+        method = make(name, start_step=2)
+        for batch in BATCHES[:2]:
+            kept = method.select(model, batch)
+            assert kept.indices.tolist() == list(range(len(LENGTHS)))
+            assert torch.isnan(kept.scores.total).all()
+            assert "start_step=2" in kept.scores.reasons[0]
+        kept = method.select(model, BATCHES[2])
+        assert torch.isfinite(kept.scores.total).all()
+        assert len(kept.indices) == (len(LENGTHS) if name in KEEPS_ALL else 2)
+
+    def test_several_micro_batches_are_one_choice(self, name: str, model: Any) -> None:
+        method = make(name)
+        method.select(model, BATCHES[3])
+        parts = [method.measure(model, batch) for batch in BATCHES[:2]]
+        joined = Measured.join(parts)
+        assert joined.rows == 2 * len(LENGTHS)
+        scores = method.combine(joined)
+        chosen = method.choose(scores, joined, 5)
+        assert chosen.tolist() == sorted(set(chosen.tolist()))
+        assert len(chosen) == 5
+        if name not in BLIND:
+            together = torch.cat([method.combine(part).total for part in parts])
+            if "alpha" not in scores.parts:
+                same(scores.total, together)
