@@ -43,6 +43,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the pages take it for granted: pool.jsonl, seeds.jsonl and ./model."""
     corpus.write(tmp_path, count=POOL_ROWS, per_domain=5, seed=1)
     save_tiny(tmp_path / "model")
+    monkeypatch.setattr("siftune.records.SHARD_ROWS", POOL_ROWS // 2)  # so that a small pool has two parts
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
