@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
     "example": ("number", "instruction", "input", "output"),
 }
 """Every prompt, and the words in braces that it may hold."""
+PARTS = ("domains", "prompts", "settings")
 NEEDED = {"seeds": ("description",), "augment": ("description", "examples"), "example": ("instruction", "output")}
 """Words without which a prompt cannot do its work."""
 
@@ -60,6 +61,8 @@ class Descriptions:
 
     domains: tuple[Domain, ...]
     wording: Wording
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Synthesis`, as the file gives them."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,7 +105,7 @@ def fill(template: str, words: Mapping[str, str]) -> str:
 def read_descriptions(source: DomainSource | None = None) -> Descriptions:
     """Domains and wording from a YAML file or a mapping; None gives the paper's four domains.
 
-    The mapping is `{name: sentence}`, or has the keys `domains` and, if wanted, `prompts`; a domain is a sentence or
+    The mapping is `{name: sentence}`, or has any of the keys `domains`, `prompts` and `settings`; a domain is a sentence or
     `{"description": ..., "threshold": ...}`. Raises `UserError` by file and key.
 
     >>> read_descriptions({"law": "Questions of law.", "music": "Musical notation."}).names
@@ -121,14 +124,14 @@ def read_descriptions(source: DomainSource | None = None) -> Descriptions:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise UserError(f"{place} cannot be read ({reason}); give a YAML file of `name: one sentence`") from error
-    if isinstance(said.get("domains"), Mapping):
-        _known(said, ("domains", "prompts"), place)
-        return Descriptions(_domains(said["domains"], place), _wording(said.get("prompts"), default, place))
-    if isinstance(said.get("prompts"), Mapping):
-        _known(said, ("domains", "prompts"), place)
-        shipped_domains = _domains(shipped["domains"], "domains.yaml")
-        return Descriptions(shipped_domains, _wording(said["prompts"], default, place))
-    return Descriptions(_domains(said, place), default)
+    if not any(isinstance(said.get(part), Mapping) for part in PARTS):
+        return Descriptions(_domains(said, place), default)
+    check_keys(said, PARTS, place)
+    settings = said.get("settings") or {}
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{place}: settings holds no mapping; write one `name: value` a line")
+    domains = _domains(said["domains"], place) if "domains" in said else _domains(shipped["domains"], "domains.yaml")
+    return Descriptions(domains, _wording(said.get("prompts"), default, place), dict(settings))
 
 
 def _load(text: str, place: str) -> Mapping[str, Any]:
@@ -143,14 +146,16 @@ def _load(text: str, place: str) -> Mapping[str, Any]:
     return said
 
 
-def _domains(said: Mapping[str, Any], place: str) -> tuple[Domain, ...]:
+def _domains(said: Any, place: str) -> tuple[Domain, ...]:
+    if not isinstance(said, Mapping):
+        raise UserError(f"{place}: domains holds no mapping; write one `name: one sentence` a line")
     found = []
     for name, value in said.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w][\w .+-]*", name):
-            raise UserError(f"{place} names a domain {name!r}; use letters, digits, spaces and _ . + -")
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UserError(f"{place} names a domain {name!r}; use letters, digits and _ . + -")
         threshold = None
         if isinstance(value, Mapping):
-            _known(value, ("description", "threshold"), f"{place}, domain {name}")
+            check_keys(value, ("description", "threshold"), f"{place}, domain {name}")
             threshold, value = value.get("threshold"), value.get("description")
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{place} gives the domain {name!r} no description; write one sentence")
@@ -174,7 +179,7 @@ def _wording(said: Any, default: Wording, place: str) -> Wording:
         return default
     if not isinstance(said, Mapping):
         raise UserError(f"{place}: prompts holds no mapping; give {', '.join(PROMPTS)}")
-    _known(said, tuple(PROMPTS), f"{place}, prompts")
+    check_keys(said, tuple(PROMPTS), f"{place}, prompts")
     for name, text in said.items():
         if not isinstance(text, str) or (name in ("seeds", "augment", "example") and not text.strip()):
             raise UserError(f"{place}: the prompt {name} is no text")
@@ -189,7 +194,8 @@ def _wording(said: Any, default: Wording, place: str) -> Wording:
     return Wording(**{**{name: getattr(default, name) for name in PROMPTS}, **said})
 
 
-def _known(said: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+def check_keys(said: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+    """Raise `UserError` for a key that is not known, naming the nearest one."""
     for key in said:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)

@@ -1,0 +1,282 @@
+"""A model writes its own domain examples: DaaR without any seed row (arXiv 2502.04380, stages 1a to 1c).
+
+Per domain the generator is asked for a few rows from the domain's sentence alone, then, a few at a time, for one more
+row unlike three random rows of those kept; a row is kept while its largest cosine to them stays below tau. A domain
+that cannot reach its number within its attempts takes the least similar of the rows that tau kept out, and says so.
+Given the generator's replies and the seed, the result is determined; replies are journaled, so none is asked twice.
+Cost: about `attempts` replies per domain at most.
+
+Axes: `K` domains.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ...data.formats import text_of
+from ...errors import UserError
+from ...models.generate import Generator, Message, Reply, Request
+from ...records import Row
+from ..draw import number
+from .acceptance import Candidate, Embed, Kept, Space, units
+from .descriptions import THRESHOLD, Descriptions, Domain, check_keys
+from .parsing import parse_rows
+from .written import Rejected, Written
+
+SEED_TRIES = 5
+"""Requests for seed rows of a domain, until it has its number or at least one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthesis:
+    """How domain rows are written; the defaults are the paper's. `settings:` of a domains file sets the same fields."""
+
+    seeds: int = 5
+    """Rows of a domain asked for at once, from its sentence alone (paper: 5)."""
+    rows: int = 30
+    """Rows of a domain at which writing stops (paper: 30; 10 give the same centroid to cosine 0.97)."""
+    window: int = 3
+    """Rows shown as counter-examples to each further request (paper: 3)."""
+    threshold: float = THRESHOLD
+    """tau, for domains that give none of their own (paper: 0.85, mathematics 0.90)."""
+    space: Space = "last-layer"
+    """Where cosines are measured: the base model's `last-layer`, where tau was tuned, or its `embedding` (paper's text).
+    `last-layer` loads the whole base model while rows are written."""
+    attempts: int = 120
+    """Requests for further rows of a domain at most; then tau is relaxed over what was written."""
+    at_once: int = 4
+    """Further rows of a domain asked for side by side, each with rows to be unlike of its own (authors: 1)."""
+    temperature: float = 0.9
+    """For the seed rows (paper: 0.9)."""
+    further_temperature: float = 0.95
+    """For further rows (authors' code: 0.95)."""
+    top_p: float = 0.95
+    """Nucleus of the sampling (paper: 0.95)."""
+    max_new_tokens: int = 2048
+    """Tokens of a reply at most (paper: 2048)."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "rows", "window", "attempts", "at_once", "max_new_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name == "attempts" else 1):
+                raise UserError(f"synthesis: {name}={value!r} is no number of at least 1; mend it")
+        for name, top in (("threshold", 1.0), ("top_p", 1.0), ("temperature", 5.0), ("further_temperature", 5.0)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value <= top:
+                raise UserError(f"synthesis: {name}={value!r} is not in (0, {top:g}]")
+        if self.space not in ("last-layer", "embedding"):
+            raise UserError(f"synthesis: space={self.space!r} is not known; give last-layer or embedding")
+        if self.rows < self.seeds:
+            raise UserError(f"synthesis: rows={self.rows} is below seeds={self.seeds}; raise it")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Synthesis:
+        """From the `settings:` of a domains file. Raises `UserError` for an unknown key."""
+        check_keys(settings, [item.name for item in fields(cls)], "domains, settings")
+        return cls(**settings)
+
+
+class Writing:
+    """One run of the stage; `run` gives what was written, `rejected` holds the rest even when it raises.
+
+    >>> Writing(read_descriptions(), generator, embed, Synthesis(), seed=0).run().write("run")
+    """
+
+    def __init__(
+        self,
+        descriptions: Descriptions,
+        generator: Generator,
+        embed: Embed,
+        how: Synthesis,
+        *,
+        seed: int,
+        real: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
+        progress: Any = None,
+    ) -> None:
+        self.descriptions, self.generator, self.embed, self.how, self.seed = descriptions, generator, embed, how, seed
+        self.real, self.progress = dict(real or {}), progress
+        self.kept = {domain.name: Kept(domain.threshold or how.threshold) for domain in descriptions.domains}
+        self.rejected: list[Rejected] = []
+        self._notes: dict[int, Rejected] = {}
+        """What was noted of rows that only tau kept out, by the candidate's identity."""
+        self.attempts = dict.fromkeys(self.kept, 0)
+        self.tries = dict.fromkeys(self.kept, 0)
+
+    def run(self) -> Written:
+        """Write every domain's rows. Raises `UserError` when a domain gets none, or the generator fails for now."""
+        total = self.how.rows * len(self.kept)
+        if self.progress is not None:
+            self.progress.start("writing domain rows", total)
+        try:
+            self._inject()
+            self._seed_rows()
+            self._further_rows()
+            self._relax()
+        finally:
+            if self.progress is not None:
+                self.progress.close()
+        rows = {name: [_line(candidate) for candidate in kept.candidates] for name, kept in self.kept.items()}
+        facts = {domain.name: self._facts(domain, rows[domain.name]) for domain in self.descriptions.domains}
+        return Written(rows, self.rejected, facts)
+
+    # --- the steps ----------------------------------------------------------------------------------------------------
+
+    def _inject(self) -> None:
+        """Real rows first, as they are (stage 1c)."""
+        unknown = [name for name in self.real if name not in self.kept]
+        if unknown:
+            raise UserError(f"real rows name the domain {unknown[0]!r}, which is not one of {', '.join(self.kept)}")
+        for name, rows in self.real.items():
+            self._judge(name, [(dict(row), "real") for row in rows], "real", any_distance=True)
+
+    def _seed_rows(self) -> None:
+        """Ask each domain for its first rows, again with another seed while it has too few (stage 1a)."""
+        for attempt in range(SEED_TRIES):
+            short = [domain for domain in self.descriptions.domains if self._missing_seeds(domain.name) > 0]
+            if not short:
+                return
+            requests = {}
+            for domain in short:
+                messages = self.descriptions.seed_messages(domain, self.how.seeds)
+                requests[domain.name] = [self._request(domain, "seeds", attempt, messages, self.how.temperature)]
+                self.tries[domain.name] += 1
+            for name, replies in self._ask(requests).items():
+                rows = self._rows_of(name, replies)
+                self._judge(name, rows, "seed", any_distance=True, most=self._missing_seeds(name))
+        for domain in self.descriptions.domains:
+            if not len(self.kept[domain.name]):
+                raise UserError(self._nothing(domain.name))
+
+    def _missing_seeds(self, name: str) -> int:
+        return self.how.seeds - sum(candidate.how == "seed" for candidate in self.kept[name].candidates)
+
+    def _further_rows(self) -> None:
+        """Ask for rows unlike some of those kept until each domain has its number or no attempt left (stage 1b)."""
+        while True:
+            requests: dict[str, list[Request]] = {}
+            for domain in self.descriptions.domains:
+                name, used = domain.name, self.attempts[domain.name]
+                count = min(self.how.at_once, self.how.rows - len(self.kept[name]), self.how.attempts - used)
+                if count > 0:
+                    requests[name] = [self._further_request(domain, used + index) for index in range(count)]
+                    self.attempts[name] += count
+            if not requests:
+                return
+            for name, replies in self._ask(requests).items():
+                rows = self._rows_of(name, replies)
+                self._judge(name, rows, "further", most=self.how.rows - len(self.kept[name]))
+
+    def _further_request(self, domain: Domain, attempt: int) -> Request:
+        kept = self.kept[domain.name].candidates
+        chance = random.Random(f"siftune window {self.seed} {domain.name} {attempt}")
+        shown = [candidate.row for candidate in chance.sample(kept, min(self.how.window, len(kept)))]
+        messages = self.descriptions.augment_messages(domain, shown)
+        return self._request(domain, "further", attempt, messages, self.how.further_temperature)
+
+    def _relax(self) -> None:
+        """Where a domain is short, let the least similar of the rows in that only tau kept out."""
+        for kept in self.kept.values():
+            let_in = kept.relax(self.how.rows)
+            back = [self._notes[id(candidate)] for candidate in let_in]
+            self.rejected = [note for note in self.rejected if not any(note is other for other in back)]
+            self._advance(len(let_in))
+
+    # --- asking and judging -------------------------------------------------------------------------------------------
+
+    def _request(
+        self, domain: Domain, what: str, attempt: int, messages: tuple[Message, ...], temperature: float
+    ) -> Request:
+        return Request(
+            key=f"{domain.name}/{what}/{attempt}",
+            messages=messages,
+            seed=number(self.seed, f"{what} rows", domain.name, attempt) % 2**31,
+            temperature=temperature,
+            top_p=self.how.top_p,
+            max_new_tokens=self.how.max_new_tokens,
+        )
+
+    def _ask(self, requests: Mapping[str, list[Request]]) -> dict[str, list[Reply]]:
+        """Replies by domain, in the order of the requests, whatever order they came in."""
+        flat = [request for some in requests.values() for request in some]
+        came = {reply.key: reply for reply in self.generator.replies(flat)}
+        failed = [reply for reply in came.values() if not reply.final]
+        if failed:
+            raise UserError(
+                f"the generator left {len(failed)} of {len(flat)} requests without a reply ({failed[0].key}: "
+                f"{failed[0].error}); run the same command again, the replies that came are kept"
+            )
+        return {name: [came[request.key] for request in some] for name, some in requests.items()}
+
+    def _rows_of(self, domain: str, replies: Sequence[Reply]) -> Iterator[tuple[dict[str, str], str]]:
+        """Every good row of the replies with its request's name; what is none is noted."""
+        for reply in replies:
+            if reply.error is not None:
+                self._reject(domain, reply.key, f"refused: {reply.error}", "")
+                continue
+            for found in parse_rows(reply.text, cut=reply.finish_reason == "length"):
+                if found.reason is None:
+                    yield found.row, reply.key
+                else:
+                    self._reject(domain, reply.key, found.reason, reply.text)
+
+    def _judge(self, domain: str, rows: Any, how: str, *, any_distance: bool = False, most: int | None = None) -> None:
+        """Keep or reject rows, in order, until `most` are kept."""
+        rows, kept, room = list(rows), self.kept[domain], most
+        if not rows:
+            return
+        texts = [text_of(Row(0, "", row["instruction"], row["input"], row["output"])) for row, _ in rows]
+        for (row, asked), text, unit in zip(rows, texts, units(self.embed(texts)), strict=True):
+            if room == 0:
+                self._reject(domain, asked, "not needed: the domain has its rows", text, row)
+                continue
+            candidate = Candidate(row, asked, how, unit)
+            reason = kept.judge(candidate, any_distance=any_distance)
+            if reason is not None:
+                self._notes[id(candidate)] = self._reject(domain, asked, reason, text, row)
+                continue
+            room = None if room is None else room - 1
+            self._advance(1)
+
+    def _reject(
+        self, domain: str, asked: str, reason: str, text: str, row: Mapping[str, str] | None = None
+    ) -> Rejected:
+        note = Rejected(domain, asked, reason, text, dict(row) if row is not None else None)
+        self.rejected.append(note)
+        return note
+
+    def _advance(self, rows: int) -> None:
+        if self.progress is not None:
+            self.progress.advance(rows)
+
+    # --- the result ---------------------------------------------------------------------------------------------------
+
+    def _facts(self, domain: Domain, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        asked = domain.threshold or self.how.threshold
+        return {
+            "rows": len(rows),
+            "wanted": self.how.rows,
+            **{how: sum(row["how"] == how for row in rows) for how in ("real", "seed", "further", "relaxed")},
+            "requests": self.tries[domain.name] + self.attempts[domain.name],
+            "threshold": asked,
+            "threshold_used": round(self.kept[domain.name].threshold, 4),
+        }
+
+    def _nothing(self, name: str) -> str:
+        reasons: dict[str, int] = {}
+        for item in self.rejected:
+            if item.domain == name:
+                reasons[item.reason] = reasons.get(item.reason, 0) + 1
+        told = ", ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda x: -x[1])[:3])
+        return (
+            f"the generator wrote no usable row of the domain {name!r} in {self.tries[name]} replies ({told}); try "
+            "another generator or description, or give seeds=FILE"
+        )
+
+
+def _line(candidate: Candidate) -> dict[str, Any]:
+    """A kept row as it is written down; the first row of a domain has nothing to be similar to."""
+    similarity = round(candidate.similarity, 4) if candidate.similarity >= -0.999999 else None
+    return {**candidate.row, "how": candidate.how, "similarity": similarity}

@@ -1,0 +1,102 @@
+"""What the writing stage leaves: a readable file per domain, one file of all for `--seeds`, and every rejected reply.
+
+`domains/<domain>.jsonl` holds a domain's rows, each with `domain`, its fields, `how` it came (real, seed, further,
+relaxed) and its largest cosine to the rows before it; they may be edited and the folder given as `--seeds`.
+`seeds.jsonl` holds the same rows together, `rejected.jsonl` the rest with reasons. Cost: the files' size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...data.files import atomic_path, write_json
+
+SEEDS = "seeds.jsonl"
+REJECTED = "rejected.jsonl"
+FACTS = "written.json"
+FOLDER = "domains"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A reply, or a row of one, that is not used."""
+
+    domain: str
+    asked: str
+    """The request: domain, `seeds` or `further`, attempt."""
+    reason: str
+    """`kind: detail`."""
+    text: str
+    """What the model wrote: the reply, or the row's text."""
+    row: dict[str, str] | None = None
+    """The row's fields where it could be read."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The rows of every domain, what was rejected, and the counts."""
+
+    rows: Mapping[str, Sequence[Mapping[str, Any]]]
+    rejected: Sequence[Rejected]
+    facts: Mapping[str, Mapping[str, Any]]
+    """Per domain: rows by origin, requests, tau asked for and tau used."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The facts for a manifest: per domain, and rejected rows by kind of reason."""
+        kinds = Counter(item.reason.partition(":")[0] for item in self.rejected)
+        return {"domains": {name: dict(facts) for name, facts in self.facts.items()}, "rejected": dict(kinds)}
+
+    @property
+    def told(self) -> list[str]:
+        """What the user should know: one sentence for each domain that is short, or whose tau was relaxed."""
+        said = []
+        for name, facts in self.facts.items():
+            if facts["relaxed"]:
+                said.append(
+                    f"{name}: {facts['rows'] - facts['relaxed']} rows stayed below the similarity {facts['threshold']:g} "
+                    f"in {facts['requests']} requests; {facts['relaxed']} more were taken up to {facts['threshold_used']:.4f}"
+                )
+            if facts["rows"] < facts["wanted"]:
+                said.append(f"{name}: {facts['rows']} rows instead of {facts['wanted']}, the generator wrote no others")
+        return said
+
+    def write(self, folder: str | Path) -> Path:
+        """Write all files into a folder; returns the seeds file, written last.
+
+        >>> DaaR(model=model, seeds=written.write("run"))
+        """
+        folder = Path(folder)
+        everything = []
+        for name, rows in self.rows.items():
+            lines = [_line({"domain": name, **row}) for row in rows]
+            _write(folder / FOLDER / f"{name}.jsonl", lines)
+            everything += lines
+        write_rejected(folder, self.rejected)
+        write_json(folder / FACTS, self.info | {"told": self.told})
+        _write(folder / SEEDS, everything)
+        return folder / SEEDS
+
+
+def write_rejected(folder: str | Path, rejected: Sequence[Rejected]) -> Path:
+    """The rejected replies alone: what is left to read when a domain got no row."""
+    path = Path(folder) / REJECTED
+    _write(
+        path, [_line({name: value for name, value in asdict(item).items() if value is not None}) for item in rejected]
+    )
+    return path
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() or not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(value)
+
+
+def _write(path: Path, lines: Sequence[str]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
