@@ -79,7 +79,9 @@ def take_apart(model: nn.Module) -> Parts:
     head = causal.get_output_embeddings()
     if head is None:
         raise UserError(f"{kind} has no output embeddings; load the model with AutoModelForCausalLM")
-    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else causal.base_model
+    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else causal
+    if decoder is causal:  # transformers 4 does not name the decoder of GPT-2 and GPT-NeoX
+        decoder = causal.base_model
     if decoder is causal or not isinstance(decoder, nn.Module):
         raise UserError(f"{kind} does not tell its decoder from its head; use an AutoModelForCausalLM architecture")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
