@@ -18,6 +18,7 @@ import torch
 from siftune.engines.local import LocalEngine
 from siftune.models.store import Store
 from siftune.offline.base import OfflineMethod
+from siftune.offline.daar.fitting import ProbeTraining
 from siftune.records import Pool, Scores, Shard
 from siftune.registry import Entry, methods
 from tests.pools import make_pool
@@ -52,8 +53,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("model"), "llama", width=16))
 
 
+QUICK = ProbeTraining(epochs=3)
+
 RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
-    "daar": lambda model: {"model": model, "seeds": SEEDS, "max_length": 64, "device": "cpu"},
+    "daar": lambda model: {"model": model, "seeds": SEEDS, "max_length": 64, "device": "cpu", "training": QUICK},
 }
 
 

@@ -151,7 +151,9 @@ class Writing:
                 raise UserError(self._nothing(domain.name))
 
     def _missing_seeds(self, name: str) -> int:
-        return self.how.seeds - sum(candidate.how == "seed" for candidate in self.kept[name].candidates)
+        """First rows still to be asked for; none where real rows fill the domain already."""
+        kept = self.kept[name].candidates
+        return min(self.how.rows - len(kept), self.how.seeds - sum(candidate.how == "seed" for candidate in kept))
 
     def _further_rows(self) -> None:
         """Ask for rows unlike some of those kept until each domain has its number or no attempt left (stage 1b)."""

@@ -66,8 +66,8 @@ class Written:
                 said.append(f"{name}: {facts['rows']} rows instead of {facts['wanted']}, the generator wrote no others")
         return said
 
-    def write(self, folder: str | Path) -> Path:
-        """Write all files into a folder; returns the seeds file, written last.
+    def write(self, folder: str | Path, *, counts: Mapping[str, int] | None = None) -> Path:
+        """Write all files into a folder; returns the seeds file, written last. `counts` says what asking cost.
 
         >>> DaaR(model=model, seeds=written.write("run"))
         """
@@ -78,7 +78,7 @@ class Written:
             _write(folder / FOLDER / f"{name}.jsonl", lines)
             everything += lines
         write_rejected(folder, self.rejected)
-        write_json(folder / FACTS, self.info | {"told": self.told})
+        write_json(folder / FACTS, self.info | {"told": self.told, "replies": dict(counts or {})})
         _write(folder / SEEDS, everything)
         return folder / SEEDS
 
@@ -100,3 +100,17 @@ def _line(value: Mapping[str, Any]) -> str:
 def _write(path: Path, lines: Sequence[str]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def copy_written(source: str | Path, folder: str | Path) -> list[Path]:
+    """Copy what was written into a run folder; files of a domain that are there already stay, for a user may have
+    edited them. Returns the files at the top."""
+    source, folder = Path(source), Path(folder)
+    for path in sorted((source / FOLDER).glob("*.jsonl")):
+        if not (folder / FOLDER / path.name).exists():
+            with atomic_path(folder / FOLDER / path.name) as temporary:
+                temporary.write_bytes(path.read_bytes())
+    for name in (REJECTED, FACTS, SEEDS):
+        with atomic_path(folder / name) as temporary:
+            temporary.write_bytes((source / name).read_bytes())
+    return [folder / name for name in (REJECTED, FACTS, SEEDS)]

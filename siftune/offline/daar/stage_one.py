@@ -1,0 +1,149 @@
+"""DaaR's first stage as the method runs it: descriptions, generator, journal and features put together, once.
+
+What was written lies in the cache folder (`written/<key>/`) under the content of all that decides it, the replies
+beside it (`replies/<key>.jsonl`), so that a run that was stopped, or is repeated in another run folder, asks nothing
+twice. Cost: `siftune.offline.daar.synthesis`'s, or reading a small file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ...data.files import cache_folder, hash_json
+from ...errors import UserError
+from ...models.backbone import Backbone, DType
+from ...models.chat import content_key
+from ...models.generate import Generator, check_generator, is_server, open_generator
+from ...models.journal import Journal, Journaled
+from .acceptance import Embed, embedder
+from .descriptions import Descriptions, DomainSource, read_descriptions
+from .seeds import SeedSource, read_seeds
+from .synthesis import Synthesis, Writing
+from .written import SEEDS, write_rejected
+
+VERSION = 1
+"""Raised whenever the same replies would give other rows."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known before a row is written: the domains' names, as `Seeds` has them."""
+
+    domains: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOne:
+    """The stage with everything that decides its result; fields as `DaaR`'s.
+
+    >>> StageOne(generator="./chat", domains=None, seeds=None, model="./base", seed=0).run()
+    """
+
+    generator: str
+    domains: DomainSource | None
+    seeds: SeedSource | None
+    """Real rows that join the written ones (stage 1c)."""
+    model: str
+    seed: int
+    compat: Literal["paper"] | None = None
+    max_length: int = 1024
+    dtype: DType = "auto"
+    device: str = "auto"
+    cache: str | Path | None = None
+
+    # --- before -------------------------------------------------------------------------------------------------------
+
+    def check(self) -> Planned:
+        """Everything that can be told wrong before a model is loaded or a server asked."""
+        check_generator(self.generator)
+        descriptions, _ = self.told()
+        self.real(descriptions)
+        return Planned(descriptions.names)
+
+    def told(self) -> tuple[Descriptions, Synthesis]:
+        """The domains in words, and how rows are written."""
+        descriptions = read_descriptions(self.domains)
+        how = Synthesis.of(descriptions.settings)
+        return descriptions, replace(how, at_once=1) if self.compat == "paper" else how
+
+    def real(self, descriptions: Descriptions) -> dict[str, list[dict[str, str]]]:
+        """The rows of `seeds` by domain, in the three fields that written rows have."""
+        if self.seeds is None:
+            return {}
+        seeds = read_seeds(self.seeds, cache=self.cache, fewest=1)
+        if unknown := [name for name in seeds.domains if name not in descriptions.names]:
+            raise UserError(
+                f"seeds name the domain {unknown[0]!r}, which the generator is told nothing of; describe it in "
+                "domains=FILE, or leave generator out to use the seeds alone"
+            )
+        found: dict[str, list[dict[str, str]]] = {name: [] for name in seeds.domains}
+        for label, row in zip(seeds.labels, seeds.pool.read(seeds.pool.eligible.tolist()), strict=True):
+            fields = {"instruction": row.instruction, "input": row.input, "output": row.output}
+            found[seeds.domains[label]].append(fields)
+        return found
+
+    def inputs(self) -> dict[str, str]:
+        """Content hashes of what the stage reads, for a run's identity; a server is known by its address alone."""
+        descriptions, how = self.told()
+        found = {"domains": hash_json([asdict(descriptions), asdict(how)])}
+        if not is_server(self.generator):
+            found["generator"] = open_generator(self.generator, device=self.device, dtype=self.dtype).key
+        return found
+
+    # --- the work -----------------------------------------------------------------------------------------------------
+
+    def run(self, progress: Any = None, *, generator: Generator | None = None, embed: Embed | None = None) -> Path:
+        """The folder that holds what was written, written now unless it is there. Raises `UserError`.
+
+        `generator` and `embed` take the place of the ones that are opened by name.
+        """
+        descriptions, how = self.told()
+        asked = generator or open_generator(self.generator, device=self.device, dtype=self.dtype)
+        real = self.real(descriptions)
+        cache = cache_folder(self.cache)
+        words = [asked.key, asdict(descriptions), self.seed]
+        folder = cache / "written" / hash_json([VERSION, *words, asdict(how), real, self._features_key(embed)])
+        replies = cache / "replies" / f"{hash_json(words)}.jsonl"
+        if (folder / SEEDS).is_file():
+            return folder
+        with Journal(replies) as journal:
+            if not (folder / SEEDS).is_file():
+                self._write(folder, descriptions, how, Journaled(asked, journal), embed, real, progress)
+        return folder
+
+    def _write(
+        self,
+        folder: Path,
+        descriptions: Descriptions,
+        how: Synthesis,
+        generator: Journaled,
+        embed: Embed | None,
+        real: Mapping[str, Sequence[Mapping[str, str]]],
+        progress: Any,
+    ) -> None:
+        features = embed or embedder(
+            self.model, how.space, max_length=self.max_length, dtype=self.dtype, device=self.device
+        )
+        writing = Writing(descriptions, generator, features, how, seed=self.seed, real=real, progress=progress)
+        try:
+            written = writing.run()
+        except UserError as error:
+            if not writing.rejected:
+                raise
+            path = write_rejected(folder, writing.rejected)
+            raise UserError(f"{error} (what was not used is in {path})") from error
+        finally:
+            if release := getattr(generator.generator, "release", None):
+                release()
+        written.write(folder, counts=asdict(generator.counts))
+
+    def _features_key(self, embed: Embed | None) -> str:
+        """What the acceptance features hang on: the base model's files, and how they are read."""
+        if embed is not None:
+            return "given"
+        files = Backbone(self.model, layer=1, dtype=self.dtype, device=self.device)
+        return hash_json([content_key(files), self.max_length])
+
