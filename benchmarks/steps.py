@@ -70,9 +70,11 @@ def make_trainable(model: PreTrainedModel, what: str) -> None:
 
 def checkpointing(model: PreTrainedModel, on: bool) -> None:
     """Recompute each layer in the backward pass, or not."""
-    word = "enable" if on else "disable"
-    switch = getattr(model, f"activation_checkpointing_{word}", None) or getattr(model, f"gradient_checkpointing_{word}")
-    switch()
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 def candidates(model: PreTrainedModel, rows: int, columns: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
