@@ -6,7 +6,7 @@ psi_dom) is then cut from the same fit. The true domain of a row stands in a col
 
     python scripts/real_run.py --data ../shared/data/pools --model ../shared/models/tiny-base
 
-Cost: three passes of 38,969 rows through three layers of the model; about ten minutes on two CPU cores.
+Cost: three passes of 38,969 rows through three layers of the model; about twenty minutes on two CPU cores.
 """
 
 from __future__ import annotations
