@@ -41,10 +41,11 @@ class Seeds:
         return {name: int((self.labels == index).sum()) for index, name in enumerate(self.domains)}
 
 
-def read_seeds(seeds: SeedSource, *, cache: str | Path | None = None) -> Seeds:
+def read_seeds(seeds: SeedSource, *, cache: str | Path | None = None, fewest: int = 2) -> Seeds:
     """Read a seeds file, or take a mapping from domain to rows (dicts of the row's own fields).
 
-    Raises `UserError`, by file and line, for a row that is not one or names no domain, and for fewer than two domains.
+    Raises `UserError`, by file and line, for a row that is not one or names no domain, and for fewer domains than
+    `fewest`.
 
     >>> read_seeds("seeds.jsonl").counts
     {'coding': 15, 'mathematics': 15}
@@ -62,8 +63,10 @@ def read_seeds(seeds: SeedSource, *, cache: str | Path | None = None) -> Seeds:
             place = f"seed row {row}" if from_memory else f"seeds {file} line {line}"
             raise UserError(f'{place} has domain={name!r}; name its domain, such as {{"domain": "mathematics", ...}}')
     domains = tuple(dict.fromkeys(str(name) for name in names))
-    if len(domains) < 2:
-        raise UserError(f"seeds hold {len(domains)} domain ({', '.join(domains)}); give rows of at least 2 domains")
+    if len(domains) < fewest:
+        raise UserError(
+            f"seeds hold {len(domains)} domain ({', '.join(domains)}); give rows of at least {fewest} domains"
+        )
     index = {name: number for number, name in enumerate(domains)}
     return Seeds(pool, domains, np.array([index[str(name)] for name in names], dtype=np.int64))
 

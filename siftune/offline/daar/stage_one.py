@@ -104,7 +104,7 @@ class StageOne:
         asked = generator or open_generator(self.generator, device=self.device, dtype=self.dtype)
         real = self.real(descriptions)
         cache = cache_folder(self.cache)
-        words = [asked.key, asdict(descriptions), self.seed]
+        words = [asked.key, asdict(replace(descriptions, settings={})), self.seed]  # other settings share the replies
         folder = cache / "written" / hash_json([VERSION, *words, asdict(how), real, self._features_key(embed)])
         replies = cache / "replies" / f"{hash_json(words)}.jsonl"
         if (folder / SEEDS).is_file():
@@ -146,4 +146,3 @@ class StageOne:
             return "given"
         files = Backbone(self.model, layer=1, dtype=self.dtype, device=self.device)
         return hash_json([content_key(files), self.max_length])
-
