@@ -340,7 +340,7 @@ class Factor:
         self.width = gram.width
         self.device = gram.panels[0].device
         dtype = torch.float64 if 4 * self.width**2 <= 32e6 else torch.float32
-        self.columns = 4 * PANEL if dtype == torch.float64 else 2 * PANEL
+        self.columns = 4 * PANEL if dtype == torch.float64 else PANEL
         self.blocks = []
         for left in range(0, self.width, self.columns):
             below = gram.panels[left // PANEL :]

@@ -57,12 +57,12 @@ class Sketch(tuple[int, int]):
     _signs: Signs | None
     _indices: Indices | None
     _time: torch.Tensor | None
-    _table: torch.Tensor
+    _block: torch.Tensor | None
 
     def __new__(cls, shape: Iterable[int], *, seed: int = 0, paper: bool = False) -> Sketch:
         self = super().__new__(cls, shape)  # type: ignore[arg-type]
         self.seed, self.paper = seed, paper
-        self._signs = self._indices = self._time = None
+        self._signs = self._indices = self._time = self._block = None
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -105,8 +105,7 @@ class Sketch(tuple[int, int]):
         second = self._draw(PERIOD, self[1], generator)
         self._signs = Signs(signs, self.time_signs(PERIOD))
         self._indices = Indices(first, second)
-        self._time = None
-        self._table = _cosines(vocabulary)
+        self._time = self._block = None
 
     def time_signs(self, length: int) -> torch.Tensor:
         """Signs of the positions `0 .. length - 1`: a longer row's begin with a shorter row's. `(length,)`."""
@@ -116,9 +115,14 @@ class Sketch(tuple[int, int]):
 
     def columns(self, start: int, stop: int) -> torch.Tensor:
         """Columns `start .. stop - 1` of Γ₁, float64 `(d₁, stop - start)`."""
-        size = len(self.signs.vocabulary)
-        turns = self.indices.vocabulary[:, None] * torch.arange(start, stop) % size
-        return self._table[turns] * (self.signs.vocabulary[start:stop] * self.scales[0])
+        # cos(a + b) from the angles of a block that starts at 0 and of `start`: a block costs a few multiplications
+        first = self._angles(torch.arange(start, start + 1))
+        block = self._block
+        if block is None or block.shape[2] < stop - start:
+            block = self._block = self._angles(torch.arange(stop - start))
+        cosines, sines = block[:, :, : stop - start]
+        turned = cosines * first[0] - sines * first[1]
+        return turned.mul_(self.signs.vocabulary[start:stop] * self.scales[0])
 
     def rows(self, length: int) -> torch.Tensor:
         """The first `length` columns of Γ₂, float64 `(d₂, length)`; position t is the row's t-th real token."""
@@ -144,6 +148,12 @@ class Sketch(tuple[int, int]):
         if count > distinct:
             return torch.randint(0, size, (count,), generator=generator)
         return torch.randperm(distinct, generator=generator)[:count] + 1
+
+    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Cosines and sines of the drawn frequencies at some places of the vocabulary, `(2, d₁, places)`."""
+        size = len(self.signs.vocabulary)
+        turns = (self.indices.vocabulary[:, None] * positions % size).double() * (2 * math.pi / size)
+        return torch.stack([turns.cos(), turns.sin()])
 
     def _bound(self) -> None:
         if self._signs is None:
