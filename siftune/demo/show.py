@@ -60,8 +60,9 @@ class Screen:
             self.say(f"Left out: {facts['left_out']}.")
             return
         self.say(
-            f"The embedded model is fine-tuned on the chosen rows for {facts['steps']} steps, {facts['trained_rows']} "
-            f"rows trained in each run; loss per answer token on {facts['held_out_rows']} held-out rows."
+            f"The embedded model learns to answer in a form of prompt that is new to it: {facts['steps']} steps on the "
+            f"chosen rows, {facts['trained_rows']} rows trained in each run.\nLoss per answer token on "
+            f"{facts['held_out_rows']} held-out rows:"
         )
         rows = [["before", "-", "-", f"{facts['loss_before']:.3f}", "-"]]
         words = {"plain": "plain trainer", "uds": "with siftune.attach(trainer, UDS(...))"}

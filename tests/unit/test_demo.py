@@ -67,11 +67,17 @@ def test_auto_tokenizer_is_the_tokenizer_that_was_trained(tokenizer: Any) -> Non
 
 
 def test_generation_marks_cover_the_answer_alone(tokenizer: Any) -> None:
-    row = {"instruction": "What is 2 + 3?", "input": "", "output": "2 + 3 = 5"}
-    (encoded,) = tuning.tokenised(tokenizer, [row])
-    answer = [token for token in encoded["labels"] if token != -100]
-    assert tokenizer.decode(answer) == "2 + 3 = 5<|im_end|>"
-    assert len(encoded["labels"]) == len(encoded["input_ids"]) > len(answer) + 5
+    turns = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "2 + 3 = 5"}]
+    encoded = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    assert tokenizer.decode([token for token, answer in pairs if answer]) == "2 + 3 = 5<|im_end|>"
+
+
+def test_fine_tuning_learns_the_answer_alone(tokenizer: Any) -> None:
+    (row,) = tuning.tokenised(tokenizer, [{"instruction": "Add.", "input": "2, 3", "output": "5"}])
+    assert tokenizer.decode(row["input_ids"]) == "### Question\nAdd.\n2, 3\n\n### Answer\n5<|endoftext|>"
+    assert tokenizer.decode([token for token in row["labels"] if token != -100]) == "5<|endoftext|>"
+    assert len(row["labels"]) == len(row["input_ids"]) == len(row["attention_mask"])
 
 
 def test_the_model_has_learnt_the_corpus(model: Any, tokenizer: Any) -> None:
