@@ -24,19 +24,8 @@ from .data.files import atomic_path, cache_folder, hash_file, hash_json
 from .errors import UserError
 from .offline.base import OfflineMethod
 from .records import Pool, Scores, Subset
-from .run import (
-    CONFIG,
-    ROWS,
-    SCORES,
-    SELECTED,
-    RunFolder,
-    identity,
-    peak_memory_mb,
-    read_manifest,
-    read_scores,
-    write_rows,
-    write_scores,
-)
+from .run import CONFIG, RunFolder, identity, peak_memory_mb, read_manifest
+from .stored import ROWS, SCORES, SELECTED, counted, read_scores, write_rows, write_scores
 
 if TYPE_CHECKING:
     from .engines.shard import Progress
@@ -390,36 +379,6 @@ def copy_file(written: Path, out: Path) -> Path:
     with atomic_path(out) as temporary:
         shutil.copyfile(written, temporary)
     return out
-
-
-def counted(pool: Pool, subset: Subset | None = None) -> dict[str, Any]:
-    """The rows of a run in numbers, every row that dropped out under its reason."""
-    scores = subset.scores if subset is not None else None
-    kinds: dict[str, int] = {}
-    for reason in (scores.reasons if scores is not None else pool.reasons).values():
-        kind = reason.split(":")[0]
-        kind = "duplicate" if kind.startswith("duplicate of row") else kind
-        kinds[kind] = kinds.get(kind, 0) + 1
-    facts: dict[str, Any] = {
-        "read": len(pool),
-        "usable": len(pool) - len(pool.reasons),
-        "duplicates": pool.duplicates,
-        "reasons": dict(sorted(kinds.items())),
-    }
-    if scores is not None and subset is not None:
-        facts["kept"] = len(subset)
-        if scores.tokens is not None:
-            facts["tokens"] = int(np.maximum(scores.tokens, 0).sum(dtype=np.int64))
-            facts["tokens_kept"] = int(np.maximum(scores.tokens[subset.rows], 0).sum(dtype=np.int64))
-        if scores.pseudo_labels is not None:
-            facts["domains"] = {
-                name: {
-                    "pool": int((scores.pseudo_labels == index).sum()),
-                    "kept": int((scores.pseudo_labels[subset.rows] == index).sum()),
-                }
-                for index, name in enumerate(scores.domains)
-            }
-    return facts
 
 
 # --- another budget -------------------------------------------------------------------------------------------------

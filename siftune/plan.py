@@ -18,9 +18,10 @@ import numpy as np
 from .config import PlanOptions
 from .data.files import cache_folder
 from .errors import UserError
-from .pipeline import build, counted, read_pool
+from .pipeline import build, read_pool
 from .records import SHARD_ROWS, Pool
 from .run import peak_memory_mb
+from .stored import counted
 
 METHOD = "daar"
 WARM_UP_ROWS = 16

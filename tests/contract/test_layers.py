@@ -22,7 +22,7 @@ ORDER = [
     "evaluation",
     "reports",
     "demo",
-    "arguments terminal run plan config pipeline cli __main__ __init__",
+    "arguments terminal stored run plan config pipeline cli __main__ __init__",
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
 NOT_TOGETHER = {("offline", "engines"), ("online", "offline"), ("training", "offline")}

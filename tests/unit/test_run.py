@@ -17,7 +17,8 @@ from siftune.data.load import load_pool
 from siftune.errors import UserError
 from siftune.models.backbone import Backbone
 from siftune.pipeline import Selection, recut, select
-from siftune.run import RunFolder, read_manifest, read_scores, write_rows, write_scores
+from siftune.run import RunFolder, read_manifest
+from siftune.stored import read_scores, write_rows, write_scores
 from tests.tiny import save_tiny
 
 ROWS = 4200  # two shards
