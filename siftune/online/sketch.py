@@ -121,7 +121,7 @@ class Sketch(tuple[int, int]):
         if block is None or block.shape[2] < stop - start:
             block = self._block = self._angles(torch.arange(stop - start))
         cosines, sines = block[:, :, : stop - start]
-        turned = cosines * first[0] - sines * first[1]
+        turned: torch.Tensor = cosines * first[0] - sines * first[1]
         return turned.mul_(self.signs.vocabulary[start:stop] * self.scales[0])
 
     def rows(self, length: int) -> torch.Tensor:
