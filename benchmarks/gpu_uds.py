@@ -20,16 +20,18 @@ from machine import describe
 from steps import SHAPES, Step, build, checkpointing, make_trainable, measure, paired, seconds, some
 
 
-def naive_scores(model: torch.nn.Module, batch: dict[str, torch.Tensor], signs: torch.Tensor) -> float:
-    """A row's nuclear norm from its logits, and its FFT sketch, as the method's text has it: no shortcut."""
+def naive_scores(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], signs: torch.Tensor
+) -> list[tuple[float, torch.Tensor]]:
+    """Each row's nuclear norm from its logits, and its FFT sketch, as the method's text has it: no shortcut."""
+    scores = []
     with torch.no_grad():
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
-        total = 0.0
         for row in logits.float():
-            total += float(torch.linalg.svdvals(row).sum())
             spectrum = torch.fft.fft(row * signs, dim=1).real[:, :128]
-            total += float(torch.fft.fft(spectrum, dim=0).real[:8].norm()) * 0.0
-    return total
+            sketch = torch.fft.fft(spectrum, dim=0).real[:8]
+            scores.append((float(torch.linalg.svdvals(row).sum()), sketch))
+    return scores
 
 
 def say(name: str, found: dict[str, float | str], started: float) -> None:

@@ -49,3 +49,16 @@ def test_loops(script: str, model: Path, tmp_path: Path) -> None:
     losses = [float(found) for found in re.findall(r"loss (\d+\.\d+)", said)]
     assert len(losses) == 3
     assert "of 16" in said
+
+
+@pytest.mark.slow
+def test_trl_on_a_real_pool_with_a_real_model(shared: Path, tiny_base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    pool = str(shared / "data" / "pools" / "code_heldout.jsonl.gz")
+    common = ("--model", str(tiny_base), "--pool", pool, "--steps", "3", "--candidates", "16")
+    said = run("sft_trl.py", *common, "--keep", "1/8", "--out", "sifted", folder=tmp_path)
+    assert len(re.findall(r"'train_loss'", said)) == 1
+    table = pq.read_table(tmp_path / "sifted" / "siftune" / "selection.parquet")
+    assert table["kept"].to_pylist().count(True) == 6
+    assert table["total"].null_count == 0
+    assert table["row"].null_count == 0
