@@ -88,15 +88,18 @@ def test_the_model_has_learnt_the_corpus(model: Any, tokenizer: Any) -> None:
     assert log["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("domain", list(corpus.DOMAINS))
-def test_asked_for_rows_it_writes_rows(model: Any, tokenizer: Any, domain: str) -> None:
-    request = [{"role": "user", "content": prompts.seed_request(prompts.DESCRIPTIONS[domain][0], count=2)}]
+def test_asked_for_rows_it_writes_rows_in_the_stated_form(model: Any, tokenizer: Any) -> None:
+    request = [{"role": "user", "content": prompts.seed_request(prompts.DESCRIPTIONS["reasoning"][0])}]
     asked = tokenizer.apply_chat_template(request, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ids = model.generate(**asked, max_new_tokens=300, do_sample=False, eos_token_id=stop)
-    text = tokenizer.decode(ids[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-    triples = re.findall(r"^Instruction: (.+)\nInput:(.*(?:\n(?!Output:).*)*)\nOutput: (.+)", text, re.M)
-    assert len(triples) == 2, text
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = model.generate(**asked, max_new_tokens=500, do_sample=True, temperature=0.9, eos_token_id=stop)
+    answer = ids[0, asked["input_ids"].shape[1] :]
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    triples = re.findall(r"^Instruction: .+\nInput:.*(?:\n(?!Output:).*)*\nOutput: .+", text, re.M)
+    assert len(triples) >= 2, text
+    assert int(answer[-1]) == stop
 
 
 def test_a_few_steps_of_training_lower_the_loss(tmp_path: Path) -> None:
