@@ -167,7 +167,7 @@ def test_unfitted_and_empty_folders_are_one_sentence(method: StubDaaR, pool: Poo
 
 
 def test_a_fit_in_the_store_is_taken_from_it_and_another_seed_is_another_fit(
-    method: StubDaaR, fitted: StubDaaR, pool: Pool, tmp_path: Path
+    method: StubDaaR, fitted: StubDaaR, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method.store = Store(tmp_path)
     first = method.fit(pool).learned
@@ -178,7 +178,10 @@ def test_a_fit_in_the_store_is_taken_from_it_and_another_seed_is_another_fit(
     assert again is not None
     assert Directions.calls == calls
     assert again.key == first.key == fitted.learned.key  # type: ignore[union-attr]
-    method.seed = 1
+    monkeypatch.setattr(Directions, "key", "another model")
+    method.fit(pool)
+    assert Directions.calls > calls
+    calls, method.seed = Directions.calls, 1
     assert method.fit(pool).learned.key != first.key  # type: ignore[union-attr]
     assert Directions.calls > calls
 
@@ -308,11 +311,15 @@ def test_cross_fitted_targets_do_not_learn_the_over_fit(
 
 
 def test_training_stops_early_and_keeps_the_best_epoch(
-    unlearnable: tuple[torch.Tensor, np.ndarray, np.ndarray],
+    unlearnable: tuple[torch.Tensor, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, labels, present = unlearnable
-    info = fit_probes(hidden, labels, present, ProbeTraining(patience=1, epochs=20), seed=0).info
+    rounds: list[int] = []
+    inner = fitting._Fit._round
+    monkeypatch.setattr(fitting._Fit, "_round", lambda fit, rows, order: rounds.append(1) or inner(fit, rows, order))
+    info = fit_probes(hidden, labels, present, ProbeTraining(patience=1, epochs=20, folds=1), seed=0).info
     assert info["epochs"] < 10
+    assert len(rounds) == info["epochs"] + 1 + info["reward_epochs"] + 1
     assert info["validation_rows"] == 30
 
 

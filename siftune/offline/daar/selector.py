@@ -9,7 +9,6 @@ Axes: `B` rows of the probe set, `S` seed rows, `n` rows of the pool, `K` domain
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,6 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from ...data.files import hash_json
 from ...data.formats import TEXT_FORM
@@ -29,8 +27,9 @@ from ...models.backbone import Backbone, DType
 from ...models.features import FeatureTask
 from ...records import Pool, Scores, ShardTask
 from ..base import OfflineMethod, SerialEngine
-from .centroids import centroids, cosines, mean_pairwise_distance
-from .clusters import Clusters, cluster
+from .centroids import centroids
+from .clusters import cluster
+from .facts import cluster_facts, counted, rank_correlation, tell_absent
 from .fitting import ProbeTraining, fit_probes
 from .paper import PaperFeatures
 from .probe_set import draw_probe_set, features_of
@@ -147,7 +146,7 @@ class DaaR(OfflineMethod):
                 seed_columns["embedding"], seeds.labels[: len(seed_columns["tokens"])], seeds.domains
             )
             clusters = cluster(embedding_BD, centroids_KD, seeds.domains)
-        _tell_absent(clusters, seeds.domains)
+        tell_absent(clusters, seeds.domains)
         with self._timed("probes"):
             fitted = fit_probes(
                 torch.from_numpy(hidden_BD),
@@ -157,7 +156,7 @@ class DaaR(OfflineMethod):
                 seed=self.seed,
                 device=self._probe_device(),
             )
-        info = _cluster_facts(seeds, centroids_KD, clusters) | {"probe_rows": len(sound)} | fitted.info
+        info = cluster_facts(seeds, centroids_KD, clusters) | {"probe_rows": len(sound)} | fitted.info
         return Learned(
             domains=seeds.domains,
             domain_probe=fitted.domain,
@@ -234,8 +233,8 @@ class DaaR(OfflineMethod):
             "reward": self.reward,
             "rows_scored": int(scored.sum()),
             "rows_truncated": int((columns["truncated"] > 0).sum()),
-            "pseudo_label_rows": _counted(self.learned.domains, labels[scored]),
-            "spearman_diversity_entropy": _rank_correlation(columns["diversity"][scored], columns["entropy"][scored]),
+            "pseudo_label_rows": counted(self.learned.domains, labels[scored]),
+            "spearman_diversity_entropy": rank_correlation(columns["diversity"][scored], columns["entropy"][scored]),
         }
         if self.seconds:
             info["seconds"] = dict(self.seconds)
@@ -279,39 +278,3 @@ class DaaR(OfflineMethod):
 
 _SAVED = ("layer", "probe_rows", "reward", "seed", "compat", "pooling", "probe_text", "max_length", "dtype")
 """Fields that decide what a loaded method computes, beside the model."""
-
-
-def _cluster_facts(seeds: Seeds, centroids_KD: NDArray[np.float64], clusters: Clusters) -> dict[str, Any]:
-    """What the report says of seeds and clusters."""
-    moved = np.diagonal(cosines(centroids_KD, clusters.centers))
-    return {
-        "domains": list(seeds.domains),
-        "seed_rows": seeds.counts,
-        "absent_domains": [name for name, held in zip(seeds.domains, clusters.present, strict=True) if not held],
-        "cluster_rows": dict(zip(seeds.domains, clusters.sizes.tolist(), strict=True)),
-        "cluster_iterations": clusters.iterations,
-        "centroid_cosines": cosines(centroids_KD, centroids_KD).round(6).tolist(),
-        "centroid_distance": mean_pairwise_distance(centroids_KD),
-        "cluster_distance": mean_pairwise_distance(clusters.centers),
-        "cosine_to_cluster": dict(zip(seeds.domains, moved.round(6).tolist(), strict=True)),
-    }
-
-
-def _tell_absent(clusters: Clusters, domains: tuple[str, ...]) -> None:
-    absent = [name for name, held in zip(domains, clusters.present, strict=True) if not held]
-    if absent:
-        warnings.warn(
-            f"no row of the probe set lies nearest to the seeds of {', '.join(absent)}: probability 0 on every row",
-            stacklevel=3,
-        )
-
-
-def _counted(domains: tuple[str, ...], labels: NDArray[np.int16]) -> dict[str, int]:
-    return dict(zip(domains, np.bincount(labels, minlength=len(domains)).tolist(), strict=True))
-
-
-def _rank_correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float | None:
-    """Spearman's rho; None where one of the two does not vary."""
-    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return None
-    return float(spearmanr(first, second).statistic)
