@@ -22,9 +22,11 @@ ORDER = [
     "evaluation",
     "reports",
     "demo",
-    "arguments terminal stored run plan config pipeline cli __main__ __init__",
+    "__main__",
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
+for module in ROOT.glob("*.py"):  # config, pipeline, cli, ...: whatever lies beside the folders stands below them all
+    RANK.setdefault(module.stem, len(ORDER) - 1)
 NOT_TOGETHER = {("offline", "engines"), ("online", "offline"), ("training", "offline")}
 """Engines are handed to offline methods; the two sides of selection know nothing of each other."""
 
