@@ -41,6 +41,7 @@ OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fi
   siftune plan POOL... --model MODEL    before anything runs: rows, bad rows, tokens, time, memory
   siftune select METHOD POOL...         score a pool and keep the best rows
   siftune keep RUN --keep 10% --out F   cut a run's stored scores at another budget, without the model
+  siftune loop METHOD POOL...           choose, tune by a command of yours, choose again with the tuned model
   siftune methods                       every method: one line, its paper, what it needs
   siftune version                       versions of siftune and of what it stands on
 
@@ -177,7 +178,7 @@ def _select(words: list[str]) -> int:
     return _selected(options, done)
 
 
-def _which_method(words: list[str]) -> tuple[str | None, list[str]]:
+def _which_method(words: list[str], command: str = "select") -> tuple[str | None, list[str]]:
     """The method's name, first of the words or in the configuration file, and the words without it."""
     if words and not words[0].startswith("-"):
         return registry.find("offline", words[0]).name, words[1:]
@@ -188,7 +189,9 @@ def _which_method(words: list[str]) -> tuple[str | None, list[str]]:
     named = read_yaml(paths[-1]).get("method") if paths else None
     if named is None:
         known = ", ".join(entry.name for entry in registry.methods("offline"))
-        raise UserError(f"siftune select needs a method before its options: one of {known}; see siftune select --help")
+        raise UserError(
+            f"siftune {command} needs a method before its options: one of {known}; see siftune {command} --help"
+        )
     return registry.find("offline", str(named)).name, words
 
 
@@ -254,7 +257,58 @@ def _selected(options: SelectOptions, done: Any) -> int:
             f"{done.folder}/rows.parquet   every row's score, reason and pseudo-domain",
             f"{done.folder}/manifest.json   what was done, with which versions and inputs",
         ]
+        if done.manifest.get("info", {}).get("written"):
+            following.append(
+                f"{done.folder}/domains/   the rows the generator wrote; edit them, give the folder as --seeds"
+            )
         show_selection(done.manifest, out=str(done.out), following=following)
+    return 0
+
+
+# --- loop -----------------------------------------------------------------------------------------------------------
+
+
+def _loop(words: list[str]) -> int:
+    from .loop import LoopOptions, loop
+
+    method, words = _which_method(words, command="loop") if words[:1] not in (["-h"], ["--help"]) else ("daar", words)
+    own = own_options(str(method))
+    command = Command(
+        f"loop {method}",
+        f"siftune loop {method} POOL... --model MODEL --tune COMMAND [options]",
+        f"Choose rows with {method}, tune the model on them by a command of yours, choose the next with the tuned model.",
+        [*own, *options_of(LoopOptions)],
+        positional="pool",
+        examples=(
+            f"siftune loop {method} pool.jsonl --model ./model --seeds seeds.jsonl --keep 10% --rounds 2 \\\n"
+            "    --tune 'python tune.py --model {model} --data {train_file} --out {out_model}'",
+        ),
+    )
+    values = _read(command, words)
+    if values is None:
+        return 0
+    settings = {option.name: values.pop(option.name) for option in own}
+    options = LoopOptions(**values)
+    from .terminal import console, progress, show_rounds
+
+    speaks = not (options.quiet or options.json)
+    shown = console()
+    done = loop(
+        str(method),
+        options,
+        settings,
+        progress=progress(wanted=speaks),
+        told=shown.print if speaks else lambda line: None,
+    )
+    facts = [item.facts for item in done]
+    if options.json:
+        _print_json({"rounds": facts})
+    elif options.dry_run and speaks:
+        print("dry run: rows, options, budget and the tuning command are sound; nothing was computed")
+    elif options.quiet:
+        print(*(item["tuned"] for item in facts[-1:]))
+    else:
+        show_rounds(shown, facts)
     return 0
 
 
@@ -428,6 +482,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "select": _select,
     "keep": _keep,
+    "loop": _loop,
     "methods": _methods,
     "version": _version,
 }

@@ -227,15 +227,19 @@ def check_out(out: str | None, *, copied: bool = False) -> None:
 
 
 def inputs_of(method: OfflineMethod) -> dict[str, str]:
-    """Content hashes of what the method reads beside the pool: the model's layers, the seeds file, other files."""
-    found = {}
+    """Content hashes of what the method reads beside the pool: the model's layers, the seeds file, other files.
+
+    A method may offer `inputs()` for what is no file of its fields: a folder of seeds, a generator.
+    """
+    found: dict[str, str] = {}
+    own: Callable[[], dict[str, str]] | None = getattr(method, "inputs", None)
     for item in dataclasses.fields(method):  # type: ignore[arg-type]
         value = getattr(method, item.name)
         if isinstance(value, (str, Path)) and Path(value).is_file():
             found[item.name] = hash_file(value)
     if task := _features(method):
         found["model"] = str(task.key)
-    return found
+    return found | (own() if own is not None else {})
 
 
 def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[str, Any]:

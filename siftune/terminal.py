@@ -104,7 +104,8 @@ def show_selection(manifest: Mapping[str, Any], *, out: str, following: Sequence
     shown = console()
     rows = manifest["rows"]
     shown.print(f"kept {rows['kept']:,} of {rows['read']:,} rows ({share(rows['kept'], rows['read'])}) -> {out}\n")
-    for name, text in [*row_lines(rows), *fact_lines(manifest.get("info", {}))]:
+    info = manifest.get("info", {})
+    for name, text in [*row_lines(rows), *written_lines(info), *fact_lines(info)]:
         shown.print(f"  {name:<10}{text}")
     if domains := rows.get("domains"):
         read, kept = (sum(domain[name] for domain in domains.values()) for name in ("pool", "kept"))
@@ -134,6 +135,19 @@ def row_lines(rows: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def written_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a generator wrote for the domains, and how much of it was not used."""
+    written = info.get("written")
+    if not written:
+        return []
+    rows = ", ".join(f"{facts['rows']} {name}" for name, facts in written["domains"].items())
+    requests = sum(facts["requests"] for facts in written["domains"].values())
+    lines = [("written", f"{rows} rows by the generator, {requests:,} requests")]
+    if written["rejected"]:
+        lines.append(("", "not used: " + ", ".join(f"{n:,} {kind}" for kind, n in written["rejected"].items())))
+    return lines + [("", said) for said in written.get("told", ())]
+
+
 def fact_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The facts of a fit worth a line."""
     found = [(FACTS[name], info[name]) for name in FACTS if isinstance(info.get(name), (int, float))]
@@ -141,6 +155,18 @@ def fact_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("fit" if index == 0 else "", f"{words} {value:.4g}" if isinstance(value, float) else f"{words} {value:,}")
         for index, (words, value) in enumerate(found)
     ]
+
+
+def show_rounds(shown: Console, rounds: Sequence[Mapping[str, Any]]) -> None:
+    """The rounds of a loop, one line each."""
+    lines = []
+    for facts in rounds:
+        accuracy = "-" if facts["probe_accuracy"] is None else f"{facts['probe_accuracy']:.3f}"
+        kept = ", ".join(f"{count:,} {name}" for name, count in facts["domains"].items())
+        rows = f"{facts['rows']['kept']:,} of {facts['rows']['usable']:,}"
+        lines.append((facts["round"], rows, kept or "-", accuracy, f"{facts['tune_seconds']:.0f} s", facts["tuned"]))
+    columns = ("round", "kept", "by pseudo-domain", "probe accuracy", "tuning", "tuned model")
+    shown.print(table("", columns, lines, numbers=(0, 3, 4)))
 
 
 def show_stages(shown: Console, manifest: Mapping[str, Any]) -> None:

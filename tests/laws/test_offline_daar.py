@@ -213,7 +213,7 @@ def test_the_callers_thread_count_changes_no_bit(method: StubDaaR, fitted: StubD
     ("changed", "said"),
     [
         ({"seeds": None}, "give seeds=FILE"),
-        ({"seeds": None, "generator": "some/model"}, "generator='some/model' is not available yet; give seeds=FILE"),
+        ({"seeds": None, "domains": {"a": "x", "b": "y"}}, "give generator=MODEL"),
         ({"seeds": {"left": [row("left", 1)]}}, "1 domain"),
         ({"seeds": {}}, "no row"),
         ({"seeds": {"left": "text"}}, "not a list of rows"),

@@ -9,6 +9,7 @@ Axes: `B` rows of the probe set, `S` seed rows, `n` rows of the pool, `K` domain
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,24 +30,29 @@ from ...records import Pool, Scores, ShardTask
 from ..base import OfflineMethod, SerialEngine
 from .centroids import centroids
 from .clusters import cluster
+from .descriptions import DomainSource
 from .facts import cluster_facts, counted, rank_correlation, tell_absent
 from .fitting import ProbeTraining, fit_probes
 from .paper import PaperFeatures
 from .probe_set import draw_probe_set, features_of
 from .scoring import ScoreTask, StoredFeatures
 from .seeds import Seeds, SeedSource, read_seeds
+from .stage_one import Planned, StageOne
 from .state import Learned
+from .written import SEEDS, copy_written, written_facts
 
 
 @dataclass(kw_only=True, eq=False)
 class DaaR(OfflineMethod):
-    """Diversity reward of every row, with no domain labels: seed rows per domain are all it is told.
+    """Diversity reward of every row, with no domain labels: seed rows per domain are all it is told, or, with a
+    `generator` that writes them, one sentence per domain.
 
     `fit` draws a probe set from the pool and fits two probes; `score` streams the pool through them. The scores carry
     `domains`, `probabilities` `(n, K)` and `pseudo_labels` `(n,)`, so that they can be cut by quota or target mix.
     Raises `UserError` for seeds, settings or a model that cannot be used.
 
     >>> method = siftune.DaaR(model="Qwen/Qwen2.5-7B", seeds="seeds.jsonl")
+    >>> method = siftune.DaaR(model="Qwen/Qwen2.5-7B", generator="http://127.0.0.1:8000/v1")
     >>> method.fit(pool).score(pool).keep(fraction=0.2).write("selected.jsonl")
     """
 
@@ -55,9 +61,12 @@ class DaaR(OfflineMethod):
     model: str
     """Base model whose first layers are read: a folder or a hub id."""
     seeds: SeedSource | None = None
-    """Seed rows: a JSONL file whose rows carry `domain`, or a mapping from domain to rows. At least 2 domains."""
+    """Seed rows: a JSONL file whose rows carry `domain`, or a mapping from domain to rows. At least 2 domains. With a
+    `generator`, they join the rows that it writes."""
     generator: str | None = None
-    """Instruct model that would write the seeds. Not available yet: give `seeds`."""
+    """Chat model that writes the seed rows: a folder, a hub id, or a server http://HOST:PORT/v1#MODEL (key: OPENAI_API_KEY)."""
+    domains: DomainSource | None = None
+    """What the generator is told: a YAML file of `name: one sentence`; left out, the paper's four domains."""
     layer: int = 3
     """Decoder layers before h(x) is taken, at least 1 (paper: 3; 1 to 10 are about as good)."""
     probe_rows: int = 5000
@@ -85,6 +94,8 @@ class DaaR(OfflineMethod):
     keep_features: bool = False
     """Keep h(x) of every row in the store, 4 D bytes each; off, only the probe set's are kept."""
 
+    written: Path | None = field(default=None, init=False, repr=False)
+    """The folder of the rows that the generator wrote for the last `fit`, or that `load` found."""
     learned: Learned | None = field(default=None, init=False, repr=False)
     """What `fit` learnt, or `load` read."""
     seconds: dict[str, float] = field(default_factory=dict, init=False, repr=False)
@@ -92,8 +103,8 @@ class DaaR(OfflineMethod):
 
     # --- fit ------------------------------------------------------------------------------------------------------
 
-    def check(self) -> Seeds:
-        """Everything that can be told wrong before a model is loaded; gives the seeds back, read."""
+    def check(self) -> Seeds | Planned:
+        """Everything that can be told wrong before a model is loaded; gives back what knows the domains' names."""
         for name, value, known in (
             ("reward", self.reward, ("diversity", "entropy")),
             ("compat", self.compat, (None, "paper")),
@@ -105,16 +116,52 @@ class DaaR(OfflineMethod):
         if self.probe_rows < 2:
             raise UserError(f"probe_rows={self.probe_rows} is too few to fit a probe on; give at least 2")
         self._training().check()
+        if self.generator is not None:
+            return self._stage_one().check()
+        if self.domains is not None:
+            raise UserError("domains= describes domains to a generator, and there is none; give generator=MODEL")
         if self.seeds is None:
-            wish = f"writing seeds with generator={self.generator!r} is not available yet; " if self.generator else ""
-            raise UserError(f'{wish}give seeds=FILE, JSONL rows with a "domain" beside their own fields')
+            raise UserError(
+                'give seeds=FILE, JSONL rows with a "domain" beside their own fields, or generator=MODEL to write them'
+            )
         return read_seeds(self.seeds, cache=self.cache)
+
+    def inputs(self) -> dict[str, str]:
+        """Content hashes of what is read beside the model and the pool: a run's identity holds them."""
+        if self.generator is not None:
+            found = self._stage_one().inputs()
+            return (
+                found
+                if self.seeds is None
+                else found | {"seeds": read_seeds(self.seeds, cache=self.cache, fewest=1).pool.fingerprint}
+            )
+        return {} if self.seeds is None else {"seeds": read_seeds(self.seeds, cache=self.cache).pool.fingerprint}
+
+    def write_seeds(self) -> Seeds:
+        """The seed rows of `generator`, written now unless the cache holds them; `written` is their folder after it.
+
+        Raises `UserError` when the generator fails, or writes no usable row of a domain.
+        """
+        self.written = self._stage_one().run(getattr(self.engine, "progress", None))
+        for said in written_facts(self.written)["told"]:
+            warnings.warn(said, stacklevel=2)
+        return read_seeds(self.written / SEEDS, cache=self.cache)
+
+    def _stage_one(self) -> StageOne:
+        assert self.generator is not None
+        names = ("generator", "domains", "seeds", "seed", "compat", "max_length", "dtype", "device", "cache")
+        return StageOne(model=str(self.model), **{name: getattr(self, name) for name in names})
 
     def fit(self, pool: Pool) -> Self:
         """Learn centroids, pseudo-labels and both probes from the seeds and a probe set of the pool."""
-        seeds = self.check()
+        checked = self.check()
         engine = self.engine or SerialEngine()
         self.seconds = {}
+        if isinstance(checked, Seeds):
+            seeds = checked
+        else:
+            with self._timed("write_seeds"):
+                seeds = self.write_seeds()
         probe_set = draw_probe_set(pool, self.probe_rows, seed=self.seed)
         task = self.feature_task(for_fit=True)
         key = self._fit_key(task, seeds, probe_set)
@@ -236,6 +283,8 @@ class DaaR(OfflineMethod):
             "pseudo_label_rows": counted(self.learned.domains, labels[scored]),
             "spearman_diversity_entropy": rank_correlation(columns["diversity"][scored], columns["entropy"][scored]),
         }
+        if self.written is not None:
+            info["written"] = written_facts(self.written)
         if self.seconds:
             info["seconds"] = dict(self.seconds)
         return Scores(
@@ -260,6 +309,8 @@ class DaaR(OfflineMethod):
         if self.learned is None:
             raise UserError("daar is not fitted, there is nothing to save; call fit(pool) first")
         settings = {name: getattr(self, name) for name in _SAVED} | {"model": str(self.model)}
+        if self.written is not None:
+            copy_written(self.written, folder)
         return self.learned.save(folder, settings)
 
     @classmethod
@@ -273,6 +324,7 @@ class DaaR(OfflineMethod):
         learned, settings = Learned.load(folder)
         method = cls(**{**{name: settings[name] for name in (*_SAVED, "model")}, **changed})
         method.learned = learned
+        method.written = Path(folder) if (Path(folder) / SEEDS).is_file() else None
         return method
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...data.files import atomic_path, write_json
+from ...data.files import atomic_path, read_json, write_json
 
 SEEDS = "seeds.jsonl"
 REJECTED = "rejected.jsonl"
@@ -114,3 +114,8 @@ def copy_written(source: str | Path, folder: str | Path) -> list[Path]:
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes((source / name).read_bytes())
     return [folder / name for name in (REJECTED, FACTS, SEEDS)]
+
+
+def written_facts(folder: str | Path) -> dict[str, Any]:
+    """The facts that `Written.write` left: `domains`, `rejected`, `told`, `replies`."""
+    return dict(read_json(Path(folder) / FACTS))
