@@ -1,0 +1,117 @@
+"""Run benchmarks one after the other and write what they print into docs/benchmarks.md, each under its own command.
+
+Every benchmark is a script of its own, with its bars in its header; this one only knows their order, their arguments
+and where their text goes. A section that is not run keeps its last figures. Let nothing else run meanwhile.
+
+Run: python benchmarks/run.py                              (all that this machine can run; about half an hour on 2 cores)
+     python benchmarks/run.py uds-cost train-step          (some)
+     python benchmarks/run.py daar-scoring --pool pool.jsonl.gz --model DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One section of the page."""
+
+    title: str
+    command: str
+    """Arguments after `python benchmarks/`."""
+    cuda: bool = False
+    """Needs a CUDA GPU."""
+
+
+BENCHMARKS = {
+    "import-time": Benchmark("Import time", "import_time.py"),
+    "daar-scoring": Benchmark("DaaR scoring: features of a pool", "daar_scoring.py --rows 4096 --rounds 3 --memory"),
+    "probe-training": Benchmark("DaaR: training both probes", "probe_training.py --threads 2"),
+    "uds-cost": Benchmark("UDS scores: cost beyond the forward, 0.5 B shape", "uds_cost.py --shape 0.5b"),
+    "uds-cost-7b": Benchmark("UDS scores: 7 B shape", "uds_cost.py --shape 7b --only heads --rounds 3"),
+    "train-step": Benchmark("One optimiser step, 64 -> 8", "train_step.py --shape small"),
+    "train-step-0.5b": Benchmark(
+        "One optimiser step at the 0.5 B shape, 16 -> 2",
+        "train_step.py --shape 0.5b --columns 128 --candidates 16 --keep 2 --repeats 3",
+    ),
+    "ifd": Benchmark("IFD: batched against row by row", "ifd.py"),
+    "deita-walk": Benchmark("Deita-D: the walk", "deita_walk.py"),
+    "instag-walk": Benchmark("InsTag-D: the walk", "instag_walk.py"),
+    "ghost": Benchmark("Ghost gradients against explicit per-row gradients", "ghost.py"),
+    "gpu-uds": Benchmark("UDS on one CUDA GPU, 7 B shape, bf16, LoRA", "gpu_uds.py", cuda=True),
+}
+INTRODUCTION = """# Benchmarks
+
+Every section is the output of the command in its first line, run by `python benchmarks/run.py NAME` with nothing else
+on the machine, unless the section says otherwise. Comparisons are side by side in one run; figures are medians.
+"""
+
+
+def sections(text: str) -> dict[str, str]:
+    """The page's sections by name, marked by HTML comments so that one can be replaced alone."""
+    found = re.findall(r"<!-- (\S+) -->\n(.*?)(?=\n<!-- \S+ -->|\Z)", text, flags=re.DOTALL)
+    return {name: body.strip() for name, body in found}
+
+
+def write(known: dict[str, str]) -> None:
+    """The page, sections in the table's order; what was never run says so."""
+    parts = [INTRODUCTION]
+    for name, benchmark in BENCHMARKS.items():
+        if not (HERE / benchmark.command.split()[0]).is_file():
+            continue
+        told = known.get(name, f"## {benchmark.title}\n\n`python benchmarks/{benchmark.command}`\n\nNot measured.")
+        parts.append(f"<!-- {name} -->\n{told}\n")
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+
+
+def run(benchmark: Benchmark, shown: str, words: list[str]) -> str:
+    """One section: the command, what it printed (its JSON left out), how long it took."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *words], check=False, cwd=HERE.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{shown} failed:\n{done.stderr[-2000:]}")
+    text = re.sub(r"```json.*?```", "", done.stdout, flags=re.DOTALL).strip()
+    minutes = (time.perf_counter() - start) / 60
+    return f"## {benchmark.title}\n\n`python benchmarks/{shown}` ({minutes:.1f} minutes)\n\n{text}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="which; all without")
+    parser.add_argument("--pool", nargs="*", default=[], help="JSONL files for daar-scoring; made-up rows without")
+    parser.add_argument("--model", default=str(HERE.parent / "siftune" / "demo" / "assets" / "model"))
+    said = parser.parse_args()
+
+    if unknown := set(said.names) - set(BENCHMARKS):
+        parser.error(f"no benchmark {sorted(unknown)[0]!r}; known: {', '.join(BENCHMARKS)}")
+    import torch
+
+    known = sections(PAGE.read_text(encoding="utf-8")) if PAGE.is_file() else {}
+    for name in said.names or BENCHMARKS:
+        benchmark = BENCHMARKS[name]
+        script, *arguments = benchmark.command.split()
+        if not (HERE / script).is_file() or (benchmark.cuda and not torch.cuda.is_available()):
+            continue
+        words, shown = [str(HERE / script), *arguments], benchmark.command
+        if name == "daar-scoring":
+            words += ["--model", said.model, *(["--pool", *said.pool] if said.pool else [])]
+            pools = " ".join(Path(pool).name for pool in said.pool)
+            shown += f" --model {Path(said.model).name}" + (f" --pool {pools}" if pools else "")
+        print(f"{name} …", flush=True)
+        known[name] = run(benchmark, shown, words)
+        write(known)
+    write(known)
+
+
+if __name__ == "__main__":
+    main()
