@@ -66,6 +66,7 @@ def find(side: Side, name: str) -> Entry:
 
 _DAAR = "DaaR, arXiv 2502.04380"
 _UDS = "UDS, arXiv 2510.16882"
+_DEITA = "Deita, arXiv 2312.15685"
 
 register(
     "offline", "random", "siftune.offline.simple:Random", summary="a seeded uniform draw, the reference at equal budget"
@@ -76,7 +77,69 @@ register(
     "siftune.offline.daar.selector:DaaR",
     summary="diversity reward: predicted domain ambiguity of a row, by probes on the model's own early layers",
     paper=_DAAR,
-    needs="a causal LM (first layers only); a few example rows per domain",
+    needs="a causal LM (first layers only); a few example rows per domain, or a chat model that writes them",
+)
+register(
+    "offline",
+    "length",
+    "siftune.offline.simple:Length",
+    summary="words of the question, the longest first",
+    paper=_DAAR,
+)
+register(
+    "offline",
+    "output-length",
+    "siftune.offline.simple:OutputLength",
+    summary="words of the answer, the longest first",
+    paper=_DAAR,
+)
+register(
+    "offline",
+    "ifd",
+    "siftune.offline.loss:IFD",
+    summary="instruction-following difficulty: perplexity of the answer with the question over that without it",
+    paper="SuperFiltering, arXiv 2402.00530; Cherry LLM, arXiv 2308.12032",
+    needs="a causal LM (a small one will do)",
+)
+register(
+    "offline",
+    "deita-c",
+    "siftune.offline.deita:DeitaC",
+    summary="complexity of the question, 1 to 6, as a scorer model expects it",
+    paper=_DEITA,
+    needs="a scorer LM",
+)
+register(
+    "offline",
+    "deita-q",
+    "siftune.offline.deita:DeitaQ",
+    summary="quality of the answer, 1 to 6, as a scorer model expects it",
+    paper=_DEITA,
+    needs="a scorer LM",
+)
+register(
+    "offline",
+    "deita-d",
+    "siftune.offline.deita:DeitaD",
+    summary="best complexity * quality first, rows too like a better one behind",
+    paper=_DEITA,
+    needs="two scorer LMs and an embedding model (may be one)",
+)
+register(
+    "offline",
+    "inter-diversity",
+    "siftune.offline.labelled:InterDiversity",
+    summary="rows far from the centroids of the other domains",
+    paper=f"{_DAAR}, section 3",
+    needs="domain labels; a model's embedding layer",
+)
+register(
+    "offline",
+    "intra-diversity",
+    "siftune.offline.labelled:IntraDiversity",
+    summary="rows near the centroid of their own domain",
+    paper=f"{_DAAR}, section 3",
+    needs="domain labels; a model's embedding layer",
 )
 register("online", "regular", "siftune.online.simple:Regular", summary="keeps every row, the full-data reference")
 register(

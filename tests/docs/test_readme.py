@@ -57,7 +57,8 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def stop(*_: object, **__: object) -> None:
         raise UnderstoodError
 
-    for target in ("siftune.pipeline.select", "siftune.pipeline.recut", "siftune.plan.plan", "siftune.demo.story.run"):
+    targets = ("siftune.pipeline.select", "siftune.pipeline.recut", "siftune.plan.plan", "siftune.demo.story.run")
+    for target in (*targets, "siftune.loop.loop"):
         monkeypatch.setattr(target, stop)
     try:
         code = main(words)
