@@ -1,0 +1,56 @@
+"""Where a row's answer stands in its text, so that its tokens are found by offsets and nothing is tokenised twice.
+
+The text is the one every feature sees (`siftune.data.formats.text_of`), or a prompt of the user's followed by the
+answer. In a chat the answer is the last turn's content, without the marks that the template puts around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.formats import text_of
+from ..records import Row
+from .prompt_file import Prompt
+
+
+@dataclass(frozen=True)
+class AnswerText:
+    """A row's text, and the characters `begin .. end - 1` of it that are the answer."""
+
+    text: str
+    begin: int
+    end: int
+
+
+def answer_text(row: Row, tokenizer: Any, prompt: Prompt | None = None) -> AnswerText:
+    """The row's text with its answer's place.
+
+    >>> answer_text(Row(0, "", "Add.", "1 + 1", "2"), tokenizer)
+    AnswerText(text='Add.\\n1 + 1\\n2', begin=11, end=12)
+    """
+    if prompt is not None:
+        before = prompt.fill(instruction=row.instruction, input=row.input)
+        return AnswerText(before + row.output, len(before), len(before) + len(row.output))
+    text = text_of(row, tokenizer)
+    if row.messages and getattr(tokenizer, "chat_template", None) and (found := _in_chat(row, tokenizer, text)):
+        return found
+    if not text.endswith(row.output):  # a template that rewrites the answer: the contents on lines of their own
+        text = text_of(row)
+    return AnswerText(text, len(text) - len(row.output), len(text))
+
+
+def _in_chat(row: Row, tokenizer: Any, text: str) -> AnswerText | None:
+    """The answer in the template's text: after all that the template writes before an answer, as it was or trimmed."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": role, "content": content} for role, content in row.messages[:-1]]
+    try:
+        before = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except TemplateError:
+        return None
+    for answer in (row.output, row.output.strip()):
+        begin = text.find(answer, len(before)) if text.startswith(before) else text.rfind(answer)
+        if begin >= 0:
+            return AnswerText(text, begin, begin + len(answer))
+    return None
