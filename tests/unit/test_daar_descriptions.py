@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from siftune.demo import corpus, prompts
 from siftune.errors import UserError
 from siftune.offline.daar.descriptions import fill, read_descriptions
 
@@ -77,3 +78,17 @@ def test_mistakes_are_one_sentence(tmp_path: Path, text: str, said: str) -> None
 def test_an_absent_file_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"domains nowhere.yaml cannot be read \(No such file"):
         read_descriptions("nowhere.yaml")
+
+
+def test_the_demos_file_is_the_wording_its_model_was_trained_on() -> None:
+    found = read_descriptions(Path(prompts.__file__).with_name("domains.yaml"))
+    assert found.names == tuple(prompts.DESCRIPTIONS)
+    first = {name: sentences[0] for name, sentences in prompts.DESCRIPTIONS.items()}
+    rows = corpus.seed_rows(3, seed=0)[:3]
+    for domain in found.domains:
+        assert domain.description == first[domain.name]
+        avoid = [sentence for name, sentence in first.items() if name != domain.name]
+        asked = prompts.seed_request(domain.description, count=5, avoid=avoid)
+        assert found.seed_messages(domain, 5) == (("user", asked),)
+        more = prompts.variation_request(domain.description, rows, avoid=avoid)
+        assert found.augment_messages(domain, rows) == (("user", more),)

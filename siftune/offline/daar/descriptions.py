@@ -75,10 +75,9 @@ class Descriptions:
 
     def augment_messages(self, domain: Domain, shown: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
         """The conversation that asks for one more row, unlike the rows shown (stage 1b)."""
-        rows = [
-            fill(self.wording.example, {**row, "number": str(number)}).strip() for number, row in enumerate(shown, 1)
-        ]
-        return self._conversation(fill(self.wording.augment, self._words(domain) | {"examples": "\n\n".join(rows)}))
+        rows = [fill(self.wording.example, {**row, "number": str(number)}) for number, row in enumerate(shown, 1)]
+        examples = "\n".join(rows).rstrip("\n")
+        return self._conversation(fill(self.wording.augment, self._words(domain) | {"examples": examples}))
 
     def _words(self, domain: Domain) -> dict[str, str]:
         others = [other for other in self.domains if other.name != domain.name]
