@@ -145,8 +145,8 @@ def walk(parts: Parts, batch: Batch, wanted: torch.Tensor, *, score_tokens: int 
     that want no position are left out. Raises `UserError` when the hook on the decoder does not fire.
     """
     columns = wanted.shape[1]
-    for rows, width in _chunks(batch, wanted, score_tokens):
-        states, logits = _forward(parts, _rows_of_batch(parts, batch, rows, width), last_logits_only=True)
+    for rows, width in chunks(batch, wanted, score_tokens):
+        states, logits = _forward(parts, rows_of_batch(parts, batch, rows, width), last_logits_only=True)
         states = states[:, -width:]  # prompt tuning puts virtual tokens in front
         masks = wanted[rows][:, :width].to(states.device)
         picked = [state[mask] for state, mask in zip(states, masks, strict=True)]
@@ -158,13 +158,13 @@ def walk_logits(parts: Parts, batch: Batch, wanted: torch.Tensor) -> Iterator[tu
     """The model's own logits `(N, V)` of the positions `wanted`, one row at a time: where no formula for the head
     holds. Rows that want no position are left out."""
     for row in wanted.any(dim=1).nonzero().flatten().tolist():
-        _, logits = _forward(parts, _rows_of_batch(parts, batch, [row], wanted.shape[1]), last_logits_only=False)
+        _, logits = _forward(parts, rows_of_batch(parts, batch, [row], wanted.shape[1]), last_logits_only=False)
         assert logits is not None, "a causal LM without logits"
         own = logits[0, -wanted.shape[1] :]
         yield row, own[wanted[row].to(own.device)]
 
 
-def _chunks(batch: Batch, wanted: torch.Tensor, score_tokens: int | None) -> Iterator[tuple[list[int], int]]:
+def chunks(batch: Batch, wanted: torch.Tensor, score_tokens: int | None) -> Iterator[tuple[list[int], int]]:
     """Rows of each chunk, and the columns it needs: trailing columns that are padding in all its rows are dropped.
 
     Only when the batch is walked in chunks, and only where the mask is 2-D (or absent) and no tensor has an axis that
@@ -189,11 +189,11 @@ def _chunks(batch: Batch, wanted: torch.Tensor, score_tokens: int | None) -> Ite
     yield chunk, int(ends[chunk[-1]])
 
 
-def _rows_of_batch(parts: Parts, batch: Batch, rows: list[int], width: int) -> dict[str, Any]:
+def rows_of_batch(parts: Parts, batch: Batch, rows: list[int], width: int) -> dict[str, Any]:
     """The model's arguments for some rows and the first `width` columns, on the model's device."""
     count, columns = batch["input_ids"].shape
     device = next(parts.causal.parameters()).device
-    accepted = _parameters(parts.causal)
+    accepted = accepted_arguments(parts.causal)
     arguments: dict[str, Any] = {}
     for name, value in batch.items():
         if name in ("labels", "use_cache") or (name not in accepted and "**" not in accepted):
@@ -208,7 +208,7 @@ def _rows_of_batch(parts: Parts, batch: Batch, rows: list[int], width: int) -> d
     return arguments
 
 
-def _parameters(causal: nn.Module) -> set[str]:
+def accepted_arguments(causal: nn.Module) -> set[str]:
     """Names that the model's forward accepts; `**` stands for any."""
     parameters = inspect.signature(type(causal).forward).parameters.values()
     return {"**" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters}
@@ -222,7 +222,7 @@ def _forward(parts: Parts, arguments: dict[str, Any], *, last_logits_only: bool)
         state = output[0] if isinstance(output, tuple) else output.last_hidden_state
         caught.append(state.detach())
 
-    accepted = _parameters(parts.causal)
+    accepted = accepted_arguments(parts.causal)
     if last_logits_only:
         arguments |= {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in accepted}
     if {"use_cache", "**"} & accepted:

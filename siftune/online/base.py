@@ -87,9 +87,9 @@ class OnlineMethod(ABC):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
 
-    def new_step(self) -> None:
+    def new_step(self, *, learning_rate: float | None = None) -> None:
         """An optimiser step begins: what was derived from trained weights is stale. The trainer hook calls it once
-        per optimiser step before scoring; `score` and `select` call it themselves."""
+        per optimiser step before scoring, with the step's learning rate; `score` and `select` call it themselves."""
         self._stale = True
 
     # --- the four steps -------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class MaxLoss(OnlineMethod):
         for seen in self._view.rows(model, batch, wanted, score_tokens=self.score_tokens):
             device = seen.head.device if seen.head is not None else torch.device("cpu")
             with exact_math(device):
-                for rows, part in _parts(seen):
+                for rows, part in shared_walks(seen):
                     picked = [targets[row][wanted[row]] for row in rows]
                     losses = cross_entropy(part, torch.cat(picked)).split([len(target) for target in picked])
                     loss[rows] = torch.stack([each.mean() for each in losses])
@@ -122,7 +122,7 @@ def cross_entropy(blocks: Iterable[tuple[int, int, torch.Tensor]], targets: torc
     return (total - label).cpu()
 
 
-def _parts(seen: Seen) -> Iterable[tuple[list[int], Iterable[tuple[int, int, torch.Tensor]]]]:
+def shared_walks(seen: Seen) -> Iterable[tuple[list[int], Iterable[tuple[int, int, torch.Tensor]]]]:
     """Rows that share one walk over the vocabulary (about `TOKENS` positions), with their logits in blocks."""
     if seen.head is None:
         yield seen.rows, seen.blocks(0)

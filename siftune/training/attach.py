@@ -163,7 +163,14 @@ class Attachment:
         else:
             with self.meter.scoring(device):
                 placed = [_on(device, batch) for batch in candidates]
-                sifted = sift(self.selector, self._model(), placed, padding=self._padding, blanks=self._blanks)
+                sifted = sift(
+                    self.selector,
+                    self._model(),
+                    placed,
+                    padding=self._padding,
+                    blanks=self._blanks,
+                    learning_rate=self._learning_rate(),
+                )
         self.meter.add(sifted)
         if self.ledger is not None:
             self._write(step + 1, candidates, sifted)
@@ -176,6 +183,11 @@ class Attachment:
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
             model = model.module
         return model
+
+    def _learning_rate(self) -> float | None:
+        """The one that the coming optimiser step will be taken with; of several groups the first, as the log has it."""
+        groups = getattr(self.trainer.optimizer, "param_groups", None)
+        return float(groups[0]["lr"]) if groups else None
 
     def _write(self, step: int, candidates: list[Any], sifted: Sifted) -> None:
         assert self.ledger is not None

@@ -1,9 +1,7 @@
 """Which row of the training set a candidate is: `token_id` of what the model sees, and an index from it to the row.
 
-`token_id` = blake2b-128 over a row's real input ids and its label mask, padding removed, so it does not depend on the
-batch, the epoch or the worker a row came in. An id column would not do: trainers drop it before the collator. The index
-passes the data set once through the trainer's own collator, so collators that rewrite rows keep their names as long as
-they are deterministic. Cost: one collation of the data set; 24 bytes a row in memory.
+The index passes the data set once through the trainer's own collator, so collators that rewrite rows keep their names as
+long as they are deterministic. Cost: one collation of the data set; 24 bytes a row in memory.
 
 Shapes: `n` rows of the data set, `B` rows of a batch, `T` columns.
 """
@@ -13,37 +11,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .deal import real_tokens
+from ..online.token_id import token_ids
 
 Batch = Mapping[str, Any]
 CHUNK = 64
 """Rows collated at a time while the data set is indexed."""
-
-
-def token_ids(batch: Batch) -> list[bytes]:
-    """`token_id` of each row, 16 bytes each.
-
-    >>> token_ids(collator([row]))[0].hex()
-    '5b7b4f1f...'
-    """
-    ids, labels = batch["input_ids"], batch.get("labels")
-    if not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
-        labels = torch.zeros_like(ids)
-    together = torch.stack([ids.long(), (labels != -100).long(), real_tokens(batch).long()]).cpu().numpy()
-    return [_digest(row_ids[real != 0], mask[real != 0]) for row_ids, mask, real in zip(*together, strict=True)]
-
-
-def _digest(ids: NDArray[np.int64], learnt: NDArray[np.int64]) -> bytes:
-    digest = blake2b(ids.astype("<i8").tobytes(), digest_size=16)
-    digest.update(learnt.astype(np.uint8).tobytes())
-    return digest.digest()
 
 
 class RowIndex:
@@ -75,7 +53,7 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Batch]) -> RowIndex 
         return None
     several = getattr(dataset, "__getitems__", None)
     digests: list[bytes] = []
-    with _random_state_kept():
+    with random_state_kept():
         for start in range(0, len(dataset), CHUNK):
             wanted = list(range(start, min(start + CHUNK, len(dataset))))
             batch = collate(several(wanted) if several else [dataset[row] for row in wanted])
@@ -86,7 +64,8 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Batch]) -> RowIndex 
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
+    """Every global random state is afterwards what it was."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):

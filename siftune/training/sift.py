@@ -51,14 +51,20 @@ def keep_all(batches: Sequence[Batch], reason: str) -> Sifted:
 
 
 def sift(
-    selector: OnlineMethod, model: torch.nn.Module, batches: Sequence[Batch], *, padding: Padding, blanks: bool = False
+    selector: OnlineMethod,
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    *,
+    padding: Padding,
+    blanks: bool = False,
+    learning_rate: float | None = None,
 ) -> Sifted:
     """Score the candidates with `model` as it stands, keep the selector's choice, remember it.
 
     `blanks` allows micro-batches that train nothing where fewer rows are kept than micro-batches came; without it at
-    least one row per micro-batch is kept.
+    least one row per micro-batch is kept. `learning_rate` is the one that the step will be taken with.
     """
-    selector.new_step()
+    selector.new_step(learning_rate=learning_rate)
     if getattr(selector, "window", "micro") == "step":
         return _across(selector, model, batches, padding, blanks)
     trained: list[Batch] = []
