@@ -20,6 +20,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """For what is made once per module; a test's own cache is below."""
+    os.environ["SIFTUNE_CACHE"] = str(tmp_path_factory.mktemp("siftune-cache"))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "siftune-cache"))

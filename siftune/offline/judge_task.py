@@ -1,0 +1,253 @@
+"""A chat model judges rows: one request per row, a strictly read reply, every reply in a journal before it is used.
+
+What is asked and how a reply is read is a `Form`; the rest is the same for every judge. A row's text stands between
+marks that are made of that text, so it cannot close them, and a request holds one row alone, so it cannot change
+another row's score. A reply that cannot be read is asked again with another seed; after the last try the row has no
+score, and the reply stands in its reason. Cost: a chat model's reply per row.
+
+Shapes: `n` rows of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.files import hash_json
+from ..errors import UserError
+from ..models.generate import Generator, Reply, Request, open_generator
+from ..models.journal import Counts, Journal, Journaled
+from ..records import Pool, Row, Shard, ShardResult
+from .draw import number
+from .prompt_file import Prompt
+
+VERSION = 1
+"""Raised whenever the same replies would give other columns."""
+STRIKES = 20
+"""Requests without a reply, one after the other, after which the rest is not asked: the judge is gone."""
+RETRY_TEMPERATURE = 0.7
+"""Least temperature of a second try: at 0 it would be the first one again."""
+SHOWN = 300
+"""Characters of an unreadable reply that a row's reason shows; the journal has all of it."""
+ROWS_AT_ONCE = 64
+FENCE = "{fence}"
+COUNTS = ("requests", "prompt_tokens", "completion_tokens")
+
+
+class Unreadable(Exception):
+    """A reply that says nothing, or more than one thing; the message says which."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kind of judge is asked, and how its reply is read."""
+
+    name: str
+    words: str
+    """The prompt, with places for the row's parts and {fence} for the marks around them."""
+    sees_answer: bool
+    """Does the prompt hold the answer, or the question alone?"""
+    read: Callable[[str, bool], NDArray[Any]]
+    """A reply's text, and whether it was cut off at its longest, as an array of one shape. Raises `Unreadable`."""
+    nothing: NDArray[Any]
+    """What stands in the column where a row has no answer."""
+    reply_tokens: int
+    """Tokens of a usual reply, for an estimate."""
+    version: int = 1
+    """Raised whenever `read` reads otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How a judge is asked; fields as the methods'."""
+
+    retries: int
+    temperature: float
+    max_new_tokens: int
+    unanswered: Literal["stop", "skip"]
+    seed: int
+
+
+def filled(prompt: Prompt, row: Row) -> str:
+    """The prompt with the row in it; {fence} becomes a mark that does not occur in the row's text.
+
+    >>> filled(Prompt("<{fence}>{question}</{fence}>"), Row(0, "", "Add.", "", "2"))
+    '<9f2f7a1a5f6e6ae5>Add.</9f2f7a1a5f6e6ae5>'
+    """
+    said = "\0".join((row.instruction, row.input, row.output))
+    mark, nth = "", 0
+    while not mark or mark in said:
+        mark, nth = blake2b(f"{nth}\0{said}".encode("utf-8", "surrogatepass"), digest_size=8).hexdigest(), nth + 1
+    fenced = Prompt(prompt.text.replace(FENCE, mark))
+    return fenced.fill(instruction=row.instruction, input=row.input, output=row.output)
+
+
+@dataclass(eq=False)
+class JudgeTask:
+    """Columns of a shard: `answer` as the form reads it, `question` (int64, equal for equal requests), and what the
+    row's replies cost: `requests`, `prompt_tokens`, `completion_tokens`, int32.
+
+    Raises `UserError` when requests are left without a reply; those that came are in the journal.
+    """
+
+    form: Form
+    prompt: Prompt
+    judge: str | Generator
+    """A generator's name as `open_generator` takes it, or one that is open."""
+    asking: Asking
+    folder: Path
+    """Where the journal lies."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """For `open_generator`: what does not change a reply."""
+    counts: Counts = field(default_factory=Counts)
+    """What this process asked and found."""
+    _made: dict[str, Generator] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}}
+
+    @property
+    def generator(self) -> Generator:
+        """The judge, opened on first use."""
+        if not isinstance(self.judge, str):
+            return self.judge
+        if "judge" not in self._made:
+            self._made["judge"] = open_generator(self.judge, **self.settings)
+        return self._made["judge"]
+
+    def release(self) -> None:
+        """Free a local judge's weights."""
+        if release := getattr(self._made.get("judge"), "release", None):
+            release()
+
+    @property
+    def key(self) -> str:
+        """Content hash of all that decides a row's answer."""
+        how = {name: getattr(self.asking, name) for name in self.asking.__dataclass_fields__}
+        form = [self.form.name, self.form.version, self.prompt.text]
+        return hash_json(["judge", VERSION, form, self.generator.key, how])
+
+    @property
+    def journal(self) -> Path:
+        """The file of replies: the same for every pool and setting, so that no question is paid for twice."""
+        return self.folder / f"{hash_json([self.generator.key, self.prompt.text])}.jsonl"
+
+    # --- a shard ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, pool: Pool, shard: Shard) -> ShardResult:
+        work = _Work(self, pool, shard)
+        left = [row for row in range(shard.start, shard.stop) if row not in pool.reasons]
+        with Journal(self.journal) as journal:
+            judge = Journaled(self.generator, journal)
+            judge.counts = self.counts
+            for attempt in range(1 + self.asking.retries):
+                if left:
+                    left = work.ask(judge, left, attempt)
+        return ShardResult(work.columns, dict(sorted(work.reasons.items())))
+
+    def request(self, row: Row, attempt: int = 0) -> Request:
+        """What the judge is asked about a row; a further try has another seed and is not asked at temperature 0."""
+        temperature = self.asking.temperature
+        return Request(
+            key=f"row {row.row} {row.id} try {attempt + 1}",
+            messages=(("user", filled(self.prompt, row)),),
+            seed=number(self.asking.seed, self.form.name, "", attempt) % 2**31,
+            temperature=max(temperature, RETRY_TEMPERATURE) if attempt else temperature,
+            max_new_tokens=self.asking.max_new_tokens,
+        )
+
+
+class _Work:
+    """One shard under way."""
+
+    def __init__(self, task: JudgeTask, pool: Pool, shard: Shard) -> None:
+        self.task, self.pool, self.start = task, pool, shard.start
+        self.columns: dict[str, NDArray[Any]] = {
+            "answer": np.repeat(task.form.nothing[None], len(shard), axis=0),
+            "question": np.full(len(shard), -1, dtype=np.int64),
+            **{name: np.zeros(len(shard), dtype=np.int32) for name in COUNTS},
+        }
+        self.reasons: dict[int, str] = {}
+        self.strikes = 0
+        self.gone = False
+        """True once requests are not made any more."""
+
+    def ask(self, judge: Journaled, rows: Sequence[int], attempt: int) -> list[int]:
+        """Ask once for each of these rows; gives back those whose reply could not be read. Raises `UserError`."""
+        again: list[int] = []
+        lost: list[Reply] = []
+        for reply in judge.replies(self._requests(rows, attempt)):
+            row = int(reply.key.split()[1])
+            if not reply.final:
+                lost.append(reply)
+                self.reasons[row] = f"no reply: {reply.error}"
+                self.strikes += 1
+                self.gone = self.gone or self.strikes >= STRIKES
+                continue
+            self.strikes = 0
+            for name, count in zip(COUNTS, (1, reply.prompt_tokens, reply.completion_tokens), strict=True):
+                self.columns[name][row - self.start] += count
+            if self._read(reply, row):
+                again.append(row)
+        if lost and (self.gone or self.task.asking.unanswered == "stop"):
+            raise UserError(
+                f"the judge left {len(lost)} requests without a reply ({lost[0].error}); run the same command again, "
+                f"the {len(judge.journal)} replies that came are kept in {judge.journal.path}"
+            )
+        return sorted(again)
+
+    def _requests(self, rows: Sequence[int], attempt: int) -> Iterator[Request]:
+        """The rows' requests, made as they are drawn; none any more when the judge is gone."""
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            for row in self.pool.read(rows[start : start + ROWS_AT_ONCE]):
+                if self.gone:
+                    return
+                if not row.question.strip():
+                    self.reasons[row.row] = "no question to judge"
+                    continue
+                request = self.task.request(row, attempt)
+                digest = bytes.fromhex(hash_json(request.content["messages"]))
+                self.columns["question"][row.row - self.start] = int.from_bytes(digest[:8], "big") >> 1
+                yield request
+
+    def _read(self, reply: Reply, row: int) -> bool:
+        """Put the reply's answer into its place, or note why there is none; True when asking again may help."""
+        self.reasons.pop(row, None)
+        if reply.error is not None:
+            self.reasons[row] = f"refused by the judge: {reply.error}"
+            return False
+        try:
+            self.columns["answer"][row - self.start] = self.task.form.read(reply.text, reply.finish_reason == "length")
+        except Unreadable as error:
+            said = " ".join(reply.text.split())
+            shown = said if len(said) <= SHOWN else said[:SHOWN] + "..."
+            self.reasons[row] = f"unreadable reply: {error}: {shown!r}"
+            return True
+        return False
+
+
+# --- what it cost -----------------------------------------------------------------------------------------------------
+
+
+def spent(columns: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """Requests and tokens behind a pool's columns, every question counted once however many rows share it."""
+    asked = np.flatnonzero(columns["question"] >= 0)
+    _, first = np.unique(columns["question"][asked], return_index=True)
+    return {name: int(columns[name][asked[first]].sum(dtype=np.int64)) for name in COUNTS}
+
+
+def cost(price: Mapping[str, float] | None, prompt_tokens: int, completion_tokens: int) -> float | None:
+    """What so many tokens cost at `price` per million; None without a price.
+
+    >>> cost({"prompt": 0.5, "completion": 2.0}, 2_000_000, 500_000)
+    2.0
+    """
+    if price is None:
+        return None
+    return round((price.get("prompt", 0) * prompt_tokens + price.get("completion", 0) * completion_tokens) / 1e6, 6)

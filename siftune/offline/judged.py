@@ -1,0 +1,175 @@
+"""What every judged method shares: its options' checks, its task, what it would ask (`--dry-run`), what it has cost.
+
+A method is a dataclass with the fields below and a `Form` (see `judge_task`); `alpagasus` and `instag` are the two
+kinds there are. Higher is kept. Cost: a chat model's reply per row; a dry run reads a sample of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.files import cache_folder, hash_json
+from ..errors import UserError
+from ..models.generate import Generator, check_generator, is_server, open_generator
+from ..records import Pool, ShardTask
+from .base import OfflineMethod
+from .draw import draw
+from .judge_task import Asking, Form, JudgeTask, cost, filled, spent
+from .prompt_file import Prompt, read_prompt
+
+SAMPLE = 256
+"""Rows that an estimate reads."""
+BYTES_A_TOKEN = 4
+"""Of UTF-8 text, roughly, in any tokenizer of today; a dry run opens none."""
+
+
+class Judged(OfflineMethod):
+    """Base of the judged methods. `judge` is a model's name, or in Python any `Generator`."""
+
+    form: ClassVar[Form]
+
+    judge: str | Generator | None
+    judge_url: str | None
+    prompt: str | None
+    retries: int
+    temperature: float
+    max_new_tokens: int
+    concurrency: int
+    unanswered: Literal["stop", "skip"]
+    price: dict[str, float] | None
+    seed: int
+    dtype: str
+    device: str
+
+    # --- before -------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse settings, a prompt file or a judge's name that cannot be used, before anything is asked."""
+        for name, least in (("retries", 0), ("max_new_tokens", 1), ("concurrency", 1)):
+            if (given := getattr(self, name)) < least:
+                raise UserError(f"{name}={given} is too few; give at least {least}")
+        if not 0 <= self.temperature <= 5:
+            raise UserError(f"temperature={self.temperature:g} is not between 0 and 5")
+        if self.unanswered not in ("stop", "skip"):
+            raise UserError(f"unanswered={self.unanswered!r} is not known; give stop or skip")
+        for name, value in (self.price or {}).items():
+            if name not in ("prompt", "completion") or value < 0:
+                raise UserError(f"price={name}={value:g} is no price; give prompt=X,completion=Y per million tokens")
+        self._prompt()
+        judge = self._judge()
+        if isinstance(judge, str):
+            try:
+                check_generator(judge)
+            except UserError as error:
+                raise UserError(str(error).replace("generator=", "judge=", 1)) from error
+
+    def inputs(self) -> dict[str, str]:
+        """Content hashes of the prompt and of a local judge, for a run's identity; a server is known by its address."""
+        found = {"prompt": hash_json([self.form.name, self.form.version, self._prompt().text])}
+        judge = self._judge()
+        if not isinstance(judge, str):
+            found["judge"] = judge.key
+        elif not is_server(judge):
+            found["judge"] = open_generator(judge, device=self.device, dtype=self.dtype).key
+        return found
+
+    def _prompt(self) -> Prompt:
+        return read_prompt(self.prompt, self.form.words, answer=self.form.sees_answer)
+
+    def _judge(self) -> str | Generator:
+        """The judge as `open_generator` takes it. Raises `UserError` when none is given, or two."""
+        if self.judge_url is None:
+            if self.judge is None:
+                raise UserError(
+                    f"{self.name} needs a chat model that judges; give judge=MODEL (a folder or hub id) or "
+                    "judge_url=http://HOST:PORT/v1"
+                )
+            return self.judge
+        if not is_server(self.judge_url):
+            raise UserError(f"judge_url={self.judge_url!r} is no server's address; give http://HOST:PORT/v1")
+        if self.judge is None:
+            return self.judge_url
+        if not isinstance(self.judge, str) or is_server(self.judge) or "#" in self.judge_url:
+            raise UserError("judge and judge_url name two judges; with judge_url, judge is the model's name there")
+        return f"{self.judge_url}#{self.judge}"
+
+    # --- the task -----------------------------------------------------------------------------------------------------
+
+    def shard_task(self, pool: Pool) -> ShardTask:
+        self._need_questions(pool)
+        return self._task()
+
+    def _need_questions(self, pool: Pool) -> None:
+        if pool.format == "text":
+            raise UserError(f"{self.name} judges a question, and rows of plain text have none; use another method")
+
+    def _task(self) -> JudgeTask:
+        """One task per method and settings, so that a judge is opened once, whatever the method is asked."""
+        self.check()
+        judge = self._judge()
+        settings: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        if isinstance(judge, str) and is_server(judge):
+            settings = {"concurrency": self.concurrency}
+        asking = Asking(
+            retries=self.retries,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            unanswered=self.unanswered,
+            seed=self.seed,
+        )
+        task = JudgeTask(self.form, self._prompt(), judge, asking, cache_folder(self.cache) / "replies", settings)
+        made: JudgeTask | None = self.__dict__.get("_made")
+        names = ("prompt", "judge", "asking", "folder", "settings")
+        if made is None or any(getattr(made, name) != getattr(task, name) for name in names):
+            made = self.__dict__["_made"] = task
+        return made
+
+    # --- what it would cost, what it has cost -------------------------------------------------------------------------
+
+    def preview(self, pool: Pool) -> dict[str, Any]:
+        """What would be asked: two filled prompts, requests, estimated tokens and cost. Nothing is asked or loaded."""
+        self._need_questions(pool)
+        prompt = self._prompt()
+        sample = pool.read(draw(pool, SAMPLE, seed=self.seed, purpose=f"{self.name} preview").tolist())
+        texts = [filled(prompt, row) for row in sample if row.question.strip()]
+        share = len(texts) / max(1, len(sample))
+        size = float(np.mean([len(text.encode("utf-8", "surrogatepass")) for text in texts])) if texts else 0.0
+        requests = round(share * len(pool.eligible))
+        asked = round(requests * size / BYTES_A_TOKEN)
+        written = requests * min(self.form.reply_tokens, self.max_new_tokens)
+        return {
+            "prompts": texts[:2],
+            "requests": requests,
+            "prompt_tokens": asked,
+            "completion_tokens": written,
+            "completion_tokens_at_most": requests * self.max_new_tokens,
+            "cost": cost(self.price, asked, written),
+            "cost_at_most": cost(self.price, asked, requests * self.max_new_tokens),
+            "estimate": f"{BYTES_A_TOKEN} bytes a token over {len(texts)} rows, {self.form.reply_tokens} tokens a "
+            "reply; tries after the first come on top",
+        }
+
+    def judged_info(self, columns: Mapping[str, NDArray[Any]], reasons: Mapping[int, str]) -> dict[str, Any]:
+        """What the pool's replies are and cost, whoever paid for them, and what was asked in this run."""
+        task: JudgeTask = self._task()
+        task.release()
+        total = spent(columns)
+        kinds = [reason.split(":")[0] for reason in reasons.values()]
+        now = task.counts
+        return {
+            "judge": {
+                **total,
+                "cost": cost(self.price, total["prompt_tokens"], total["completion_tokens"]),
+                "unreadable": kinds.count("unreadable reply"),
+                "refused": kinds.count("refused by the judge"),
+                "unanswered": kinds.count("no reply"),
+                "asked_now": now.asked,
+                "found_in_journal": now.reused,
+                "cost_now": cost(self.price, now.prompt_tokens, now.completion_tokens),
+                "replies": str(task.journal),
+            }
+        }
