@@ -76,7 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
         name, value = step if isinstance(step, tuple) else (step, None)
         if name.isdigit():
             told = {} if value is None else {"Retry-After": str(value)}
-            self._send(int(name), {"error": {"message": f"status {name} for you", "type": "test"}}, told)
+            shown = f"status {name} for you with {self.headers.get('Authorization')}"  # careless servers echo the key
+            self._send(int(name), {"error": {"message": shown, "type": "test"}}, told)
         elif name == "garbage":
             self._send_bytes(200, b'{"choices": [{"mess', "application/json")
         elif name == "html":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -64,11 +65,15 @@ def test_equal_questions_are_asked_once_and_all_answered(tmp_path: Path) -> None
     assert asking.counts.reused == 2
 
 
-def test_a_reply_is_on_the_disk_before_it_is_handed_on(tmp_path: Path) -> None:
+def test_a_reply_is_on_the_disk_before_it_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.jsonl"
+    flushed: list[int] = []
+    monkeypatch.setattr("siftune.models.journal.os.fsync", lambda handle: flushed.append(os.fstat(handle).st_size))
     with Journal(path) as journal:
         for count, _ in enumerate(Journaled(Echo(), journal).replies(questions("a", "b", "c")), start=1):
             assert len(path.read_bytes().splitlines()) == count
+            assert flushed[-1] == path.stat().st_size
+    assert len(flushed) == 3
 
 
 def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path: Path) -> None:

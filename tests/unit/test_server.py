@@ -93,13 +93,14 @@ def test_a_wrong_key_ends_the_run_after_what_is_under_way(monkeypatch: pytest.Mo
 
 def test_the_key_goes_into_the_header_and_nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    with hostile({"a": [("500", None)], "b": ["400"]}) as server, Journal(tmp_path / "r.jsonl") as journal:
+    with hostile({"a": ["500", "500", "500"], "b": ["400"]}) as server, Journal(tmp_path / "r.jsonl") as journal:
         generator = OpenAIGenerator(server.url, **QUICK)  # type: ignore[arg-type]
         said = [str(reply) for reply in Journaled(generator, journal).replies(asked("a", "b"))]
         first = generator.key
         monkeypatch.setenv("OPENAI_API_KEY", "another")
         assert OpenAIGenerator(server.url).key == first
     assert "Bearer sk-very-secret" in server.headers_seen[0]
+    assert "status 400 for you with Bearer ***" in "".join(said)
     assert "sk-very-secret" not in "".join([*said, repr(generator), (tmp_path / "r.jsonl").read_text()])
 
 
