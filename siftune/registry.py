@@ -66,6 +66,7 @@ def find(side: Side, name: str) -> Entry:
 
 _DAAR = "DaaR, arXiv 2502.04380"
 _UDS = "UDS, arXiv 2510.16882"
+_INSTAG = "InsTag, arXiv 2308.07074"
 _DEITA = "Deita, arXiv 2312.15685"
 
 register(
@@ -92,6 +93,30 @@ register(
     "siftune.offline.simple:OutputLength",
     summary="words of the answer, the longest first",
     paper=_DAAR,
+)
+register(
+    "offline",
+    "alpagasus",
+    "siftune.offline.alpagasus:AlpaGasus",
+    summary="a judge's rating of the answer's accuracy, 0 to 5",
+    paper="AlpaGasus, arXiv 2307.08701",
+    needs="a chat model (local, or any OpenAI-compatible server)",
+)
+register(
+    "offline",
+    "instag-c",
+    "siftune.offline.instag:InsTagC",
+    summary="number of intentions that a tagger finds in the question",
+    paper=_INSTAG,
+    needs="a chat model (local, or any OpenAI-compatible server)",
+)
+register(
+    "offline",
+    "instag-d",
+    "siftune.offline.instag:InsTagD",
+    summary="rows that cover all of a tagger's tags soonest",
+    paper=_INSTAG,
+    needs="a chat model (local, or any OpenAI-compatible server)",
 )
 register(
     "offline",

@@ -21,6 +21,7 @@ from siftune.offline.base import OfflineMethod
 from siftune.offline.daar.fitting import ProbeTraining
 from siftune.records import Pool, Scores, Shard
 from siftune.registry import Entry, methods
+from tests.judges import Stub, rate, tag
 from tests.pools import make_pool
 from tests.tiny import save_tiny
 
@@ -58,6 +59,9 @@ QUICK = ProbeTraining(epochs=3)
 
 RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
     "daar": lambda model: {"model": model, "seeds": SEEDS, "max_length": 64, "device": "cpu", "training": QUICK},
+    "alpagasus": lambda _: {"judge": Stub(rate)},
+    "instag-c": lambda _: {"judge": Stub(tag)},
+    "instag-d": lambda _: {"judge": Stub(tag)},
     "ifd": lambda model: {"model": model, "device": "cpu"},
     "deita-c": lambda model: {"scorer": model, "device": "cpu"},
     "deita-q": lambda model: {"scorer": model, "device": "cpu"},
