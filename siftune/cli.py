@@ -135,6 +135,10 @@ def select_command(method: str, own: Sequence[Option]) -> Command:
         example = (
             f"siftune select {method} pool.jsonl --model ./model --seeds seeds.jsonl --keep 20% --out selected.jsonl"
         )
+    elif any(option.name == "judge" for option in own):
+        example = (
+            f"siftune select {method} pool.jsonl --judge-url http://127.0.0.1:8000/v1 --keep 20% --out selected.jsonl"
+        )
     return Command(
         f"select {method}",
         f"siftune select {method} POOL... [options]",
@@ -225,6 +229,10 @@ def _would_do(method: str, options: SelectOptions, done: Any) -> int:
         for name, value in done.manifest["config"].items():
             if value is not None:
                 print(f"  {name:<14}{value}")
+        if "preview" in facts:
+            from .terminal import show_preview
+
+            show_preview(facts["preview"])
     return 0
 
 

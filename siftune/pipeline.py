@@ -132,7 +132,10 @@ def select(
     """
     job = prepare(method, options, settings or {}, progress=progress)
     if options.dry_run:
-        return Selection(None, {"config": job.config, "rows": counted(job.pool)}, pool=job.pool)
+        facts = {"config": job.config, "rows": counted(job.pool)}
+        if (preview := getattr(job.method, "preview", None)) is not None:  # what would be asked of a judge
+            facts["preview"] = preview(job.pool)
+        return Selection(None, facts, pool=job.pool)
     inputs = {"pool": job.pool.fingerprint} | inputs_of(job.method)
     folder = run_folder(options, method, identity(job.config, inputs))
     with RunFolder(folder, config=job.config, inputs=inputs) as run:

@@ -105,7 +105,7 @@ def show_selection(manifest: Mapping[str, Any], *, out: str, following: Sequence
     rows = manifest["rows"]
     shown.print(f"kept {rows['kept']:,} of {rows['read']:,} rows ({share(rows['kept'], rows['read'])}) -> {out}\n")
     info = manifest.get("info", {})
-    for name, text in [*row_lines(rows), *written_lines(info), *fact_lines(info)]:
+    for name, text in [*row_lines(rows), *written_lines(info), *judge_lines(info), *fact_lines(info)]:
         shown.print(f"  {name:<10}{text}")
     if domains := rows.get("domains"):
         read, kept = (sum(domain[name] for domain in domains.values()) for name in ("pool", "kept"))
@@ -146,6 +146,49 @@ def written_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     if written["rejected"]:
         lines.append(("", "not used: " + ", ".join(f"{n:,} {kind}" for kind, n in written["rejected"].items())))
     return lines + [("", said) for said in written.get("told", ())]
+
+
+def judge_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a judge was asked, what came back and what it cost; whoever paid for it, and in this run."""
+    said = info.get("judge")
+    if not isinstance(said, Mapping):
+        return []
+    tokens = f"{said['prompt_tokens']:,} + {said['completion_tokens']:,} tokens"
+    lines = [("judge", f"{said['requests']:,} replies, {tokens}" + _cost(said["cost"]))]
+    lines.append(("", f"{said['asked_now']:,} requests in this run" + _cost(said["cost_now"])))
+    lost = [f"{said[kind]:,} {kind}" for kind in ("unreadable", "refused", "unanswered") if said[kind]]
+    if lost:
+        lines.append(("", "without a score: " + ", ".join(lost) + "; their replies are in rows.parquet"))
+    return [*lines, ("", f"every reply: {said['replies']}")]
+
+
+def show_preview(facts: Mapping[str, Any]) -> None:
+    """What a dry run would ask a judge: the estimate, and the prompts as they would be sent."""
+    shown = console()
+    most = facts["completion_tokens_at_most"]
+    lines = [
+        ("requests", f"{facts['requests']:,}, one per row"),
+        (
+            "tokens",
+            f"about {facts['prompt_tokens']:,} read, {facts['completion_tokens']:,} written (at most {most:,})",
+        ),
+        ("estimate", f"at {facts['estimate']}"),
+    ]
+    if facts["cost"] is None:
+        lines.append(("cost", "give --price prompt=X,completion=Y (per million tokens) to see it"))
+    else:
+        lines.append(("cost", f"about {facts['cost']:,.4g}, at most {facts['cost_at_most']:,.4g}"))
+    for name, text in lines:
+        shown.print(f"  {name:<14}{text}")
+    for number, prompt in enumerate(facts["prompts"], 1):
+        shown.print(f"\n--- prompt {number} " + "-" * 60)
+        shown.print(prompt, soft_wrap=True)
+    if facts["prompts"]:
+        shown.print("-" * 73)
+
+
+def _cost(amount: float | None) -> str:
+    return "" if amount is None else f", cost {amount:,.4g}"
 
 
 def fact_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:

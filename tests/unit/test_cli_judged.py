@@ -1,0 +1,126 @@
+"""`siftune select alpagasus`, `instag-c`, `instag-d` as a user meets them: a dry run, a server, a local model, a rerun."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from siftune.cli import main
+from siftune.demo import corpus
+from tests.hostile import hostile
+from tests.judges import rate, tag
+from tests.tiny import save_tiny
+
+pytest.importorskip("openai")
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    with open("pool.jsonl", "w") as file:
+        for row in corpus.rows(120, 0):
+            file.write(json.dumps(row) + "\n")
+    return tmp_path
+
+
+def ratings(body: dict[str, Any]) -> str:
+    prompt = body["messages"][-1]["content"]
+    return "No." if body["seed"] and prompt.count("e") % 40 == 0 else rate(prompt)
+
+
+def tags(body: dict[str, Any]) -> str:
+    return tag(body["messages"][-1]["content"])
+
+
+def test_ratings_of_a_server(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hostile({}, ratings) as server:
+        words = ["select", "alpagasus", "pool.jsonl", "--judge-url", server.url, "--keep", "20%"]
+        words += ["--price", "prompt=0.5,completion=2"]
+        assert main([*words, "--dry-run"]) == 0
+        told = capsys.readouterr().out
+        assert told.count("Score: <number>") == 2
+        assert "120, one per row" in told
+        assert "cost" in told
+        assert not server.tries
+        assert main([*words, "--dry-run", "--json"]) == 0
+        preview = json.loads(capsys.readouterr().out)["preview"]
+        assert len(preview["prompts"]) == 2
+        assert preview["cost"] > 0
+        assert main([*words, "--run", "one", "--out", "one.jsonl"]) == 0
+        told = capsys.readouterr().out
+        asked = sum(server.tries.values())
+        assert f"{asked:,} requests in this run, cost" in told
+        assert "tokens, cost" in told
+        assert main([*words, "--run", "two", "--out", "two.jsonl", "--cache", "elsewhere"]) == 0
+        assert sum(server.tries.values()) == 2 * asked, "another cache is another journal"
+        shutil.rmtree("one")
+        assert main([*words, "--run", "one", "--out", "one-again.jsonl"]) == 0
+        assert sum(server.tries.values()) == 2 * asked
+    assert Path("one.jsonl").read_bytes() == Path("two.jsonl").read_bytes() == Path("one-again.jsonl").read_bytes()
+    rows = pq.read_table("two/rows.parquet").to_pylist()
+    assert len(rows) == 120
+    unread = [row for row in rows if row["reason"]]
+    assert all((row["score"] is None) == bool(row["reason"]) for row in rows)
+    assert unread
+    assert all(row["reason"] == "unreadable reply: no rating: 'No.'" for row in unread)
+    manifest = json.loads(Path("two/manifest.json").read_text())
+    assert manifest["info"]["judge"]["unreadable"] == len(unread)
+    assert manifest["rows"]["reasons"] == {"unreadable reply": len(unread)}
+    assert sum(manifest["info"]["ratings"].values()) == 120 - len(unread)
+    assert f"{len(unread)} unreadable" in told
+
+
+def test_tags_of_a_server_and_both_rankings_of_them(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hostile({}, tags) as server:
+        for method in ("instag-c", "instag-d"):
+            words = ["select", method, "pool.jsonl", "--judge-url", server.url, "--judge", "tiny-chat", "--keep", "12"]
+            assert main([*words, "--run", method, "--out", f"{method}.jsonl"]) == 0
+            assert len(Path(f"{method}.jsonl").read_text().splitlines()) == 12
+        assert max(server.paid.values()) == 1, "instag-d asked what instag-c had paid for"
+        assert {body["model"] for body in server.bodies} == {"tiny-chat"}
+    scores = sorted(row["score"] for row in pq.read_table("instag-d/rows.parquet").to_pylist())
+    assert scores == [-place for place in reversed(range(120))]
+    assert main(["keep", "instag-d", "--keep", "50%", "--out", "half.jsonl"]) == 0
+    assert len(Path("half.jsonl").read_text().splitlines()) == 60
+
+
+def test_a_server_that_goes_away_stops_with_a_sentence(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.txt").write_text("{question} {answer}")
+    words = ["select", "alpagasus", "pool.jsonl", "--prompt", "mine.txt", "--judge-url", "http://127.0.0.1:9/v1"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "127.0.0.1:9" in said
+
+
+def test_what_is_wrong_is_said_before_anything_is_asked(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        ([], "alpagasus needs a chat model that judges"),
+        (["--judge-url", "nowhere"], "judge_url='nowhere'"),
+        (["--judge", "m", "--prompt", "missing.txt"], "missing.txt"),
+        (["--judge", "m", "--price", "cheap"], "--price"),
+        (["--judge", "m", "--judges", "2"], "did you mean --judge"),
+    ):
+        assert main(["select", "alpagasus", "pool.jsonl", *words]) == 2
+        assert said in capsys.readouterr().err
+    assert not Path("siftune-runs").exists()
+
+
+def test_a_local_model_that_cannot_rate_gives_no_score_and_no_crash(
+    pool: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(Path("chat"), layers=1, width=16, max_position_embeddings=4096)
+    with open("few.jsonl", "w") as file:
+        file.writelines(line + "\n" for line in Path("pool.jsonl").read_text().splitlines()[:3])
+    Path("short.txt").write_text("{question} {answer}")
+    words = ["select", "alpagasus", "few.jsonl", "--judge", "./chat", "--prompt", "short.txt", "--retries", "0"]
+    assert main([*words, "--max-new-tokens", "4", "--device", "cpu", "--run", "run"]) == 2
+    assert "keeps no row of this pool" in capsys.readouterr().err
+    manifest = json.loads(Path("run/manifest.json").read_text())
+    assert manifest["info"]["judge"]["unreadable"] == 3
+    assert manifest["inputs"]["judge"]
