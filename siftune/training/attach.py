@@ -19,10 +19,11 @@ from transformers import TrainerCallback
 
 from ..errors import UserError
 from ..online.base import OnlineMethod
+from ..online.token_id import token_ids
 from . import state
 from .checks import allows_blanks, check, check_batch, check_budget
 from .deal import Padding
-from .identity import RowIndex, index_rows, token_ids
+from .identity import RowIndex, index_rows
 from .ledger import Ledger
 from .meter import Meter
 from .sift import Sifted, keep_all, sift, window_count

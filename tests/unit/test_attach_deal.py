@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from siftune.errors import UserError
+from siftune.online.token_id import token_ids
 from siftune.training import state
 from siftune.training.deal import Padding, deal, real_tokens, trim
-from siftune.training.identity import index_rows, token_ids
+from siftune.training.identity import index_rows
 from siftune.training.ledger import Ledger
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import Drifting, rows

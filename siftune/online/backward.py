@@ -1,0 +1,364 @@
+"""Every row's own gradient from one backward pass over a group of rows, in factors (see `siftune.online.ghost`).
+
+The loss differentiated is the sum over rows of each row's mean cross-entropy over its label tokens. What went into each
+trainable layer is caught by hooks, what came back by `autograd.grad` on the layers' outputs: `.grad` is never touched,
+so accumulation and DDP's reducer do not notice. The pass runs in eval mode, where the library's gradient checkpointing is
+off; layers that are recomputed all the same are caught once. Linear layers, GPT-2's `Conv1D` and embeddings give factors;
+other small layers (norms) are run again row by row; LoRA needs nothing of its own, its A and B are linear layers.
+
+At first use one row's norm is held against its explicit gradient; where they differ, every row is differentiated alone,
+and a warning says so once. Cost: one forward and backward pass without weight gradients, plus the ghost products; the
+check takes one row's gradient of all trained weights, once.
+
+Axes: `B` rows of the batch, `R` rows of a group, `T` columns, `I` x `O` a weight, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, embedding
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UserError
+from ..models.hidden import (
+    Parts,
+    accepted_arguments,
+    chunks,
+    evaluating,
+    exact_math,
+    predicting_tokens,
+    rows_of_batch,
+    take_apart,
+)
+from .ghost import Use, compact, inner, squares
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class RowGradients:
+    """Gradients of R rows in every trained weight, in factors."""
+
+    rows: list[int]
+    """Positions in the batch."""
+    uses: Mapping[int, list[Use]]
+    """Per weight, by its position among the trained ones; weights that took no part are left out."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(use.bytes for uses in self.uses.values() for use in uses)
+
+    def squares(self) -> torch.Tensor:
+        """Squared norms, float64 `(R,)`."""
+        total = torch.zeros(len(self.rows), dtype=torch.float64)
+        for uses in self.uses.values():
+            with exact_math(uses[0].right.device):
+                total += squares(uses)
+        return total
+
+    def inner(self, other: RowGradients) -> torch.Tensor:
+        """Inner products with other rows' gradients, float64 `(R, S)`."""
+        total = torch.zeros(len(self.rows), len(other.rows), dtype=torch.float64)
+        for weight in self.uses.keys() & other.uses.keys():
+            with exact_math(self.uses[weight][0].right.device):
+                total += inner(self.uses[weight], other.uses[weight])
+        return total
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a trainable layer."""
+
+    module: nn.Module
+    given: torch.Tensor
+    """Its input."""
+    output: torch.Tensor
+    autocast: torch.dtype | None
+
+
+class Unsuited(Exception):
+    """The group cannot be told apart into rows; `alone` says whether single rows can."""
+
+    def __init__(self, why: str, *, alone: bool) -> None:
+        super().__init__(why)
+        self.alone = alone
+
+
+class Gradients:
+    """What gradient methods know of one model between batches: how its rows' gradients can be had.
+
+    >>> gradients = Gradients()
+    >>> for rows, width in gradients.plan(model, batch):
+    ...     for part in gradients.of(model, batch, rows, width):
+    ...         part.squares()
+    """
+
+    def __init__(self) -> None:
+        self._model: int | None = None
+        self._way = "group"
+        """`group`, `alone` (each row by itself) or `explicit` (each row's gradient in full)."""
+        self._checked = False
+
+    def plan(self, model: nn.Module, batch: Batch, score_tokens: int | None = None) -> list[tuple[list[int], int]]:
+        """Groups of rows with a label token, as (rows, columns), of at most `score_tokens` padded tokens each."""
+        wanted = predicting_tokens(batch)
+        return list(chunks(batch, wanted, score_tokens))
+
+    def of(self, model: nn.Module, batch: Batch, rows: list[int], width: int) -> list[RowGradients]:
+        """The gradients of some rows, in their order: one part, or one per row where rows have to go alone.
+
+        Raises `UserError` for models that are sharded, train fused expert weights, or train nothing.
+        """
+        parts = without_ddp(take_apart(model))
+        weights = trained(parts.called)
+        if self._model != id(parts.causal):
+            self._model, self._way, self._checked = id(parts.causal), "group", False
+        if self._way == "group":
+            try:
+                found = _grouped(parts, weights, batch, rows, width)
+                if self._holds(parts, weights, batch, found, width):
+                    return [found]
+            except Unsuited as unsuited:
+                self._fall_back("alone" if unsuited.alone else "explicit", str(unsuited))
+        if self._way == "alone":
+            try:
+                made = [_grouped(parts, weights, batch, [row], width) for row in rows]
+                if all(self._holds(parts, weights, batch, one, width) for one in made):
+                    return made
+            except Unsuited as unsuited:
+                self._fall_back("explicit", str(unsuited))
+        return [_explicit(parts, weights, batch, row, width) for row in rows]
+
+    def _holds(self, parts: Parts, weights: list[nn.Parameter], batch: Batch, found: RowGradients, width: int) -> bool:
+        """Hold one row's norm against its explicit gradient, once per model."""
+        if self._checked:
+            return True
+        norms = found.squares()
+        usable = (torch.isfinite(norms) & (norms > 0)).nonzero().flatten().tolist()
+        if not usable:
+            return True
+        truth = _explicit(parts, weights, batch, found.rows[usable[0]], width).squares()
+        coarse = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in parts.called.parameters())
+        coarse |= torch.is_autocast_enabled(weights[0].device.type)
+        distance = abs(float(norms[usable[0]].sqrt() / truth[0].sqrt()) - 1)
+        if distance <= (5e-2 if coarse else 1e-3):
+            self._checked = True
+            return True
+        self._fall_back(
+            "explicit", f"a row's factors give another gradient norm than the row itself ({distance:.1%} off)"
+        )
+        return False
+
+    def _fall_back(self, way: str, why: str) -> None:
+        self._way = way
+        if way == "explicit":
+            self._checked = True
+            warnings.warn(f"gradients are taken one row at a time, in full and more slowly: {why}", stacklevel=4)
+
+
+# --- which model, which weights -------------------------------------------------------------------------------------
+
+
+def without_ddp(parts: Parts) -> Parts:
+    """The same model without DDP around it, whose reducer waits for a backward pass of its own after each forward."""
+    called: Any = parts.called
+    while isinstance(called, nn.parallel.DistributedDataParallel) or hasattr(called, "_orig_mod"):
+        called = getattr(called, "_orig_mod", None) or called.module
+    return Parts(called, parts.causal, parts.decoder, parts.head, parts.config)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that require gradients, each once. Raises `UserError` where row gradients cannot be had."""
+    if any(type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule") for module in model.modules()):
+        raise UserError(
+            "FSDP shards the weights, and gradient methods need them whole; use maxloss or uds, or plain DDP"
+        )
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in model.parameters():
+        if type(weight).__name__ == "DTensor" or hasattr(weight, "ds_id"):
+            kind = "DeepSpeed ZeRO-3" if hasattr(weight, "ds_id") else "FSDP"
+            raise UserError(f"{kind} shards the weights, and gradient methods need them whole; use maxloss or uds")
+    if not weights:
+        raise UserError(
+            "no weight of the model requires gradients, so rows have none; make some trainable or use maxloss"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        for own, weight in module.named_parameters(recurse=False):
+            if weight.requires_grad and weight.ndim > 2:
+                raise UserError(
+                    f"{name}.{own} holds several experts in one weight of shape {tuple(weight.shape)}, whose rows cannot "
+                    "be told apart; freeze it, train with LoRA on other layers, or use maxloss or uds"
+                )
+    return weights
+
+
+# --- forward and backward -------------------------------------------------------------------------------------------
+
+
+def _losses(parts: Parts, batch: Batch, rows: list[int], width: int) -> torch.Tensor:
+    """Each row's mean cross-entropy over its label tokens, `(R,)`, with a graph. Rows have at least one."""
+    wanted = predicting_tokens(batch)[rows][:, :width]
+    labels = batch["labels"].detach().cpu()[rows]
+    targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)[:, :width].masked_fill(~wanted, -100)
+    first = int(wanted.any(dim=0).nonzero()[0])
+    targets = targets[:, first:]
+    arguments = rows_of_batch(parts, batch, rows, width)
+    accepted = accepted_arguments(parts.causal)
+    arguments |= {name: width - first for name in ("logits_to_keep", "num_logits_to_keep") if name in accepted}
+    if {"use_cache", "**"} & accepted:
+        arguments["use_cache"] = False
+    logits = parts.called(**arguments).logits[:, first - width :]
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        targets = targets.to(logits.device)
+        each = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        return each.view(targets.shape).sum(dim=1) / (targets != -100).sum(dim=1)
+
+
+def _explicit(parts: Parts, weights: list[nn.Parameter], batch: Batch, row: int, width: int) -> RowGradients:
+    """One row's gradient in full, by `autograd.grad`."""
+    with torch.enable_grad(), evaluating(parts.called):
+        loss = _losses(parts, batch, [row], width)[0]
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+    uses = {
+        index: [Use(None, gradient.reshape(1, 1, -1))] for index, gradient in enumerate(found) if gradient is not None
+    }
+    return RowGradients([row], uses)
+
+
+def _grouped(parts: Parts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int) -> RowGradients:
+    """The gradients of a group of rows from one backward pass. Raises `Unsuited` where rows cannot be told apart."""
+    calls: list[Call] = []
+    position = {id(weight): index for index, weight in enumerate(weights)}
+    uses: dict[int, list[Use]] = {}
+    with torch.enable_grad(), evaluating(parts.called), _caught(parts.called, calls, len(rows)) as recording:
+        loss = _losses(parts, batch, rows, width).sum()
+        recording.clear()  # layers recomputed by checkpointing in the backward pass are not caught again
+        if any(not call.output.requires_grad for call in calls):
+            raise UserError(
+                "layers are checkpointed with use_reentrant=True, inside which no gradient can be read; set "
+                "use_reentrant=False"
+            )
+        outputs = [call.output for call in calls]
+        backs = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
+        with exact_math(loss.device):
+            for call, back in zip(calls, backs, strict=True):
+                if back is None:
+                    continue
+                for name, use in _uses(call, back, len(rows)):
+                    weight = getattr(call.module, name)
+                    uses.setdefault(position[id(weight)], []).append(use)
+            return RowGradients(rows, {weight: compact(some) for weight, some in uses.items()})
+
+
+@contextmanager
+def _caught(model: nn.Module, calls: list[Call], rows: int) -> Iterator[list[bool]]:
+    """Hooks on every layer with trained weights of its own; they record while the yielded list is not empty."""
+    recording = [True]
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        replaced = None
+        if isinstance(module, nn.Embedding) and isinstance(output, torch.Tensor) and len(output) == 1 < rows:
+            replaced = output = output.expand(rows, *output.shape[1:])  # positions, the same ids for every row
+        if recording:
+            given = args[0] if args else None
+            if len(args) != 1 or kwargs or not isinstance(given, torch.Tensor) or not isinstance(output, torch.Tensor):
+                raise Unsuited(f"{type(module).__name__} is not a layer of one tensor to one tensor", alone=False)
+            given = given.expand(rows, *given.shape[1:]) if replaced is not None else given
+            kind = output.device.type
+            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            calls.append(Call(module, given.detach(), output, autocast))
+        return replaced
+
+    handles = []
+    for module in model.modules():
+        if any(weight.requires_grad for weight in module.parameters(recurse=False)):
+            handles.append(module.register_forward_hook(catch, with_kwargs=True))
+    try:
+        yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- a layer's part -------------------------------------------------------------------------------------------------
+
+
+def _uses(call: Call, back: torch.Tensor, rows: int) -> Iterator[tuple[str, Use]]:
+    """(name of the weight, its use) for the trained weights of one layer, from the gradient of its output."""
+    module, forward = call.module, type(call.module).forward
+    names = [name for name, weight in module.named_parameters(recurse=False) if weight.requires_grad]
+    if isinstance(module, nn.Embedding):
+        back = _lookup(module, call, back)
+        ids, back = _by_row(call.given[..., None], rows)[..., 0], _by_row(back, rows)
+        yield "weight", Use(ids, back, module.num_embeddings)
+    elif (isinstance(module, nn.Linear) and forward is nn.Linear.forward) or isinstance(module, Conv1D):
+        given, back = _by_row(call.given.to(call.output.dtype), rows), _by_row(back, rows)
+        used = (back != 0).any(dim=2).any(dim=0)
+        if not bool(used.all()):  # positions that no label of these rows depends on, padding for one
+            given, back = given[:, used], back[:, used]
+        if "weight" in names:
+            left, right = (given, back) if isinstance(module, Conv1D) else (back, given)
+            yield "weight", Use(left, right, left.shape[2])
+        if "bias" in names:
+            yield "bias", Use(None, back.sum(dim=1, keepdim=True, dtype=_wide(back)))
+    else:
+        yield from _again(call, back, rows, names)
+
+
+def _lookup(module: nn.Embedding, call: Call, back: torch.Tensor) -> torch.Tensor:
+    """The gradient of the looked-up rows; a layer that scales what it looks up (Gemma) is known by its `embed_scale`."""
+    plain = embedding(call.given, module.weight)
+    scale = getattr(module, "embed_scale", None)
+    if scale is not None:
+        scale = torch.as_tensor(scale, dtype=module.weight.dtype, device=back.device)
+        plain, back = plain * scale, back * scale
+    same = torch.allclose(plain, call.output, rtol=0, atol=0, equal_nan=True)
+    if module.max_norm is not None or module.scale_grad_by_freq or not same:
+        raise Unsuited(f"{type(module).__name__} does more than look rows up", alone=False)
+    if module.padding_idx is not None:
+        back = back.masked_fill((call.given == module.padding_idx)[..., None], 0)
+    return back
+
+
+def _again(call: Call, back: torch.Tensor, rows: int, names: list[str]) -> Iterator[tuple[str, Use]]:
+    """A small layer (a norm) run again row by row, its weights' gradients formed."""
+    if any(True for _ in call.module.children()):
+        raise Unsuited(f"{type(call.module).__name__} has weights of its own around other layers", alone=False)
+    if len(call.given) != rows or len(back) != rows:
+        raise Unsuited(f"{type(call.module).__name__} sees the tokens of several rows together", alone=True)
+    weights = [getattr(call.module, name) for name in names]
+    formed: list[list[torch.Tensor]] = [[] for _ in names]
+    for row in range(rows):
+        part = slice(row, row + 1)
+        kind = back.device.type
+        with torch.enable_grad(), torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
+            output = call.module(call.given[part])
+            found = torch.autograd.grad(output, weights, back[part].to(output.dtype))
+        for gradients, gradient in zip(formed, found, strict=True):
+            gradients.append(gradient.reshape(1, -1))
+    for name, gradients in zip(names, formed, strict=True):
+        yield name, Use(None, torch.stack(gradients))
+
+
+def _by_row(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """`(R, tokens, numbers)`. A layer that sees several rows' tokens in one axis needs rows to go alone."""
+    if values.ndim >= 3 and len(values) == rows:
+        return values.reshape(rows, -1, values.shape[-1])
+    if rows == 1:
+        return values.reshape(1, -1, values.shape[-1])
+    raise Unsuited("a layer sees the tokens of several rows together", alone=True)
+
+
+def _wide(values: torch.Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32

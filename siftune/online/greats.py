@@ -1,0 +1,234 @@
+"""GREATS: the candidates whose gradients lower the loss of validation rows most, and do not repeat each other.
+
+    influence_i = mean_v ⟨g_i, g_v⟩
+    gain        = influence − η Σ_{j kept before} ⟨g_j, ·⟩          η the current learning rate
+
+K times the candidate with the largest gain is taken. The published scores are these times η > 0, which changes no order
+and says nothing at η = 0, where a warm-up begins. Higher = better; the total is minus the position in the greedy order.
+Cost: a forward and a backward pass over candidates and validation rows, and B(B + V)/2 ghost products per weight;
+gradients beyond `hold_mb` are computed again for each group that they meet.
+Source: Wang et al., GREATS, NeurIPS 2024, equations 3 to 5 and algorithm 1, as the baseline of UDS (arXiv 2510.16882).
+
+Axes: `B` candidates, `V` validation rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..budget import Keep
+from ..errors import UserError
+from ..models.hidden import predicting_tokens
+from ..records import RowScores
+from .backward import Gradients, RowGradients
+from .base import Batch, Measured, OnlineMethod, at_least
+
+Group = tuple[bool, Batch, list[int], int]
+"""(of the validation rows?, batch, rows, columns)."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Greats(OnlineMethod):
+    """Keeps K candidates, greedily, by what their gradients do to the validation rows' loss.
+
+    >>> Greats(keep=2, validation=held_out_batch, learning_rate=1e-4).select(model, batch).scores.influence
+    """
+
+    name: ClassVar[str] = "greats"
+
+    keep: Keep
+    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
+    validation: Any
+    """Tokenised rows with labels that are not trained on: a batch, a sequence of batches (one per selection, in turn),
+    or rows (a data set or a list of dicts, `validation_rows` per selection, in turn)."""
+    validation_rows: int = 8
+    """Rows of `validation` used by one selection, where rows and not batches are given."""
+    learning_rate: float | None = None
+    """η, >= 0. None is the current one: the trainer hook hands it over; in a loop of your own, set it or call
+    `new_step(learning_rate=...)`."""
+    hold_mb: int = 2048
+    """Megabytes of gradients held while groups of rows are compared; the rest is computed again when it is needed."""
+    window: str = "micro"
+    """`micro` only: inner products are between the candidates of one micro-batch."""
+    scope: str = "global"
+    """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
+    score_tokens: int | None = None
+    """Padded tokens of one scoring pass at most, which bounds its activations; None is the whole batch at once (the
+    trainer hook sets its own)."""
+    keep_tokens: int | None = None
+    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row."""
+    start_step: int = 0
+    """Optimiser steps before the first selection; until then every row is kept."""
+
+    def __post_init__(self) -> None:
+        self._gradients = Gradients()
+        self._handed: float | None = None
+        self._batches: list[Batch] | None = None
+
+    def check(self) -> None:
+        super().check()
+        at_least("validation_rows", self.validation_rows, 1)
+        at_least("hold_mb", self.hold_mb, 0)
+        if self.learning_rate is not None:
+            at_least("learning_rate", self.learning_rate, 0.0)
+        if self.window == "step":
+            raise UserError(
+                "window='step' would need the inner products between all micro-batches of greats; use window='micro' "
+                "and a larger per_device_train_batch_size"
+            )
+
+    def new_step(self, *, learning_rate: float | None = None) -> None:
+        super().new_step()
+        if learning_rate is not None:
+            self._handed = learning_rate
+
+    @property
+    def _rate(self) -> float:
+        rate = self.learning_rate if self.learning_rate is not None else self._handed
+        if rate is None:
+            raise UserError(
+                "greats weighs its candidates by the learning rate and was told none; give learning_rate=, or call "
+                "new_step(learning_rate=...) before select"
+            )
+        return rate
+
+    # --- measure ------------------------------------------------------------------------------------------------------
+
+    def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
+        """Columns `influence` `(B,)`, `products` `(B, B)` (float64, ⟨g_i, g_j⟩) and `tokens` `(B,)` (int64)."""
+        rate = self._rate
+        assert rate >= 0, "a learning rate"
+        wanted = predicting_tokens(batch)
+        rows = len(wanted)
+        products, against = self._products(model, batch, self._validation())
+        usable = torch.isfinite(against).any(dim=0)  # of rows without a finite gradient, every product is NaN
+        influence = against[:, usable].mean(dim=1)
+        finite = torch.isfinite(influence) & torch.isfinite(products.diagonal())
+        reasons = {}
+        for row in (~finite).nonzero().flatten().tolist():
+            reasons[row] = "its gradient is not finite" if bool(wanted[row].any()) else "no label tokens to score"
+            if bool(torch.isfinite(products[row, row])):
+                reasons[row] = "no validation row has a finite gradient"
+            influence[row] = torch.nan
+        return Measured(rows, {"influence": influence, "products": products, "tokens": wanted.sum(dim=1)}, reasons)
+
+    def _products(self, model: torch.nn.Module, batch: Batch, held_out: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """⟨g_i, g_j⟩ `(B, B)` and ⟨g_i, g_v⟩ `(B, V)`, NaN where a row has no label token."""
+        groups: list[Group] = []
+        for outside, some in ((True, held_out), (False, batch)):
+            for rows, width in self._gradients.plan(model, some, self.score_tokens):
+                groups.append((outside, some, rows, width))
+        count = len(batch["input_ids"])
+        products = torch.full((count, count), torch.nan, dtype=torch.float64)
+        against = torch.full((count, len(held_out["input_ids"])), torch.nan, dtype=torch.float64)
+        shelf = _Shelf(self._gradients, model, groups, self.hold_mb * 2**20)
+        for first, (outside, _, _, _) in enumerate(groups):
+            ours = shelf.take(first)
+            for second in range(first, len(groups)):
+                if outside and groups[second][0]:
+                    continue
+                for mine in ours:
+                    for other in ours if second == first else shelf.take(second):
+                        found = mine.inner(other)
+                        if outside:
+                            against[torch.tensor(other.rows)[:, None], torch.tensor(mine.rows)] = found.T
+                        else:
+                            products[torch.tensor(mine.rows)[:, None], torch.tensor(other.rows)] = found
+                            products[torch.tensor(other.rows)[:, None], torch.tensor(mine.rows)] = found.T
+            shelf.drop(first)
+        return products, against
+
+    def _validation(self) -> Batch:
+        """The validation batch of this selection."""
+        if self._batches is None:
+            self._batches = validation_batches(self.validation, self.validation_rows)
+        return self._batches[self._selections % len(self._batches)]
+
+    # --- combine and commit -------------------------------------------------------------------------------------------
+
+    def combine(self, measured: Measured) -> RowScores:
+        """Total: minus the position in the greedy order. Parts `influence`, and `gain` when the row's turn came."""
+        influence, products = measured.columns["influence"], measured.columns["products"]
+        total = torch.full_like(influence, torch.nan)
+        gain = torch.full_like(influence, torch.nan)
+        left = torch.where(torch.isnan(influence), -torch.inf, influence)
+        for position in range(int(torch.isfinite(left).sum())):
+            best = int(left.argmax())
+            total[best], gain[best] = -position, left[best]
+            left = left - self._rate * products[best].nan_to_num(0.0)
+            left[best] = -torch.inf
+        return RowScores(total, {"influence": influence, "gain": gain}, dict(measured.reasons))
+
+    def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
+        self._selections += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"selections": self._selections}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) != {"selections"}:
+            raise UserError(f"greats keeps `selections`, and this state holds {', '.join(state) or 'nothing'}")
+        self._selections = int(state["selections"])
+
+
+class _Shelf:
+    """Gradients of groups of rows, held up to a number of bytes and computed again beyond it."""
+
+    def __init__(self, gradients: Gradients, model: torch.nn.Module, groups: Sequence[Group], room: int) -> None:
+        self._gradients, self._model, self._groups, self._room = gradients, model, groups, room
+        self._held: dict[int, list[RowGradients]] = {}
+
+    def take(self, index: int) -> list[RowGradients]:
+        if index in self._held:
+            return self._held[index]
+        _, batch, rows, width = self._groups[index]
+        made = self._gradients.of(self._model, batch, rows, width)
+        size = sum(part.bytes for part in made)
+        if size <= self._room:
+            self._held[index] = made
+            self._room -= size
+        return made
+
+    def drop(self, index: int) -> None:
+        self._room += sum(part.bytes for part in self._held.pop(index, []))
+
+
+def validation_batches(validation: Any, rows: int) -> list[Batch]:
+    """What the user gave as batches, without those that hold no label token. Raises `UserError` where none is left.
+
+    >>> validation_batches([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}], 8)[0]["attention_mask"]
+    tensor([[1, 1, 1]])
+    """
+    parts = [validation] if isinstance(validation, Mapping) else list(validation)
+    for part in parts:
+        if not isinstance(part, Mapping) or not {"input_ids", "labels"} <= set(part):
+            found = ", ".join(map(str, part)) if isinstance(part, Mapping) else type(part).__name__
+            raise UserError(
+                f"validation holds {found or 'nothing'}, and greats needs tokenised rows: input_ids and labels"
+            )
+    if any(torch.as_tensor(part["input_ids"]).ndim != 2 for part in parts):
+        learnt = [part for part in parts if (torch.as_tensor(part["labels"])[1:] != -100).any()]
+        parts = [_collated(learnt[start : start + rows]) for start in range(0, len(learnt), rows)]
+    batches = [part for part in parts if bool(predicting_tokens(part).any())]
+    if not batches:
+        raise UserError("validation holds no row with a label token to learn; give rows with answers")
+    return batches
+
+
+def _collated(rows: Sequence[Mapping[str, Any]]) -> Batch:
+    """Rows padded on the right into one batch."""
+    columns: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in rows:
+        ids = torch.as_tensor(row["input_ids"])
+        columns["input_ids"].append(ids)
+        columns["labels"].append(torch.as_tensor(row["labels"]))
+        columns["attention_mask"].append(torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))))
+    fill = {"labels": -100}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=fill.get(name, 0))
+        for name, some in columns.items()
+    }

@@ -1,0 +1,149 @@
+"""The losses of a trainer's rows under a reference model, made once, for RHO-Loss (arXiv 2206.07137).
+
+Rows go through the trainer's own data preparation and collator and are named by `token_id`, so the table fits whatever
+order, batch or epoch they come in later. Work is done in parts of 512 rows, written under a temporary name and renamed;
+an interrupted run goes on where it stopped and gives the same file. Cost: one forward of the reference model per row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+
+from ..errors import UserError
+from ..online.losses import MaxLoss
+from ..online.reference import TABLES
+from ..online.token_id import token_ids
+from .identity import random_state_kept
+
+PART = 512
+"""Rows of a part: what an interruption costs at most."""
+CHUNK = 32
+"""Rows collated together."""
+
+_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("token_id", pa.string()),
+        ("loss", pa.float64()),
+        ("tokens", pa.int32()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+def reference_losses(
+    trainer: Any, ref_model: torch.nn.Module, *, out: str | Path | None = None, score_tokens: int = 8192
+) -> Path:
+    """Write the mean loss of every row of the trainer's training set under `ref_model`; return the table's path.
+
+    `out` (default `OUTPUT_DIR/siftune/reference.parquet`) ends in `.parquet` (columns `row`, `token_id` in hex, `loss`
+    or null, `tokens`, `reason`) or `.safetensors` (`token_id` uint8 `(n, 16)`, `loss` float64 `(n,)`, NaN without one).
+    `score_tokens` bounds the padded tokens of one forward pass. A finished table is made again; an interrupted one goes
+    on. Raises `UserError` for iterable data, for a collator that merges rows, and for another ending of `out`.
+
+    >>> table = siftune.reference_losses(trainer, ref_model)
+    >>> siftune.attach(trainer, siftune.RhoLoss(keep="1/8", reference=table))
+    """
+    path = Path(out) if out is not None else Path(trainer.args.output_dir) / "siftune" / "reference.parquet"
+    if path.suffix not in TABLES:
+        raise UserError(f"out={str(path)!r} must end in .parquet or .safetensors")
+    with random_state_kept():
+        loader = trainer.get_train_dataloader()
+    dataset, collate = loader.dataset, loader.collate_fn
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UserError(
+            "the training set is iterable and has no length, so no table can be made; pass ref_model itself"
+        )
+    folder = path.with_name(path.name + ".parts")
+    _begin(folder, ref_model, len(dataset))
+    method = MaxLoss(keep=1, score_tokens=score_tokens)
+    for start in range(0, len(dataset), PART):
+        part = folder / f"part-{start // PART:06d}.parquet"
+        rows = list(range(start, min(start + PART, len(dataset))))
+        with random_state_kept():
+            batches = _batches(dataset, collate, rows)
+        names = [digest.hex() for batch in batches for digest in token_ids(batch)]
+        if part.is_file() and pq.read_table(part)["token_id"].to_pylist() == names:
+            continue
+        _write(part, _measured(method, ref_model, batches, rows, names))
+    parts = sorted(folder.glob("part-*.parquet"))[: -(-len(dataset) // PART)]
+    tables = [pq.read_table(part) for part in parts]
+    _write(path, pa.concat_tables(tables) if tables else _SCHEMA.empty_table())
+    shutil.rmtree(folder)
+    return path
+
+
+def _begin(folder: Path, model: torch.nn.Module, rows: int) -> None:
+    """Keep the parts of an interrupted run only where they were made by this model."""
+    made_by = {"model": _fingerprint(model), "rows": rows}
+    note = folder / "made-by.json"
+    if note.is_file() and json.loads(note.read_text()) == made_by:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "made-by.json.tmp").write_text(json.dumps(made_by) + "\n")
+    os.replace(folder / "made-by.json.tmp", note)
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """blake2b over names, shapes, dtypes and 64 values of each weight: training moves them all."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().reshape(-1)
+        digest.update(flat[:: max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _batches(dataset: Any, collate: Callable[[list[Any]], Any], rows: list[int]) -> list[Any]:
+    several = getattr(dataset, "__getitems__", None)
+    batches = []
+    for start in range(0, len(rows), CHUNK):
+        wanted = rows[start : start + CHUNK]
+        batch = collate(several(wanted) if several else [dataset[row] for row in wanted])
+        if len(batch.get("input_ids", ())) != len(wanted):
+            raise UserError(
+                f"the collator made {len(batch.get('input_ids', ()))} rows of {len(wanted)}, so their losses have no "
+                "names; turn packing and padding_free off"
+            )
+        batches.append(batch)
+    return batches
+
+
+def _measured(
+    method: MaxLoss, model: torch.nn.Module, batches: list[Any], rows: list[int], names: list[str]
+) -> pa.Table:
+    columns: dict[str, list[Any]] = {"row": list(rows), "token_id": names, "loss": [], "tokens": [], "reason": []}
+    for batch in batches:
+        found = method.measure(model, batch)
+        for index, loss in enumerate(found.columns["loss"].tolist()):
+            columns["loss"].append(None if index in found.reasons else loss)
+            columns["reason"].append(found.reasons.get(index))
+        columns["tokens"].extend(found.columns["tokens"].tolist())
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    if path.suffix == ".safetensors":
+        names = bytearray(b"".join(bytes.fromhex(name) for name in table["token_id"].to_pylist()))
+        ids = torch.frombuffer(names, dtype=torch.uint8) if names else torch.zeros(0, dtype=torch.uint8)
+        losses = [float("nan") if loss is None else loss for loss in table["loss"].to_pylist()]
+        save_file(
+            {"token_id": ids.reshape(-1, 16).clone(), "loss": torch.tensor(losses, dtype=torch.float64)}, temporary
+        )
+    else:
+        pq.write_table(table, temporary)
+    os.replace(temporary, path)
