@@ -187,7 +187,6 @@ def _labels(text: str, family: Mapping[str, tuple[str, ...]]) -> list[re.Match[s
 
 
 def _labelled_rows(text: str) -> Iterator[Found]:
-    text = _unfenced(text)
     for family in FAMILIES:
         fields = {word: name for name, words in family.items() for word in words}
         labels = [
@@ -249,10 +248,3 @@ def _tail(output: str, *, last: bool) -> str:
     if output.count("```") % 2 and output.rstrip().endswith("```"):
         output = output.rstrip()[:-3]
     return output
-
-
-def _unfenced(text: str) -> str:
-    """The inside of a fence that holds whole rows; fences inside a row stay."""
-    opened = re.search(r"^[ \t]*```\w*[ \t]*\n", text, re.MULTILINE)
-    first = min((match.start() for family in FAMILIES for match in _labels(text, family)), default=0)
-    return text[: opened.start()] + text[opened.end() :] if opened and opened.start() < first else text
