@@ -88,6 +88,17 @@ def filled(prompt: Prompt, row: Row) -> str:
     return fenced.fill(instruction=row.instruction, input=row.input, output=row.output)
 
 
+def spoken(text: str) -> str:
+    """A reply without the thoughts that a reasoning model writes before it; empty when there is nothing else.
+
+    >>> spoken("<think>Score: 3? No.</think>Score: 4")
+    'Score: 4'
+    """
+    if text.lstrip().startswith("<think>") and "</think>" not in text:
+        return ""
+    return text.rpartition("</think>")[2]
+
+
 @dataclass(eq=False)
 class JudgeTask:
     """Columns of a shard: `answer` as the form reads it, `question` (int64, equal for equal requests), and what the
@@ -223,7 +234,8 @@ class _Work:
             self.reasons[row] = f"refused by the judge: {reply.error}"
             return False
         try:
-            self.columns["answer"][row - self.start] = self.task.form.read(reply.text, reply.finish_reason == "length")
+            answer = self.task.form.read(spoken(reply.text), reply.finish_reason == "length")
+            self.columns["answer"][row - self.start] = answer
         except Unreadable as error:
             said = " ".join(reply.text.split())
             shown = said if len(said) <= SHOWN else said[:SHOWN] + "..."

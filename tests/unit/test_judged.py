@@ -180,6 +180,13 @@ def test_an_unreadable_reply_is_asked_again_with_another_seed_and_then_null(pool
     assert len(judge.asked) == 33, "an unreadable reply was paid for again"
 
 
+def test_a_reasoning_model_is_read_after_its_thoughts(pool: Pool) -> None:
+    thinking = Stub(lambda prompt: f"<think>Score: 0? Score: 5?</think>{rate(prompt)}")
+    assert (
+        AlpaGasus(judge=thinking).score(pool).info["ratings"] == AlpaGasus(judge=Stub(rate)).score(pool).info["ratings"]
+    )
+
+
 def test_refusals_and_questions_that_are_none_are_null() -> None:
     pool = make_pool([*rows(3), {"instruction": " ", "input": "", "output": "x"}])
     refusal = {"finish_reason": "refused", "error": "status 400: too long"}
