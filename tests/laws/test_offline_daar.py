@@ -294,6 +294,7 @@ def test_cross_fitted_targets_do_not_learn_the_over_fit(
 ) -> None:
     """Labels that are pure noise: a probe that saw them is sure of itself, one that did not must not be."""
     keep_going: dict[str, Any] = {"epochs": 10, "patience": 10, "calibrate": False, "lr": 3e-3, "batch": 32}
+    keep_going["weight_decay"] = 0.01  # the default would keep the probe from over-fitting at all
     hidden, labels, present = unlearnable
     seen, unseen = [], []
     train = torch.arange(300)

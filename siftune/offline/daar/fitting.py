@@ -3,7 +3,8 @@
 psi_dom learns the pseudo-labels by cross-entropy; the entropy of its prediction is the reward; psi_div learns that
 reward by mean squared error. Each row's target comes from a fold of psi_dom that never saw the row, because a probe
 is surer of the rows it was fitted to, and psi_div would learn that over-fitting.
-Cost: about 30 D^2 floating-point operations per row, probe and epoch, and 1 - 1/folds more of psi_dom per fold.
+Cost: about 30 D^2 floating-point operations per row, probe and epoch; psi_dom is trained 1 + repeats * (folds - 1) times
+over.
 
 Axes: `B` rows of the probe set, `D` width, `K` domains.
 """
@@ -39,8 +40,8 @@ class ProbeTraining:
 
     lr: float = 1e-3
     """Learning rate of AdamW (paper: 1e-5, Adam, which one epoch of single rows needs 5,000 steps to use)."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled decay; 0 is Adam (paper)."""
+    weight_decay: float = 1.0
+    """AdamW's decoupled decay; 0 is Adam (paper). Strong, because a steadier reward chooses steadier rows."""
     batch: int = 128
     """Rows of a step (paper: 1)."""
     epochs: int = 24
@@ -53,6 +54,9 @@ class ProbeTraining:
     """Bring every feature to mean 0 and spread 1 first (paper: no)."""
     folds: int = 3
     """Folds of the cross-fitted reward targets; 1 takes the targets from psi_dom itself (paper)."""
+    repeats: int = 3
+    """Times the cross-fit is repeated, on other folds and weights; p is averaged before H is taken. One probe's H is
+    noisy near a domain's border, and the chosen rows change with it from seed to seed."""
     calibrate: bool = True
     """Divide psi_dom's logits by a fitted temperature before p and H are taken (paper: no)."""
     threads: int = 1
@@ -60,7 +64,7 @@ class ProbeTraining:
 
     def check(self) -> None:
         """Raise `UserError` for a setting that cannot train anything."""
-        for name in ("lr", "batch", "epochs", "patience", "folds", "threads"):
+        for name in ("lr", "batch", "epochs", "patience", "folds", "repeats", "threads"):
             if getattr(self, name) <= 0:
                 raise UserError(f"training {name}={getattr(self, name)} must be above 0")
         if not 0 < self.validation < 1:
@@ -247,26 +251,29 @@ def _targets(
 ) -> tuple[torch.Tensor, int]:
     """Reward targets H `(B,)` float64, cross-fitted, and the number of folds.
 
-    Every fold is trained for as many epochs as psi_dom took; one temperature serves all folds' logits.
+    Every fold is trained for as many epochs as psi_dom took; one temperature serves all logits of a repeat.
     """
     rows, folds = len(labels_B), min(fit.training.folds, len(labels_B))
     if folds < 2:
         return torch.from_numpy(entropy(apply(domain, fit.hidden_BD))[0]), 1
-    logits_BK = torch.empty(rows, len(present_K), dtype=torch.float64)
-    for index, fold in enumerate(cut_folds(rows, folds, fit.seed)):
-        seen = torch.ones(rows, dtype=torch.bool)
-        seen[fold] = False
-        inside = seen.nonzero().squeeze(1)
-        probe, _ = fit.domain(labels_B, present_K, inside, fold, name=f"fold {index}", epochs=epochs)
-        logits_BK[fold] = apply(probe, fit.hidden_BD[fold]).double().cpu()
-    if fit.training.calibrate:
-        logits_BK /= temperature(logits_BK.numpy(), labels_B.numpy())
-    return torch.from_numpy(entropy(logits_BK)[0]), folds
+    mean_BK = torch.zeros(rows, len(present_K), dtype=torch.float64)
+    for repeat in range(fit.training.repeats):
+        logits_BK = torch.empty_like(mean_BK)
+        for index, fold in enumerate(cut_folds(rows, folds, fit.seed, repeat)):
+            seen = torch.ones(rows, dtype=torch.bool)
+            seen[fold] = False
+            inside = seen.nonzero().squeeze(1)
+            probe, _ = fit.domain(labels_B, present_K, inside, fold, name=f"fold {repeat} {index}", epochs=epochs)
+            logits_BK[fold] = apply(probe, fit.hidden_BD[fold]).double().cpu()
+        if fit.training.calibrate:
+            logits_BK /= temperature(logits_BK.numpy(), labels_B.numpy())
+        mean_BK += torch.from_numpy(entropy(logits_BK)[1]) / fit.training.repeats
+    return torch.from_numpy(entropy(mean_BK.log())[0]), folds
 
 
-def cut_folds(rows: int, folds: int, seed: int) -> Sequence[torch.Tensor]:
+def cut_folds(rows: int, folds: int, seed: int, repeat: int = 0) -> Sequence[torch.Tensor]:
     """A random cut of the rows into `folds` parts of nearly equal size."""
-    return torch.randperm(rows, generator=seeded(seed, "folds")).tensor_split(folds)
+    return torch.randperm(rows, generator=seeded(seed, f"folds {repeat}")).tensor_split(folds)
 
 
 def _explained(predicted_B: torch.Tensor, wanted_B: torch.Tensor) -> float | None:
