@@ -124,7 +124,7 @@ class AlpaGasus(Judged):
     temperature: float = 0.0
     """Of the first try; further ones are at 0.7 or above."""
     max_new_tokens: int = 256
-    """Tokens of a reply at most (paper: 256)."""
+    """Tokens of a reply at most."""
     concurrency: int = 8
     """Requests under way at a server at a time; never changes a result."""
     unanswered: Literal["stop", "skip"] = "stop"
