@@ -34,9 +34,13 @@ _PUBLIC = {
     "DaaR": "siftune.offline.daar.selector",
     "UDS": "siftune.online.uds",
     "MaxLoss": "siftune.online.losses",
+    "MaxGrad": "siftune.online.gradients",
+    "RhoLoss": "siftune.online.reference",
+    "Greats": "siftune.online.greats",
     "Regular": "siftune.online.simple",
     "attach": "siftune.training.attach",
     "detach": "siftune.training.attach",
+    "reference_losses": "siftune.training.reference",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
@@ -45,7 +49,10 @@ if TYPE_CHECKING:
     from .data.load import load_pool as load_pool
     from .errors import UserError as UserError
     from .offline.daar.selector import DaaR as DaaR
+    from .online.gradients import MaxGrad as MaxGrad
+    from .online.greats import Greats as Greats
     from .online.losses import MaxLoss as MaxLoss
+    from .online.reference import RhoLoss as RhoLoss
     from .online.simple import Regular as Regular
     from .online.uds import UDS as UDS
     from .records import Kept as Kept
@@ -56,6 +63,7 @@ if TYPE_CHECKING:
     from .registry import register as register
     from .training.attach import attach as attach
     from .training.attach import detach as detach
+    from .training.reference import reference_losses as reference_losses
 
 
 def __getattr__(name: str) -> Any:

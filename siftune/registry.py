@@ -175,6 +175,29 @@ register(
 )
 register(
     "online",
+    "maxgrad",
+    "siftune.online.gradients:MaxGrad",
+    summary="the rows with the largest gradient norm over the trained weights (or, cheaper, at the logits)",
+    needs="forward and backward; the logits' variant a forward",
+)
+register(
+    "online",
+    "rho-loss",
+    "siftune.online.reference:RhoLoss",
+    summary="the rows whose loss is largest beyond that of a reference model trained on held-out data",
+    paper="RHO-Loss, arXiv 2206.07137",
+    needs="forward; a reference model, or a table made once by siftune.reference_losses",
+)
+register(
+    "online",
+    "greats",
+    "siftune.online.greats:Greats",
+    summary="greedily, the rows whose gradients lower the validation rows' loss most without repeating each other",
+    paper="GREATS, NeurIPS 2024",
+    needs="forward and backward; labelled validation rows",
+)
+register(
+    "online",
     "uds",
     "siftune.online.uds:UDS",
     summary="nuclear norm of the logits plus distance to a memory of recently kept rows",

@@ -18,6 +18,7 @@ from siftune import UserError, attach, registry
 from siftune.online.base import OnlineMethod
 from siftune.training import state
 from tests.laws.test_attach_laws import lora
+from tests.online_methods import needs
 from tests.tiny import tiny_model
 from tests.trainers import Drifting, ledger, rows, trainer, weights
 
@@ -57,7 +58,7 @@ def method(name: str) -> OnlineMethod:
         return Drifting(keep="1/2", window="micro")
     if name == "drifting-step":
         return Drifting(keep="1/2", window="step", start_step=1)
-    loaded: OnlineMethod = registry.find("online", name).load()(keep="1/2")
+    loaded: OnlineMethod = registry.find("online", name).load()(keep="1/2", **needs(name))
     return loaded
 
 
@@ -81,7 +82,18 @@ EVERYWHERE = [("drifting", at) for at in (1, 3, STEPS_PER_EPOCH, 7, STEPS - 1)]
 
 @pytest.mark.parametrize(
     ("name", "at"),
-    [*EVERYWHERE, ("drifting-step", 5), ("random", 3), ("maxloss", 3), ("uds", 3), ("uds", 5), ("uds", 8)],
+    [
+        *EVERYWHERE,
+        ("drifting-step", 5),
+        ("random", 3),
+        ("maxloss", 3),
+        ("maxgrad", 3),
+        ("rho-loss", 3),
+        ("greats", 3),
+        ("uds", 3),
+        ("uds", 5),
+        ("uds", 8),
+    ],
 )
 def test_resumed_equals_uninterrupted(
     whole: Callable[[str], tuple[Any, Any]], tmp_path: Path, name: str, at: int
