@@ -228,7 +228,7 @@ def _would_do(method: str, options: SelectOptions, done: Any) -> int:
             print(f"  {name:<10}{text}")
         for name, value in done.manifest["config"].items():
             if value is not None:
-                print(f"  {name:<14}{value}")
+                print(f"  {name + ' ':<14}{value}")
         if "preview" in facts:
             from .terminal import show_preview
 

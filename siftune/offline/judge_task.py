@@ -118,10 +118,12 @@ class JudgeTask:
     """For `open_generator`: what does not change a reply."""
     counts: Counts = field(default_factory=Counts)
     """What this process asked and found."""
+    told: Callable[[int], Any] | None = None
+    """Told of every row that has its first reply; a shard that is done takes its rows back, for engines tell those."""
     _made: dict[str, Generator] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": {}}
+        return {**self.__dict__, "told": None, "_made": {}}
 
     @property
     def generator(self) -> Generator:
@@ -154,12 +156,15 @@ class JudgeTask:
     def __call__(self, pool: Pool, shard: Shard) -> ShardResult:
         work = _Work(self, pool, shard)
         left = [row for row in range(shard.start, shard.stop) if row not in pool.reasons]
-        with Journal(self.journal) as journal:
-            judge = Journaled(self.generator, journal)
-            judge.counts = self.counts
-            for attempt in range(1 + self.asking.retries):
-                if left:
-                    left = work.ask(judge, left, attempt)
+        try:
+            with Journal(self.journal) as journal:
+                judge = Journaled(self.generator, journal)
+                judge.counts = self.counts
+                for attempt in range(1 + self.asking.retries):
+                    if left:
+                        left = work.ask(judge, left, attempt)
+        finally:
+            work.tell(-work.seen)
         return ShardResult(work.columns, dict(sorted(work.reasons.items())))
 
     def request(self, row: Row, attempt: int = 0) -> Request:
@@ -185,9 +190,15 @@ class _Work:
             **{name: np.zeros(len(shard), dtype=np.int32) for name in COUNTS},
         }
         self.reasons: dict[int, str] = {}
-        self.strikes = 0
+        self.seen = self.strikes = 0
         self.gone = False
         """True once requests are not made any more."""
+
+    def tell(self, rows: int) -> None:
+        """Rows that have their first reply, to whoever shows progress."""
+        self.seen += rows
+        if rows and self.task.told is not None:
+            self.task.told(rows)
 
     def ask(self, judge: Journaled, rows: Sequence[int], attempt: int) -> list[int]:
         """Ask once for each of these rows; gives back those whose reply could not be read. Raises `UserError`."""
@@ -195,6 +206,7 @@ class _Work:
         lost: list[Reply] = []
         for reply in judge.replies(self._requests(rows, attempt)):
             row = int(reply.key.split()[1])
+            self.tell(1 if attempt == 0 else 0)
             if not reply.final:
                 lost.append(reply)
                 self.reasons[row] = f"no reply: {reply.error}"

@@ -101,7 +101,9 @@ class Judged(OfflineMethod):
 
     def shard_task(self, pool: Pool) -> ShardTask:
         self._need_questions(pool)
-        return self._task()
+        task = self._task()
+        task.told = getattr(getattr(self.engine, "progress", None), "advance", None)
+        return task
 
     def _need_questions(self, pool: Pool) -> None:
         if pool.format == "text":

@@ -362,6 +362,32 @@ print(scores.values.tobytes().hex())
     assert done.stdout.strip() == wanted.tobytes().hex()
 
 
+class Bar:
+    """Progress that remembers where it stood."""
+
+    def __init__(self) -> None:
+        self.stood = [0]
+
+    def start(self, label: str, total: int) -> None:
+        self.total = total
+
+    def advance(self, rows: int) -> None:
+        self.stood.append(self.stood[-1] + rows)
+
+    def close(self) -> None:
+        pass
+
+
+def test_progress_is_shown_row_by_row_and_ends_where_it_should(pool: Pool) -> None:
+    bar = Bar()
+    method = AlpaGasus(judge=Stub(rate))
+    method.engine = LocalEngine(None, progress=bar)
+    method.score(pool)
+    assert bar.stood[:30] == list(range(30))
+    assert bar.stood[-1] == bar.total == 30
+    assert max(bar.stood) == 30
+
+
 # --- a server that misbehaves -----------------------------------------------------------------------------------------
 
 
