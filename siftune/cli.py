@@ -126,19 +126,23 @@ def _print_json(value: Any) -> None:
 # --- select ---------------------------------------------------------------------------------------------------------
 
 
+EXAMPLES = {
+    "model": "./model",
+    "seeds": "seeds.jsonl",
+    "judge_url": "http://127.0.0.1:8000/v1",
+    "scorer": "./scorer",
+    "complexity_scorer": "./complexity-scorer",
+    "quality_scorer": "./quality-scorer",
+    "label_column": "source",
+}
+"""What a method's own options may say, for the examples of its help."""
+
+
 def select_command(method: str, own: Sequence[Option]) -> Command:
     """The options of `siftune select METHOD`."""
     entry = registry.find("offline", method)
     groups = [options_of(cls) for cls in (Reading, Cutting, Running, Everywhere)]
-    example = f"siftune select {method} pool.jsonl --keep 20% --out selected.jsonl"
-    if any(option.name == "model" for option in own):
-        example = (
-            f"siftune select {method} pool.jsonl --model ./model --seeds seeds.jsonl --keep 20% --out selected.jsonl"
-        )
-    elif any(option.name == "judge" for option in own):
-        example = (
-            f"siftune select {method} pool.jsonl --judge-url http://127.0.0.1:8000/v1 --keep 20% --out selected.jsonl"
-        )
+    given = "".join(f" {option.flag} {EXAMPLES[option.name]}" for option in own if option.name in EXAMPLES)
     return Command(
         f"select {method}",
         f"siftune select {method} POOL... [options]",
@@ -146,9 +150,9 @@ def select_command(method: str, own: Sequence[Option]) -> Command:
         [*own, *(option for group in groups for option in group)],
         positional="pool",
         examples=(
-            example,
-            f"siftune select {method} first.jsonl second.parquet --keep 8000 --on-bad-row skip",
-            f"siftune select {method} pool.jsonl --dry-run",
+            f"siftune select {method} pool.jsonl{given} --keep 20% --out selected.jsonl",
+            f"siftune select {method} first.jsonl second.parquet{given} --keep 8000 --on-bad-row skip",
+            f"siftune select {method} pool.jsonl{given} --dry-run",
         ),
     )
 
