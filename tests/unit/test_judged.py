@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -113,8 +114,12 @@ def test_tags_are_counted_without_the_rare_ones(pool: Pool) -> None:
         assert scores.info["tags_kept"] == sum(count >= least for count in seen.values())
 
 
-def test_coverage_as_it_is_defined(pool: Pool) -> None:
+def test_coverage_as_it_is_defined() -> None:
+    chance = random.Random(0)
+    words = [" ".join(chance.choices("abcdefgh", k=chance.randint(1, 7))) for _ in range(29)]
+    pool = make_pool([{"instruction": said, "input": "", "output": str(n)} for n, said in enumerate(words)])
     own = tags_of(pool)
+    assert len({len(tags) for tags in own.values()}) > 3
     scores = InsTagD(judge=Stub(tag)).score(pool)
     order = np.argsort(-scores.values[list(own)], kind="stable")
     taken = [list(own)[place] for place in order]
@@ -236,6 +241,7 @@ def test_a_row_that_holds_another_rows_marks_cannot_close_its_own() -> None:
     assert between_marks(text, "answer") == second.output
     assert filled(Prompt("{fence}"), second) != mark
     assert filled(Prompt("{fence}"), first) == mark
+    assert filled(Prompt("{fence}"), Row(2, "", "Add.", "", "3")) != mark, "no row can foresee another's mark"
 
 
 def test_a_prompt_of_the_users_own(tmp_path: Path, pool: Pool) -> None:
@@ -315,6 +321,14 @@ def test_another_prompt_another_judge_another_length_ask_anew(pool: Pool, tmp_pa
     keys.add(InsTagC(judge=judge).shard_task(pool).key)
     assert len(keys) == 7
     assert AlpaGasus(judge=judge, price={"prompt": 1}).shard_task(pool).key in keys
+
+
+def test_a_setting_that_changes_on_a_method_counts(pool: Pool) -> None:
+    method = AlpaGasus(judge=Stub(rate))
+    before = method.shard_task(pool)
+    assert method.shard_task(pool) is before
+    method.temperature = 0.5
+    assert method.shard_task(pool).key != before.key
 
 
 def test_finished_shards_ask_nothing_and_still_know_the_cost(pool: Pool, tmp_path: Path) -> None:
