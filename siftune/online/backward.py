@@ -37,7 +37,7 @@ from ..models.hidden import (
     rows_of_batch,
     take_apart,
 )
-from .ghost import Use, compact, inner, squares
+from .ghost import NORM, Use, compact, inner, squares
 
 Batch = Mapping[str, Any]
 
@@ -101,7 +101,8 @@ class Gradients:
     ...         part.squares()
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, larger: float = NORM) -> None:
+        self._larger = larger
         self._model: int | None = None
         self._way = "group"
         """`group`, `alone` (each row by itself) or `explicit` (each row's gradient in full)."""
@@ -123,14 +124,14 @@ class Gradients:
             self._model, self._way, self._checked = id(parts.causal), "group", False
         if self._way == "group":
             try:
-                found = _grouped(parts, weights, batch, rows, width)
+                found = _grouped(parts, weights, batch, rows, width, self._larger)
                 if self._holds(parts, weights, batch, found, width):
                     return [found]
             except Unsuited as unsuited:
                 self._fall_back("alone" if unsuited.alone else "explicit", str(unsuited))
         if self._way == "alone":
             try:
-                made = [_grouped(parts, weights, batch, [row], width) for row in rows]
+                made = [_grouped(parts, weights, batch, [row], width, self._larger) for row in rows]
                 if all(self._holds(parts, weights, batch, one, width) for one in made):
                     return made
             except Unsuited as unsuited:
@@ -236,7 +237,9 @@ def _explicit(parts: Parts, weights: list[nn.Parameter], batch: Batch, row: int,
     return RowGradients([row], uses)
 
 
-def _grouped(parts: Parts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int) -> RowGradients:
+def _grouped(
+    parts: Parts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int, larger: float
+) -> RowGradients:
     """The gradients of a group of rows from one backward pass. Raises `Unsuited` where rows cannot be told apart."""
     calls: list[Call] = []
     position = {id(weight): index for index, weight in enumerate(weights)}
@@ -258,7 +261,7 @@ def _grouped(parts: Parts, weights: list[nn.Parameter], batch: Batch, rows: list
                 for name, use in _uses(call, back, len(rows)):
                     weight = getattr(call.module, name)
                     uses.setdefault(position[id(weight)], []).append(use)
-            return RowGradients(rows, {weight: compact(some) for weight, some in uses.items()})
+            return RowGradients(rows, {weight: compact(some, larger) for weight, some in uses.items()})
 
 
 @contextmanager
@@ -305,7 +308,7 @@ def _uses(call: Call, back: torch.Tensor, rows: int) -> Iterator[tuple[str, Use]
     elif (isinstance(module, nn.Linear) and forward is nn.Linear.forward) or isinstance(module, Conv1D):
         given, back = _by_row(call.given.to(call.output.dtype), rows), _by_row(back, rows)
         used = (back != 0).any(dim=2).any(dim=0)
-        if not bool(used.all()):  # positions that no label of these rows depends on, padding for one
+        if float(used.float().mean()) < 0.75:  # positions that no label of these rows depends on: padding, prompts
             given, back = given[:, used], back[:, used]
         if "weight" in names:
             left, right = (given, back) if isinstance(module, Conv1D) else (back, given)

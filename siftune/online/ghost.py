@@ -5,8 +5,8 @@
 
 A weight that is used in several places (tied embeddings, shared layers) has one such sum per place, and the cross terms
 between places count. An embedding's l are one-hot and kept as ids. Vectors (biases, norm weights) are formed per row.
-A weight's gradients are formed where that is the smaller of the two: I·O numbers against T·(I + O).
-Cost per row and weight: the smaller of T²(I + O) and T·I·O. Source: GREATS (NeurIPS 2024), section 4; the same trick
+A weight's gradients are formed where that is cheaper: T·I·O against T²(I + O), the latter in float64.
+Cost per row and weight: the smaller of the two. Source: GREATS (NeurIPS 2024), section 4; the same trick
 serves private training (arXiv 1510.01799).
 
 Axes: `R`, `S` rows of a group, `T` tokens, `I` x `O` the weight, `P` numbers of a formed gradient.
@@ -21,6 +21,11 @@ import torch
 
 AT_ONCE = 16_000_000
 """Numbers of one intermediate product: 128 MB in float64. Rows beyond it are walked in slices."""
+NORM = 2.0
+"""Gradients whose norms are wanted are formed up to this many times the size of their factors: sums over T² cancel and
+run in float64, at twice the cost, while a formed gradient is as exact in float32 as any explicit one."""
+PAIRS = 4.0
+"""The same for gradients that meet many others: forming is paid once, a product of factors every time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +56,16 @@ class Use:
 Uses = Sequence[Use]
 
 
-def compact(uses: Uses) -> list[Use]:
-    """The same gradients in the smaller form. Where one use is formed already, or forming is smaller, all become one."""
+def compact(uses: Uses, larger: float = NORM) -> list[Use]:
+    """The same gradients in the cheaper form. Where one use is formed already, all become one, formed.
+
+    `larger` is how many times the factors' size formed gradients may have.
+    """
     if any(use.left is None for use in uses):
         return [form(uses)]
     tokens = sum(use.right.shape[1] for use in uses)
     height, width = uses[0].height, uses[0].right.shape[2]
-    if height * width <= tokens * (height + width):
+    if height * width <= larger * tokens * (height + width):
         return [form(uses)]
     return list(uses)
 
@@ -73,28 +81,32 @@ def form(uses: Uses) -> Use:
 
 
 def _formed(use: Use) -> torch.Tensor:
-    """`(R, P)` in float32 (float64 of float64): sums run in the working dtype."""
+    """`(R, P)` in float32 (float64 of float64)."""
     if use.left is None:
         return use.right[:, 0]
     kept = torch.float64 if use.right.dtype == torch.float64 else torch.float32
     rows, _, width = use.right.shape
     made: list[torch.Tensor] = []
     for part in _slices(use, use.height * width):
-        right = _work(part.right)
+        right = part.right.to(kept)
         if part.left is None or part.left.ndim == 3:
             assert part.left is not None
-            gradient = _work(part.left, like=right).mT @ right
+            gradient = part.left.to(kept).mT @ right
         else:
             offsets = torch.arange(len(part), device=right.device)[:, None] * use.height
             gradient = right.new_zeros(len(part) * use.height, width)
             gradient.index_add_(0, (part.left + offsets).flatten(), right.flatten(0, 1))
-        made.append(gradient.reshape(len(part), -1).to(kept))
+        made.append(gradient.reshape(len(part), -1))
+    if len(made) == 1:
+        return made[0]
     return torch.cat(made) if rows else use.right.new_zeros(0, use.height * width, dtype=kept)
 
 
 def squares(uses: Uses) -> torch.Tensor:
     """Squared norms of one weight's gradients, float64 `(R,)` on the CPU."""
     uses = compact(uses)
+    if uses[0].left is None:
+        return torch.linalg.vector_norm(uses[0].right, dim=(1, 2), dtype=torch.float64).square().cpu()
     total = torch.zeros(len(uses[0]), dtype=torch.float64)
     for first, ours in enumerate(uses):
         for second in range(first, len(uses)):

@@ -26,6 +26,7 @@ from ..models.hidden import predicting_tokens
 from ..records import RowScores
 from .backward import Gradients, RowGradients
 from .base import Batch, Measured, OnlineMethod, at_least
+from .ghost import PAIRS
 
 Group = tuple[bool, Batch, list[int], int]
 """(of the validation rows?, batch, rows, columns)."""
@@ -65,7 +66,7 @@ class Greats(OnlineMethod):
     """Optimiser steps before the first selection; until then every row is kept."""
 
     def __post_init__(self) -> None:
-        self._gradients = Gradients()
+        self._gradients = Gradients(larger=PAIRS)
         self._handed: float | None = None
         self._batches: list[Batch] | None = None
 
