@@ -30,6 +30,7 @@ from .judge_task import Form, Unreadable
 from .judged import Judged
 
 _OPENING = re.compile(r"[\[{]")
+SHOWN_TAGS = 20
 MOST_TAGS = 32
 """T: a reply with more distinct tags is a list gone wild, not a tagging."""
 
@@ -146,6 +147,16 @@ class _Tagged(Judged):
         if self.least_rows < 1:
             raise UserError(f"least_rows={self.least_rows} is too few; give at least 1")
 
+    def tags(self, pool: Pool) -> Iterator[tuple[int, list[str]]]:
+        """Every tagged row with its tags, rare ones included, from the replies that `score` journaled; asks nothing.
+
+        Raises `UserError` while another process writes that journal.
+
+        >>> method = InsTagC(judge="http://127.0.0.1:8000/v1"); scores = method.score(pool)
+        >>> dict(method.tags(pool))
+        """
+        return ((row, read_tags(text)) for row, text in self._task().replies(pool, pool.eligible.tolist()))
+
     def finish(self, pool: Pool, columns: Mapping[str, NDArray[Any]], reasons: Mapping[int, str]) -> Scores:
         """The method's number of every tagged row."""
         answer_nT = columns["answer"]
@@ -157,7 +168,20 @@ class _Tagged(Judged):
         values[tagged] = score_n
         mean = round(float(count_n.mean()), 4) if len(tagged) else None
         info = {**self.judged_info(columns, reasons), "rows_tagged": len(tagged), **facts, "tags_per_row": mean, **more}
+        info["most_frequent_tags"] = self._most_frequent(pool, tagged, tags_nT)
         return Scores(pool=pool, method=self.name, values=values, reasons=reasons, info=info)
+
+    def _most_frequent(self, pool: Pool, tagged: NDArray[np.int64], tags_nT: NDArray[np.int64]) -> dict[str, int]:
+        """Names of the tags that most rows have, with how many; read from one row's reply each."""
+        kinds, rows = np.unique(tags_nT[tags_nT != NO_TAG], return_counts=True)
+        best = np.argsort(-rows, kind="stable")[:SHOWN_TAGS]
+        holders = {int(tagged[np.argmax((tags_nT == kind).any(axis=1))]) for kind in kinds[best]}
+        try:
+            texts = [text for _, text in self._task().replies(pool, sorted(holders))]
+        except UserError:  # another process writes the journal: names are a nicety
+            return {}
+        names = {tag_number(tag): tag for text in texts for tag in read_tags(text)}
+        return {names[int(kinds[k])]: int(rows[k]) for k in best if int(kinds[k]) in names}
 
     def _scores(
         self, pool: Pool, rows: NDArray[np.int64], tags_nT: NDArray[np.int64], count_n: NDArray[np.int64]

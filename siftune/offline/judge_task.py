@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..data.files import hash_json
 from ..errors import UserError
-from ..models.generate import Generator, Reply, Request, open_generator
+from ..models.generate import Generator, Reply, Request, open_generator, request_key
 from ..models.journal import Counts, Journal, Journaled
 from ..records import Pool, Row, Shard, ShardResult
 from .draw import number
@@ -177,6 +177,29 @@ class JudgeTask:
             temperature=max(temperature, RETRY_TEMPERATURE) if attempt else temperature,
             max_new_tokens=self.asking.max_new_tokens,
         )
+
+    def replies(self, pool: Pool, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """The readable reply of every row that has one in the journal, without a reasoning model's thoughts; asks nothing.
+
+        Raises `UserError` while another process writes the journal.
+        """
+        with Journal(self.journal) as journal:
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                for row in pool.read(rows[start : start + ROWS_AT_ONCE]):
+                    if (text := self._kept(journal, row)) is not None:
+                        yield row.row, text
+
+    def _kept(self, journal: Journal, row: Row) -> str | None:
+        for attempt in range(1 + self.asking.retries):
+            reply = journal.get(request_key(self.generator.key, self.request(row, attempt)))
+            if reply is None or reply.error is not None:
+                return None
+            try:
+                self.form.read(spoken(reply.text), reply.finish_reason == "length")
+            except Unreadable:
+                continue
+            return spoken(reply.text)
+        return None
 
 
 class _Work:

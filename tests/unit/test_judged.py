@@ -140,6 +140,21 @@ def test_coverage_as_it_is_defined() -> None:
     assert scores.info["passes"] >= 2
 
 
+def test_the_tags_themselves(pool: Pool) -> None:
+    wild = Stub(lambda prompt: "Hm." if "Say 3 " in prompt else f"<think>x</think>{tag(prompt)}")
+    method = InsTagC(judge=wild, retries=1)
+    scores = method.score(pool)
+    asked = len(wild.asked)
+    own = tags_of(pool)
+    del own[3]
+    assert {row: set(tags) for row, tags in method.tags(pool)} == own
+    assert len(wild.asked) == asked, "reading asked again"
+    seen = Counter(name for tags in own.values() for name in tags)
+    shown = scores.info["most_frequent_tags"]
+    assert shown == {name: count for name, count in seen.items() if count >= 5}
+    assert list(shown.values()) == sorted(shown.values(), reverse=True)
+
+
 def test_both_tag_methods_share_their_replies(pool: Pool) -> None:
     judge = Stub(tag)
     InsTagC(judge=judge).score(pool)
