@@ -228,7 +228,7 @@ def test_deita_d_equals_its_naive_definition(scorer: str, tmp_path: Path, rest: 
     rows = [*ROWS, ROWS[3], {**ROWS[4], "output": ROWS[4]["output"] + "."}]
     pool, model = make_pool(rows), tiny_model("llama").double()
     prompts = {"complexity_prompt": str(tmp_path / "complex.txt"), "quality_prompt": str(tmp_path / "good.txt")}
-    method = DeitaD(complexity_scorer=scorer, quality_scorer=scorer, rest=rest, threshold=0.97, **prompts)
+    method = DeitaD(complexity_scorer=scorer, quality_scorer=scorer, rest=rest, threshold=0.99, **prompts)
     scores = method.fit(pool).score(pool)
     merit, vectors = [], []
     for row in rows:
@@ -238,8 +238,9 @@ def test_deita_d_equals_its_naive_definition(scorer: str, tmp_path: Path, rest: 
         with torch.no_grad():
             vectors.append(model.model(torch.tensor([ids])).last_hidden_state[0].mean(0).numpy())
     order = sorted(range(len(rows)), key=lambda row: (-np.float32(merit[row]), row))
-    first = naive_walk(np.array(vectors), order, 0.97)
+    first = naive_walk(np.array(vectors), order, 0.99)
     assert 1 < len(first) < len(rows)
+    assert order[: len(first)] != first, "a row that is left out must stand before one that is kept"
     behind = [row for row in order if row not in first]
     expected = {row: -float(place) for place, row in enumerate(first + (behind if rest == "after" else []))}
     assert {row: float(v) for row, v in enumerate(scores.values) if not np.isnan(v)} == expected
