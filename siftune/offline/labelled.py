@@ -30,6 +30,8 @@ from .label_centroids import Embedder, LabelCentroids, Sums, SumTask, labels_of
 
 MOST_DOMAINS = 1000
 """Labels of a pool at most: a column with more is no domain."""
+LONGEST = 100
+"""Characters of a label at most: what is longer, or has several lines, is text."""
 BANDS = ((0, 20), (20, 40), (40, 60), (60, 80), (80, 100))
 
 
@@ -258,6 +260,8 @@ def _domains(pool: Pool, column: str) -> tuple[str, ...]:
         labels_of(pool, Shard(0, start, min(start + SHARD_ROWS, len(pool))), column, None, found)
         if len(found) > MOST_DOMAINS:
             raise UserError(f"column {column!r} holds more than {MOST_DOMAINS} labels; name one that holds domains")
+    if text := next((label for label in sorted(found) if len(label) > LONGEST or "\n" in label), None):
+        raise UserError(f"column {column!r} holds text, no domains ({text[:40]!r}...); name one that holds a row's domain")
     if not found:
         raise UserError(f"no row has a label in column {column!r}; name the column that holds domains (--label-column)")
     return tuple(sorted(found))
