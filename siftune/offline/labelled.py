@@ -261,7 +261,9 @@ def _domains(pool: Pool, column: str) -> tuple[str, ...]:
         if len(found) > MOST_DOMAINS:
             raise UserError(f"column {column!r} holds more than {MOST_DOMAINS} labels; name one that holds domains")
     if text := next((label for label in sorted(found) if len(label) > LONGEST or "\n" in label), None):
-        raise UserError(f"column {column!r} holds text, no domains ({text[:40]!r}...); name one that holds a row's domain")
+        raise UserError(
+            f"column {column!r} holds text, no domains ({text[:40]!r}...); name one that holds a row's domain"
+        )
     if not found:
         raise UserError(f"no row has a label in column {column!r}; name the column that holds domains (--label-column)")
     return tuple(sorted(found))
