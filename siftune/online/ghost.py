@@ -6,8 +6,8 @@
 A weight that is used in several places (tied embeddings, shared layers) has one such sum per place, and the cross terms
 between places count. An embedding's l are one-hot and kept as ids. Vectors (biases, norm weights) are formed per row.
 A weight's gradients are formed where that is cheaper: T·I·O against T²(I + O), the latter in float64.
-Cost per row and weight: the smaller of the two. Source: GREATS (NeurIPS 2024), section 4; the same trick
-serves private training (arXiv 1510.01799).
+Cost per row and weight: the smaller of the two. Source: GREATS (NeurIPS 2024); for norms already
+Goodfellow, arXiv 1510.01799.
 
 Axes: `R`, `S` rows of a group, `T` tokens, `I` x `O` the weight, `P` numbers of a formed gradient.
 """
@@ -106,7 +106,8 @@ def squares(uses: Uses) -> torch.Tensor:
     """Squared norms of one weight's gradients, float64 `(R,)` on the CPU."""
     uses = compact(uses)
     if uses[0].left is None:
-        return torch.linalg.vector_norm(uses[0].right, dim=(1, 2), dtype=torch.float64).square().cpu()
+        norms: torch.Tensor = torch.linalg.vector_norm(uses[0].right, dim=(1, 2), dtype=torch.float64)
+        return norms.square().cpu()
     total = torch.zeros(len(uses[0]), dtype=torch.float64)
     for first, ours in enumerate(uses):
         for second in range(first, len(uses)):

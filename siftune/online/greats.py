@@ -7,7 +7,7 @@ K times the candidate with the largest gain is taken. The published scores are t
 and says nothing at η = 0, where a warm-up begins. Higher = better; the total is minus the position in the greedy order.
 Cost: a forward and a backward pass over candidates and validation rows, and B(B + V)/2 ghost products per weight;
 gradients beyond `hold_mb` are computed again for each group that they meet.
-Source: Wang et al., GREATS, NeurIPS 2024, equations 3 to 5 and algorithm 1, as the baseline of UDS (arXiv 2510.16882).
+Source: Wang et al., GREATS, NeurIPS 2024, as the baseline of UDS (arXiv 2510.16882).
 
 Axes: `B` candidates, `V` validation rows.
 """

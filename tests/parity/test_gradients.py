@@ -104,6 +104,13 @@ def test_one_kind_of_weight_alone(kind: str) -> None:
     check(model, tiny_batch(LENGTHS))
 
 
+def test_learned_positions_do_not_part_a_group() -> None:
+    """They are looked up once for all rows; each row has a gradient of its own all the same."""
+    model, batch, gradients = tiny_model("gpt2", layers=1), tiny_batch(LENGTHS), Gradients()
+    ((rows, width),) = gradients.plan(model, batch)
+    assert [part.rows for part in gradients.of(model, batch, rows, width)] == [rows]
+
+
 def test_biases_everywhere_and_a_soft_capped_head() -> None:
     check(tiny_model("llama", layers=2, attention_bias=True, mlp_bias=True), tiny_batch(LENGTHS))
     check(tiny_model("gemma2", layers=2, tie_word_embeddings=False), tiny_batch(LENGTHS))
@@ -245,6 +252,22 @@ def test_explicit_gradients_where_a_weight_is_read_past_its_layer() -> None:
     np.testing.assert_allclose(scores.total.numpy(), naive_norms(model, batch), rtol=1e-5)
 
 
+def test_explicit_gradients_where_no_layer_is_seen_at_all() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, batch = Shared(past=True).requires_grad_(False), tiny_batch(SHORT)
+    model.embed.requires_grad_(True)
+    with pytest.warns(UserWarning, match="one row at a time"):
+        scores = MaxGrad(keep=1).score(model, batch)
+    np.testing.assert_allclose(scores.total.numpy(), naive_norms(model, batch), rtol=1e-5)
+
+
+def test_adapters_switched_off_are_said() -> None:
+    model = lora(tiny_model("llama", layers=1))
+    with model.disable_adapter(), pytest.raises(UserError, match=r"switched off|requires gradients"):
+        MaxGrad(keep=1).score(model, tiny_batch(SHORT))
+
+
 def test_nothing_is_left_behind() -> None:
     model, batch = tiny_model("llama", layers=2).train(), tiny_batch(LENGTHS)
     model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, 3.0)
@@ -265,7 +288,9 @@ def test_ddp_does_not_notice() -> None:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         inner = tiny_model("llama", layers=1)
-        model, batch = nn.parallel.DistributedDataParallel(inner), tiny_batch(SHORT)
+        inner.extra = nn.Linear(2, 2)  # DDP counts a weight that a forward did not use as done at once
+        model = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
+        batch = tiny_batch(SHORT)
         for _ in range(2):
             scores = MaxGrad(keep=1).select(model, batch).scores
             model(**batch).loss.backward()
