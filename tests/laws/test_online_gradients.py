@@ -24,7 +24,7 @@ VALIDATION = tiny_batch([9, 14, 5], seed=91)
 @pytest.mark.parametrize("setting", ["accumulation", "checkpointing", "lora dropout"])
 def test_keep_all_is_the_plain_trainer(tmp_path: Path, setting: str) -> None:
     """Bit for bit: scoring leaves gradients, random numbers, flags and checkpointing alone."""
-    more: dict[str, Any] = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4}
+    more: dict[str, Any] = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4, "max_steps": 3}
     if setting == "checkpointing":
         more["gradient_checkpointing"] = True
     runs = []
