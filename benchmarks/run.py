@@ -35,14 +35,15 @@ class Benchmark:
 
 BENCHMARKS = {
     "import-time": Benchmark("Import time", "import_time.py"),
-    "daar-scoring": Benchmark("DaaR scoring: features of a pool", "daar_scoring.py --rows 4096 --rounds 3 --memory"),
-    "probe-training": Benchmark("DaaR: training both probes", "probe_training.py --threads 2"),
+    "daar-scoring": Benchmark("DaaR scoring: features of a pool", "daar_scoring.py --rows 2048 --rounds 3 --memory"),
+    "probe-training": Benchmark("DaaR: training both probes", "probe_training.py --widths 256 896 --threads 2"),
     "uds-cost": Benchmark("UDS scores: cost beyond the forward, 0.5 B shape", "uds_cost.py --shape 0.5b"),
-    "uds-cost-7b": Benchmark("UDS scores: 7 B shape", "uds_cost.py --shape 7b --only heads --rounds 3"),
+    "uds-cost-7b": Benchmark("UDS scores: 7 B shape", "uds_cost.py --shape 7b --only heads --rounds 2"),
     "train-step": Benchmark("One optimiser step, 64 -> 8", "train_step.py --shape small"),
     "train-step-0.5b": Benchmark(
         "One optimiser step at the 0.5 B shape, 16 -> 2",
-        "train_step.py --shape 0.5b --columns 128 --candidates 16 --keep 2 --repeats 3",
+        "train_step.py --shape 0.5b --columns 128 --candidates 16 --keep 2 --repeats 2 "
+        "--settings lora full --checkpointing no",
     ),
     "ifd": Benchmark("IFD: batched against row by row", "ifd.py"),
     "deita-walk": Benchmark("Deita-D: the walk", "deita_walk.py"),
