@@ -49,6 +49,9 @@ BENCHMARKS = {
     "deita-walk": Benchmark("Deita-D: the walk", "deita_walk.py"),
     "instag-walk": Benchmark("InsTag-D: the walk", "instag_walk.py"),
     "ghost": Benchmark("Ghost gradients against explicit per-row gradients", "ghost.py"),
+    "daar-scoring-gpu": Benchmark(
+        "DaaR scoring on one CUDA GPU", "daar_scoring.py --rows 8192 --device cuda --dtype bfloat16", cuda=True
+    ),
     "gpu-uds": Benchmark("UDS on one CUDA GPU, 7 B shape, bf16, LoRA", "gpu_uds.py", cuda=True),
 }
 INTRODUCTION = """# Benchmarks
@@ -70,7 +73,10 @@ def write(known: dict[str, str]) -> None:
     for name, benchmark in BENCHMARKS.items():
         if not (HERE / benchmark.command.split()[0]).is_file():
             continue
-        told = known.get(name, f"## {benchmark.title}\n\n`python benchmarks/{benchmark.command}`\n\nNot measured.")
+        told = known.get(
+            name,
+            f"## {benchmark.title}\n\n`python benchmarks/{benchmark.command}`\n\nNot measured{' (needs a CUDA GPU)' if benchmark.cuda else ''}.",
+        )
         parts.append(f"<!-- {name} -->\n{told}\n")
     PAGE.write_text("\n".join(parts), encoding="utf-8")
 
@@ -104,7 +110,7 @@ def main() -> None:
         if not (HERE / script).is_file() or (benchmark.cuda and not torch.cuda.is_available()):
             continue
         words, shown = [str(HERE / script), *arguments], benchmark.command
-        if name == "daar-scoring":
+        if name.startswith("daar-scoring"):
             words += ["--model", said.model, *(["--pool", *said.pool] if said.pool else [])]
             pools = " ".join(Path(pool).name for pool in said.pool)
             shown += f" --model {Path(said.model).name}" + (f" --pool {pools}" if pools else "")
