@@ -172,7 +172,8 @@ class Gradients:
 
 
 def without_ddp(parts: Parts) -> Parts:
-    """The same model without DDP around it, whose reducer waits for a backward pass of its own after each forward."""
+    """The same model without DDP around it: its forward exchanges buffers and readies the reducer for a backward pass,
+    and ranks score in different numbers of groups."""
     called: Any = parts.called
     while isinstance(called, nn.parallel.DistributedDataParallel) or hasattr(called, "_orig_mod"):
         called = getattr(called, "_orig_mod", None) or called.module

@@ -281,19 +281,19 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_ddp_does_not_notice() -> None:
-    """A forward that DDP sees without its backward would stop the next one."""
     import torch.distributed as dist
 
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         inner = tiny_model("llama", layers=1)
-        inner.extra = nn.Linear(2, 2)  # DDP counts a weight that a forward did not use as done at once
-        model = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
-        batch = tiny_batch(SHORT)
+        model, batch = nn.parallel.DistributedDataParallel(inner), tiny_batch(SHORT)
+        passed: list[None] = []
+        model.register_forward_pre_hook(lambda *_: passed.append(None))
         for _ in range(2):
             scores = MaxGrad(keep=1).select(model, batch).scores
             model(**batch).loss.backward()
+        assert len(passed) == 2, "scoring went through DDP, which exchanges buffers with other ranks"
         np.testing.assert_allclose(scores.total.numpy(), naive_norms(inner, batch), rtol=1e-5)
     finally:
         dist.destroy_process_group()
