@@ -3,28 +3,25 @@
 The loss differentiated is the sum over rows of each row's mean cross-entropy over its label tokens. What went into each
 trainable layer is caught by hooks, what came back by `autograd.grad` on the layers' outputs: `.grad` is never touched,
 so accumulation and DDP's reducer do not notice. The pass runs in eval mode, where the library's gradient checkpointing is
-off; layers that are recomputed all the same are caught once. Linear layers, GPT-2's `Conv1D` and embeddings give factors;
-other small layers (norms) are run again row by row; LoRA needs nothing of its own, its A and B are linear layers.
+off; layers that are recomputed all the same are caught once. What a layer makes of both: `siftune.online.layers`.
 
 At first use one row's norm is held against its explicit gradient; where they differ, every row is differentiated alone,
 and a warning says so once. Cost: one forward and backward pass without weight gradients, plus the ghost products; the
 check takes one row's gradient of all trained weights, once.
 
-Axes: `B` rows of the batch, `R` rows of a group, `T` columns, `I` x `O` a weight, `V` vocabulary.
+Axes: `B` rows of the batch, `R`, `S` rows of groups, `T` columns.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, embedding
-from transformers.pytorch_utils import Conv1D
+from torch.nn.functional import cross_entropy
 
 from ..errors import UserError
 from ..models.hidden import (
@@ -38,6 +35,7 @@ from ..models.hidden import (
     take_apart,
 )
 from .ghost import NORM, Use, compact, inner, squares
+from .layers import Call, Unsuited, caught, layer_uses
 
 Batch = Mapping[str, Any]
 
@@ -71,25 +69,6 @@ class RowGradients:
             with exact_math(self.uses[weight][0].right.device):
                 total += inner(self.uses[weight], other.uses[weight])
         return total
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a trainable layer."""
-
-    module: nn.Module
-    given: torch.Tensor
-    """Its input."""
-    output: torch.Tensor
-    autocast: torch.dtype | None
-
-
-class Unsuited(Exception):
-    """The group cannot be told apart into rows; `alone` says whether single rows can."""
-
-    def __init__(self, why: str, *, alone: bool) -> None:
-        super().__init__(why)
-        self.alone = alone
 
 
 class Gradients:
@@ -252,7 +231,7 @@ def _grouped(
     calls: list[Call] = []
     position = {id(weight): index for index, weight in enumerate(weights)}
     uses: dict[int, list[Use]] = {}
-    with torch.enable_grad(), evaluating(parts.called), _caught(parts.called, calls, len(rows)) as recording:
+    with torch.enable_grad(), evaluating(parts.called), caught(parts.called, calls, len(rows)) as recording:
         loss = _losses(parts, batch, rows, width).sum()
         recording.clear()  # layers recomputed by checkpointing in the backward pass are not caught again
         if any(not call.output.requires_grad for call in calls):
@@ -266,110 +245,7 @@ def _grouped(
             for call, back in zip(calls, backs, strict=True):
                 if back is None:
                     continue
-                for name, use in _uses(call, back, len(rows)):
+                for name, use in layer_uses(call, back, len(rows)):
                     weight = getattr(call.module, name)
                     uses.setdefault(position[id(weight)], []).append(use)
             return RowGradients(rows, {weight: compact(some, larger) for weight, some in uses.items()})
-
-
-@contextmanager
-def _caught(model: nn.Module, calls: list[Call], rows: int) -> Iterator[list[bool]]:
-    """Hooks on every layer with trained weights of its own; they record while the yielded list is not empty."""
-    recording = [True]
-
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        replaced = None
-        if isinstance(module, nn.Embedding) and isinstance(output, torch.Tensor) and len(output) == 1 < rows:
-            replaced = output = output.expand(rows, *output.shape[1:])  # positions, the same ids for every row
-        if recording:
-            given = args[0] if args else None
-            if len(args) != 1 or kwargs or not isinstance(given, torch.Tensor) or not isinstance(output, torch.Tensor):
-                raise Unsuited(f"{type(module).__name__} is not a layer of one tensor to one tensor", alone=False)
-            given = given.expand(rows, *given.shape[1:]) if replaced is not None else given
-            kind = output.device.type
-            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            calls.append(Call(module, given.detach(), output, autocast))
-        return replaced
-
-    handles = []
-    for module in model.modules():
-        if any(weight.requires_grad for weight in module.parameters(recurse=False)):
-            handles.append(module.register_forward_hook(catch, with_kwargs=True))
-    try:
-        yield recording
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# --- a layer's part -------------------------------------------------------------------------------------------------
-
-
-def _uses(call: Call, back: torch.Tensor, rows: int) -> Iterator[tuple[str, Use]]:
-    """(name of the weight, its use) for the trained weights of one layer, from the gradient of its output."""
-    module, forward = call.module, type(call.module).forward
-    names = [name for name, weight in module.named_parameters(recurse=False) if weight.requires_grad]
-    if isinstance(module, nn.Embedding):
-        back = _lookup(module, call, back)
-        ids, back = _by_row(call.given[..., None], rows)[..., 0], _by_row(back, rows)
-        yield "weight", Use(ids, back, module.num_embeddings)
-    elif (isinstance(module, nn.Linear) and forward is nn.Linear.forward) or isinstance(module, Conv1D):
-        given, back = _by_row(call.given.to(call.output.dtype), rows), _by_row(back, rows)
-        used = (back != 0).any(dim=2).any(dim=0)
-        if float(used.float().mean()) < 0.75:  # positions that no label of these rows depends on: padding, prompts
-            given, back = given[:, used], back[:, used]
-        if "weight" in names:
-            left, right = (given, back) if isinstance(module, Conv1D) else (back, given)
-            yield "weight", Use(left, right, left.shape[2])
-        if "bias" in names:
-            yield "bias", Use(None, back.sum(dim=1, keepdim=True, dtype=_wide(back)))
-    else:
-        yield from _again(call, back, rows, names)
-
-
-def _lookup(module: nn.Embedding, call: Call, back: torch.Tensor) -> torch.Tensor:
-    """The gradient of the looked-up rows; a layer that scales what it looks up (Gemma) is known by its `embed_scale`."""
-    plain = embedding(call.given, module.weight)
-    scale = getattr(module, "embed_scale", None)
-    if scale is not None:
-        scale = torch.as_tensor(scale, dtype=module.weight.dtype, device=back.device)
-        plain, back = plain * scale, back * scale
-    same = torch.allclose(plain, call.output, rtol=0, atol=0, equal_nan=True)
-    if module.max_norm is not None or module.scale_grad_by_freq or not same:
-        raise Unsuited(f"{type(module).__name__} does more than look rows up", alone=False)
-    if module.padding_idx is not None:
-        back = back.masked_fill((call.given == module.padding_idx)[..., None], 0)
-    return back
-
-
-def _again(call: Call, back: torch.Tensor, rows: int, names: list[str]) -> Iterator[tuple[str, Use]]:
-    """A small layer (a norm) run again row by row, its weights' gradients formed."""
-    if any(True for _ in call.module.children()):
-        raise Unsuited(f"{type(call.module).__name__} has weights of its own around other layers", alone=False)
-    if len(call.given) != rows or len(back) != rows:
-        raise Unsuited(f"{type(call.module).__name__} sees the tokens of several rows together", alone=True)
-    weights = [getattr(call.module, name) for name in names]
-    formed: list[list[torch.Tensor]] = [[] for _ in names]
-    for row in range(rows):
-        part = slice(row, row + 1)
-        kind = back.device.type
-        with torch.enable_grad(), torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
-            output = call.module(call.given[part])
-            found = torch.autograd.grad(output, weights, back[part].to(output.dtype))
-        for gradients, gradient in zip(formed, found, strict=True):
-            gradients.append(gradient.reshape(1, -1))
-    for name, gradients in zip(names, formed, strict=True):
-        yield name, Use(None, torch.stack(gradients))
-
-
-def _by_row(values: torch.Tensor, rows: int) -> torch.Tensor:
-    """`(R, tokens, numbers)`. A layer that sees several rows' tokens in one axis needs rows to go alone."""
-    if values.ndim >= 3 and len(values) == rows:
-        return values.reshape(rows, -1, values.shape[-1])
-    if rows == 1:
-        return values.reshape(1, -1, values.shape[-1])
-    raise Unsuited("a layer sees the tokens of several rows together", alone=True)
-
-
-def _wide(values: torch.Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
