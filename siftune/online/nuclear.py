@@ -80,13 +80,20 @@ def groups(lengths: Sequence[int], device: torch.device, *, tokens: int = 16_384
 
 
 def gram_of_blocks(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Gram matrix `L Lᵀ` `(N, N)` of logits that come in blocks of the vocabulary `(N, <= V)`, float64."""
+    """Gram matrix `L Lᵀ` `(N, N)` of logits that come in blocks of the vocabulary `(N, <= V)`, float64.
+
+    Only the panels on and below the diagonal are multiplied out: 5/8 of the products at N = 512.
+    """
     gram: torch.Tensor | None = None
     for block in blocks:
         block = block.double()
-        gram = block @ block.T if gram is None else gram.addmm_(block, block.T)
+        if gram is None:
+            gram = torch.zeros(len(block), len(block), dtype=torch.float64, device=block.device)
+        for start in range(0, len(block), 128):
+            panel = gram[start : start + 128, : start + 128]
+            panel.addmm_(block[start : start + 128], block[: start + 128].T)
     assert gram is not None, "a head without a vocabulary"
-    return gram
+    return gram.tril() + gram.tril(-1).T
 
 
 def norms_of_grams(grams: torch.Tensor, ranks: Sequence[int], *, precision: str = "exact") -> list[Norms]:

@@ -171,9 +171,10 @@ class UDS(OnlineMethod):
             def walked(index: int = index) -> Any:
                 nonlocal sketch
                 for start, stop, block in seen.blocks(index):
+                    block = block.double()  # once, for both products
                     time = self._sketch.rows(len(block)).to(block.device)
                     columns = self._sketch.columns(start, stop).to(block.device)
-                    sketch = sketch.to(block.device) + (time @ block.double()) @ columns.T
+                    sketch = sketch.to(block.device) + (time @ block) @ columns.T
                     yield block
 
             gram = gram_of_blocks(walked())
