@@ -38,6 +38,10 @@ BENCHMARKS = {
     "daar-scoring": Benchmark("DaaR scoring: features of a pool", "daar_scoring.py --rows 2048 --rounds 3 --memory"),
     "probe-training": Benchmark("DaaR: training both probes", "probe_training.py --widths 256 896 --threads 2"),
     "uds-cost": Benchmark("UDS scores: cost beyond the forward, 0.5 B shape", "uds_cost.py --shape 0.5b"),
+    "uds-cost-8-rows": Benchmark(
+        "UDS scores: 0.5 B shape, 8 candidates (the refresh of a trained head is once per step, whatever their number)",
+        "uds_cost.py --shape 0.5b --only heads --rows 8 --rounds 3",
+    ),
     "uds-cost-7b": Benchmark("UDS scores: 7 B shape", "uds_cost.py --shape 7b --only heads --rounds 2"),
     "train-step": Benchmark("One optimiser step, 64 -> 8", "train_step.py --shape small"),
     "train-step-0.5b": Benchmark(
@@ -64,7 +68,7 @@ on the machine, unless the section says otherwise. Comparisons are side by side 
 def sections(text: str) -> dict[str, str]:
     """The page's sections by name, marked by HTML comments so that one can be replaced alone."""
     found = re.findall(r"<!-- (\S+) -->\n(.*?)(?=\n<!-- \S+ -->|\Z)", text, flags=re.DOTALL)
-    return {name: body.strip() for name, body in found}
+    return {name: body.strip() for name, body in found if "Not measured" not in body}
 
 
 def write(known: dict[str, str]) -> None:
