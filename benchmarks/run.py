@@ -91,7 +91,7 @@ def run(benchmark: Benchmark, shown: str, words: list[str]) -> str:
     done = subprocess.run([sys.executable, *words], check=False, cwd=HERE.parent, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{shown} failed:\n{done.stderr[-2000:]}")
-    text = re.sub(r"```json.*?```", "", done.stdout, flags=re.DOTALL).strip()
+    text = re.sub(r"```json.*?```|^[\[{].*[\]}]$", "", done.stdout, flags=re.DOTALL | re.MULTILINE).strip()
     minutes = (time.perf_counter() - start) / 60
     return f"## {benchmark.title}\n\n`python benchmarks/{shown}` ({minutes:.1f} minutes)\n\n{text}"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import siftune
 from siftune.engines.local import LocalEngine
 from siftune.models.backbone import Backbone
 from siftune.models.features import FeatureTask, extract
+from siftune.run import peak_memory_mb
 from tests.tiny import save_tiny
 
 
@@ -33,12 +33,6 @@ def write_rows(path: Path, rows: int) -> None:
         for row in range(rows):
             line = {"instruction": f"Question {row}", "input": "", "output": f"{row * row} " + "w" * (row % 13)}
             file.write(json.dumps(line) + "\n")
-
-
-def peak_mb() -> float:
-    """The most this process ever held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def main() -> None:
@@ -52,7 +46,7 @@ def main() -> None:
     write_rows(said.folder / "pool.jsonl", said.rows)
     backbone = Backbone(str(model), layer=1, device="cpu")
     extract(backbone, ["w" * 40] * 4096)
-    before = peak_mb()
+    before = peak_memory_mb()
     start = time.perf_counter()
     pool = siftune.load_pool(said.folder / "pool.jsonl")
     probe_D = torch.linspace(-1, 1, backbone.width).numpy()
@@ -61,7 +55,7 @@ def main() -> None:
     for shard, result in engine.run(FeatureTask(backbone, embedding=False), pool, pool.shards(), label="memory"):
         scores[shard.start : shard.stop] = result.columns["hidden"] @ probe_D
     assert np.isfinite(scores).all()
-    figures = {"rows": said.rows, "above_model_mb": peak_mb() - before, "seconds": time.perf_counter() - start}
+    figures = {"rows": said.rows, "above_model_mb": peak_memory_mb() - before, "seconds": time.perf_counter() - start}
     print(json.dumps(figures))
 
 
