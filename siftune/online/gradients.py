@@ -20,11 +20,11 @@ import torch
 
 from ..budget import Keep
 from ..errors import UserError
-from ..models.hidden import exact_math, predicting_tokens
+from ..models.hidden import predicting_tokens
 from ..records import RowScores
 from .backward import Gradients
 from .base import Batch, Measured, OnlineMethod, one_of
-from .losses import shared_walks
+from .losses import over_labels
 from .view import View
 
 
@@ -64,30 +64,21 @@ class MaxGrad(OnlineMethod):
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         """Columns `gradient` `(B,)` (float64) and `tokens` `(B,)` (int64, label tokens)."""
         wanted = predicting_tokens(batch)
-        norms = torch.full((len(wanted),), torch.nan, dtype=torch.float64)
         if self.variant == "exact":
+            norms = torch.full((len(wanted),), torch.nan, dtype=torch.float64)
             for rows, width in self._gradients.plan(model, batch, self.score_tokens):
                 for part in self._gradients.of(model, batch, rows, width):
                     norms[part.rows] = part.squares().sqrt()
         else:
-            self._last_layer(model, batch, wanted, norms)
+            norms = over_labels(
+                self._view, model, batch, wanted, logit_gradients, torch.sum, score_tokens=self.score_tokens
+            )
         reasons = {
             row: "its gradient is not finite" if bool(wanted[row].any()) else "no label tokens to score"
             for row in (~torch.isfinite(norms)).nonzero().flatten().tolist()
         }
         norms[list(reasons)] = torch.nan
         return Measured(len(wanted), {"gradient": norms, "tokens": wanted.sum(dim=1)}, reasons)
-
-    def _last_layer(self, model: torch.nn.Module, batch: Batch, wanted: torch.Tensor, norms: torch.Tensor) -> None:
-        labels = batch["labels"].detach().cpu()
-        targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)
-        for seen in self._view.rows(model, batch, wanted, score_tokens=self.score_tokens):
-            device = seen.head.device if seen.head is not None else torch.device("cpu")
-            with exact_math(device):
-                for rows, part in shared_walks(seen):
-                    picked = [targets[row][wanted[row]] for row in rows]
-                    each = logit_gradients(part, torch.cat(picked)).split([len(target) for target in picked])
-                    norms[rows] = torch.stack([one.sum() for one in each])
 
     def combine(self, measured: Measured) -> RowScores:
         return RowScores(measured.columns["gradient"], {}, dict(measured.reasons))

@@ -11,7 +11,7 @@ Axes: `B` candidates, `T` columns, `N` label tokens of some rows, `D` inputs of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -63,18 +63,9 @@ class MaxLoss(OnlineMethod):
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         """Columns `loss` `(B,)` (float64) and `tokens` `(B,)` (int64, label tokens)."""
         wanted = predicting_tokens(batch)
-        labels = batch["labels"].detach().cpu()
-        targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)
-        loss = torch.full((len(wanted),), torch.nan, dtype=torch.float64)
         if self.compat == "paper":
             batch = {name: value for name, value in batch.items() if name != "attention_mask"}
-        for seen in self._view.rows(model, batch, wanted, score_tokens=self.score_tokens):
-            device = seen.head.device if seen.head is not None else torch.device("cpu")
-            with exact_math(device):
-                for rows, part in shared_walks(seen):
-                    picked = [targets[row][wanted[row]] for row in rows]
-                    losses = cross_entropy(part, torch.cat(picked)).split([len(target) for target in picked])
-                    loss[rows] = torch.stack([each.mean() for each in losses])
+        loss = over_labels(self._view, model, batch, wanted, cross_entropy, torch.mean, score_tokens=self.score_tokens)
         reasons = {
             row: "its loss is not finite" if bool(wanted[row].any()) else "no label tokens to score"
             for row in (~torch.isfinite(loss)).nonzero().flatten().tolist()
@@ -120,6 +111,34 @@ def cross_entropy(blocks: Iterable[tuple[int, int, torch.Tensor]], targets: torc
     assert total is not None, "a head without a vocabulary"
     assert label is not None
     return (total - label).cpu()
+
+
+def over_labels(
+    view: View,
+    model: torch.nn.Module,
+    batch: Batch,
+    wanted: torch.Tensor,
+    each: Callable[[Iterable[tuple[int, int, torch.Tensor]], torch.Tensor], torch.Tensor],
+    join: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    score_tokens: int | None,
+) -> torch.Tensor:
+    """One number per row from its label tokens, float64 `(B,)`, NaN for rows without any.
+
+    `each` takes the logits in blocks and the targets `(N,)` of some rows and gives a number per position, `join` makes
+    a row's numbers one; `wanted` is `predicting_tokens(batch)`.
+    """
+    labels = batch["labels"].detach().cpu()
+    targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)
+    result = torch.full((len(wanted),), torch.nan, dtype=torch.float64)
+    for seen in view.rows(model, batch, wanted, score_tokens=score_tokens):
+        device = seen.head.device if seen.head is not None else torch.device("cpu")
+        with exact_math(device):
+            for rows, part in shared_walks(seen):
+                picked = [targets[row][wanted[row]] for row in rows]
+                values = each(part, torch.cat(picked)).split([len(target) for target in picked])
+                result[rows] = torch.stack([join(value) for value in values])
+    return result
 
 
 def shared_walks(seen: Seen) -> Iterable[tuple[list[int], Iterable[tuple[int, int, torch.Tensor]]]]:
