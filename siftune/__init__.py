@@ -10,7 +10,7 @@ The data's way, top to bottom (a folder imports only from those above it):
     online/      score every batch (UDS and what it is compared with)
     training/    the hook on a live Trainer, the ledger, integrations
     demo/        embedded corpus and tiny model
-    config, pipeline, cli
+    config, pipeline, commands/, cli
 
 Public names are resolved on first use, so `import siftune` loads neither torch nor transformers.
 """

@@ -78,7 +78,7 @@ def conversation(rng: random.Random, seed: int) -> list[dict[str, str]]:
     description = rng.choice(DESCRIPTIONS[domain])
     avoid = [rng.choice(DESCRIPTIONS[name]) for name in DOMAINS if name != domain] if rng.random() < 0.5 else []
     several = rng.random() < 0.6
-    count = rng.randrange(2, 6) if several else 3
+    count = rng.randrange(1, 6) if several else 3
     rows: list[dict[str, str]] = []
     for _, made in stream(domain, seed):
         if part_of(made.instruction, made.input) == "pool":

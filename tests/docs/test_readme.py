@@ -103,7 +103,8 @@ def test_the_readmes_python_runs_on_a_pool(prepared: Path) -> None:
 def test_shipped_yaml_in_pages_is_read() -> None:
     import yaml
 
-    from siftune.cli import own_options, select_command
+    from siftune.commands.common import own_options
+    from siftune.commands.select import select_command
 
     for block in blocks(ROOT / "docs" / "cli.md", "yaml"):
         config = yaml.safe_load(block)

@@ -156,7 +156,7 @@ def test_a_fault_of_ours_is_exit_1_with_a_hint(
     def broken(words: list[str]) -> int:
         raise RuntimeError("wires\ncrossed")
 
-    monkeypatch.setitem(COMMANDS, "methods", broken)
+    monkeypatch.setattr("siftune.commands.methods.run", broken)
     code, _, err = said(capsys, "methods")
     assert code == 1
     assert "RuntimeError" in err

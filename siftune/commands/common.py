@@ -1,0 +1,54 @@
+"""What the commands share: options read, methods named, JSON printed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import registry
+from ..arguments import Command, HelpWanted
+from ..config import PARTS, Option, options_of, read_yaml
+from ..errors import UserError
+
+
+def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
+    """The options' values; None when help was asked for and printed."""
+    try:
+        values = command.read(words)
+    except HelpWanted:
+        print(command.help(), end="")
+        return None
+    if values.get("cache"):  # also for what has no argument of its own
+        os.environ["SIFTUNE_CACHE"] = str(Path(values["cache"]).expanduser().absolute())
+    return values
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def own_options(method: str) -> list[Option]:
+    """The options of a method's own: the fields of its dataclass."""
+    cls = registry.find("offline", method).load()
+    return options_of(cls, group=f"The method {method}", skip=(*PARTS, "seed"))
+
+
+def which_method(words: list[str], command: str = "select") -> tuple[str | None, list[str]]:
+    """The method's name, first of the words or in the configuration file, and the words without it."""
+    if words and not words[0].startswith("-"):
+        return registry.find("offline", words[0]).name, words[1:]
+    if any(word in ("-h", "--help") for word in words):
+        return None, words
+    paths = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    paths += [after for word, after in itertools.pairwise(words) if word == "--config"]
+    named = read_yaml(paths[-1]).get("method") if paths else None
+    if named is None:
+        known = ", ".join(entry.name for entry in registry.methods("offline"))
+        raise UserError(
+            f"siftune {command} needs a method before its options: one of {known}; see siftune {command} --help"
+        )
+    return registry.find("offline", str(named)).name, words
