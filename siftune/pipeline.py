@@ -68,8 +68,8 @@ class Budget:
             rule["target_mix"] = dict(options.target_mix)
         return cls(rule, options.order)
 
-    def check(self, pool: Pool, domains: tuple[str, ...]) -> None:
-        """Refuse what the pool or the domains (`()` for none) cannot meet."""
+    def check(self, pool: Pool, domains: tuple[str, ...], *, labels: bool = False) -> None:
+        """Refuse what the pool or the domains (`()` for none) cannot meet; `labels` are domains without p(domain | row)."""
         usable = len(pool) - len(pool.reasons)
         if self.rule.get("count", 0) > usable:
             raise UserError(f"--keep {self.rule['count']} exceeds the {usable} usable rows of the pool; lower it")
@@ -83,6 +83,8 @@ class Budget:
                 flag = "--" + name.replace("_", "-")
                 if not domains:
                     raise UserError(f"{flag} needs domains, and this method has none; use daar, or give --keep alone")
+                if labels and name == "target_mix":
+                    raise UserError(f"{flag} needs p(domain | row), and this method has labels; use daar, or --quota")
                 if domain not in domains and not (name == "quota" and domain == "*"):
                     raise UserError(f"{flag} names the domain {domain!r}, which is not one of {', '.join(domains)}")
 
@@ -158,7 +160,8 @@ def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, p
     pool = read_pool(options)
     seconds = perf_counter() - started
     method.cache = options.cache
-    budget.check(pool, check_method(method))
+    domains, labels = check_method(method), labels_of(method, pool)
+    budget.check(pool, domains or labels, labels=bool(labels))
     if options.shards is not None:
         from .engines.shard import part_of
 
@@ -210,6 +213,13 @@ def check_method(method: OfflineMethod) -> tuple[str, ...]:
     if backbone := getattr(_features(method), "backbone", None):
         _ = backbone.config, backbone.tokenizer
     return tuple(getattr(checked, "domains", ()))
+
+
+def labels_of(method: OfflineMethod, pool: Pool) -> tuple[str, ...]:
+    """The domains that the pool's own rows name, for a method that reads such labels (it offers `labels(pool)`, which
+    raises `UserError`); `()` for the others."""
+    labels: Callable[[Pool], tuple[str, ...]] | None = getattr(method, "labels", None)
+    return () if labels is None else labels(pool)
 
 
 def _features(method: OfflineMethod) -> Any:

@@ -106,15 +106,24 @@ class _Labelled(OfflineMethod):
             made[asked] = Backbone(model, layer=layer, max_length=length, dtype=dtype, device=device)
         return Embedder(made[asked], layer=self.layer, token_budget=self.token_budget)
 
-    def fit(self, pool: Pool) -> Self:
-        """Learn every domain's centroid from the pool's rows that have a label."""
-        self.check()
-        domains = _domains(pool, self.label_column)
+    def labels(self, pool: Pool) -> tuple[str, ...]:
+        """The pool's domains, sorted; read once per pool. Raises `UserError` for a column that holds none, or too few."""
+        read: dict[tuple[str, str], tuple[str, ...]] = self.__dict__.setdefault("_labels", {})
+        asked = (pool.fingerprint, self.label_column)
+        if asked not in read:
+            read[asked] = _domains(pool, self.label_column)
+        domains = read[asked]
         if len(domains) < self.least:
             raise UserError(
                 f"{self.name} needs at least {self.least} domains, and column {self.label_column!r} holds "
                 f"{len(domains)} ({', '.join(domains)}); name another --label-column"
             )
+        return domains
+
+    def fit(self, pool: Pool) -> Self:
+        """Learn every domain's centroid from the pool's rows that have a label."""
+        self.check()
+        domains = self.labels(pool)
         embedder = self._embedder()
         engine = self.engine or SerialEngine()
         task = SumTask(embedder, self.label_column, domains)

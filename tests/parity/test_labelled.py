@@ -251,3 +251,30 @@ def test_the_command_line_takes_label_column_and_band(tmp_path: Path, capsys: py
     stages = {stage["name"]: stage["status"] for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert stages["fit"] == "reused"
     assert stages["score"] == "computed"
+
+
+def test_a_quota_over_labels_at_select(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels stand in the pool, so a quota over them is known before any weight is read, and cut per label."""
+    from siftune.cli import main
+
+    folder = save_tiny(tmp_path / "model", "llama")
+    rows = [row("aab"[number % 3], number) for number in range(60)] + [{**row("a"), "kind": None}]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    words = ["select", "intra-diversity", str(tmp_path / "pool.jsonl"), "--model", str(folder), "--device", "cpu"]
+    words += ["--label-column", "kind", "--run", str(tmp_path / "run")]
+    assert main([*words, "--quota", "a=5,b=50%", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["rows"]["domains"] == {"a": {"pool": 40, "kept": 5}, "b": {"pool": 20, "kept": 10}}
+    kept = {json.loads(line)["instruction"] for line in (tmp_path / "run" / "selected.jsonl").open()}
+    fitted = IntraDiversity(model=str(folder), label_column="kind", device="cpu").fit(make_pool(rows))
+    phi = fitted.score(make_pool(rows)).values
+    best = {label: sorted((-phi[n], n) for n, each in enumerate(rows) if each["kind"] == label) for label in "ab"}
+    assert kept == {rows[n]["instruction"] for _, n in best["a"][:5] + best["b"][:10]}
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    for said, sentence in (
+        (["--quota", "c=5"], "--quota names the domain 'c', which is not one of a, b"),
+        (["--target-mix", "a=1", "--keep", "10%"], "--target-mix needs p(domain | row)"),
+        (["--keep", "10%", "--label-column", "absent", "--dry-run"], "no row has a label in column 'absent'"),
+    ):
+        assert main([*words, *said]) == 2
+        assert sentence in capsys.readouterr().err
