@@ -47,6 +47,7 @@ def plan(options: PlanOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
         "rows": counted(pool),
         "measured": measured,
         "estimate": estimate(measured, len(pool.eligible), probe_rows),
+        "writing": writing(settings),
         "cache": {
             "folder": str(cache),
             "pool_index": "reused" if _entries(cache / "pools") == pools_before else "made now",
@@ -108,6 +109,30 @@ def estimate(measured: Mapping[str, Any], usable: int, probe_rows: int) -> dict[
     }
 
 
+def writing(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Requests and tokens that a generator is asked for at most before anything is scored; None without a generator.
+
+    What a server bills lies below: a domain stops at its number of rows, and a reply at its own end.
+    """
+    if settings.get("generator") is None:
+        return None
+    from .offline.daar.descriptions import read_descriptions
+    from .offline.daar.synthesis import SEED_TRIES, Synthesis
+
+    descriptions = read_descriptions(settings.get("domains"))
+    how = Synthesis.of(descriptions.settings)
+    domains = len(descriptions.domains)
+    requests = domains * (SEED_TRIES + how.attempts)
+    return {
+        "generator": str(settings["generator"]),
+        "domains": domains,
+        "rows_wanted": domains * how.rows,
+        "requests_at_least": domains * (1 + how.rows - min(how.rows, how.seeds)),
+        "requests_at_most": requests,
+        "reply_tokens_at_most": requests * how.max_new_tokens,
+    }
+
+
 def _device_memory_mb(device: Any) -> int | None:
     """Most memory held on a CUDA device so far; None elsewhere."""
     import torch
@@ -140,6 +165,12 @@ def show(facts: Mapping[str, Any]) -> None:
         ("cache", f"{cache['folder']}: the pool's index was {cache['pool_index']}, {cache['finished_shards']:,} "
          "finished shards of any run"),
     ]  # fmt: skip
+    if asked := facts["writing"]:
+        lines.append(
+            ("writing", f"{asked['generator']} is asked {asked['requests_at_least']:,} to {asked['requests_at_most']:,} "
+             f"times for {asked['rows_wanted']:,} rows of {asked['domains']} domains, at most "
+             f"{asked['reply_tokens_at_most']:,} tokens of replies; a rerun asks nothing twice")
+        )  # fmt: skip
     shown = console()
     shown.print(f"plan of siftune select {facts['method']} with {facts['model']}: nothing was kept or scored\n")
     for name, text in lines:
