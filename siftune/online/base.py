@@ -119,9 +119,9 @@ class OnlineMethod(ABC):
         used = measured.columns["tokens"][order].cumsum(0)
         return order[: max(1, int((used <= self.keep_tokens).sum()))]
 
-    @abstractmethod
     def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
-        """Take the kept candidates into memory and count the selection."""
+        """Take the kept candidates into memory and count the selection. The default has no memory."""
+        self._selections += 1
 
     # --- the public two -------------------------------------------------------------------------------------------
 
@@ -180,14 +180,17 @@ class OnlineMethod(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to keep the same rows: tensors and plain JSON values, nothing else."""
-        return {}
+        return {"selections": self._selections}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave. Raises `UserError` when it belongs to another configuration."""
-        if state:
+        own = self.state_dict()
+        if set(state) != set(own):
             raise UserError(
-                f"{self.name} keeps no state, and this one holds {', '.join(state)}; it is another method's"
+                f"{self.name} keeps {', '.join(own) or 'no state'}, and this state holds {', '.join(state) or 'nothing'}; "
+                "it is another method's"
             )
+        self._selections = int(state.get("selections", 0))
 
 
 def rows_of(batch: Batch) -> int:

@@ -12,14 +12,13 @@ Axes: `B` candidates, `N` label tokens, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from ..budget import Keep
-from ..errors import UserError
 from ..models.hidden import predicting_tokens
 from ..records import RowScores
 from .backward import Gradients
@@ -82,17 +81,6 @@ class MaxGrad(OnlineMethod):
 
     def combine(self, measured: Measured) -> RowScores:
         return RowScores(measured.columns["gradient"], {}, dict(measured.reasons))
-
-    def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
-        self._selections += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"selections": self._selections}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"selections"}:
-            raise UserError(f"maxgrad keeps `selections`, and this state holds {', '.join(state) or 'nothing'}")
-        self._selections = int(state["selections"])
 
 
 def logit_gradients(blocks: Iterable[tuple[int, int, torch.Tensor]], targets: torch.Tensor) -> torch.Tensor:

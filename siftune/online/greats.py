@@ -149,7 +149,7 @@ class Greats(OnlineMethod):
             self._batches = validation_batches(self.validation, self.validation_rows)
         return self._batches[self._selections % len(self._batches)]
 
-    # --- combine and commit -------------------------------------------------------------------------------------------
+    # --- combine --------------------------------------------------------------------------------------------------------
 
     def combine(self, measured: Measured) -> RowScores:
         """Total: minus the position in the greedy order. Parts `influence`, and `gain` when the row's turn came."""
@@ -163,17 +163,6 @@ class Greats(OnlineMethod):
             left = left - self._rate * products[best].nan_to_num(0.0)
             left[best] = -torch.inf
         return RowScores(total, {"influence": influence, "gain": gain}, dict(measured.reasons))
-
-    def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
-        self._selections += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"selections": self._selections}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"selections"}:
-            raise UserError(f"greats keeps `selections`, and this state holds {', '.join(state) or 'nothing'}")
-        self._selections = int(state["selections"])
 
 
 class _Shelf:

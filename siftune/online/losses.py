@@ -11,14 +11,13 @@ Axes: `B` candidates, `T` columns, `N` label tokens of some rows, `D` inputs of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from ..budget import Keep
-from ..errors import UserError
 from ..models.hidden import exact_math, predicting_tokens
 from ..records import RowScores
 from .base import Batch, Measured, OnlineMethod, one_of
@@ -75,17 +74,6 @@ class MaxLoss(OnlineMethod):
 
     def combine(self, measured: Measured) -> RowScores:
         return RowScores(measured.columns["loss"], {}, dict(measured.reasons))
-
-    def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
-        self._selections += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"selections": self._selections}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"selections"}:
-            raise UserError(f"maxloss keeps `selections`, and this state holds {', '.join(state) or 'nothing'}")
-        self._selections = int(state["selections"])
 
 
 def cross_entropy(blocks: Iterable[tuple[int, int, torch.Tensor]], targets: torch.Tensor) -> torch.Tensor:

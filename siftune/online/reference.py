@@ -124,17 +124,6 @@ class RhoLoss(OnlineMethod):
         parts = {"loss": loss, "irreducible": irreducible}
         return RowScores(loss - irreducible, parts, dict(measured.reasons))
 
-    def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
-        self._selections += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"selections": self._selections}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"selections"}:
-            raise UserError(f"rho-loss keeps `selections`, and this state holds {', '.join(state) or 'nothing'}")
-        self._selections = int(state["selections"])
-
 
 def read_table(path: Path) -> Table:
     """`token_id` -> loss (NaN where the reference model gave none) of a table that `reference_losses` wrote.

@@ -55,17 +55,6 @@ class Regular(OnlineMethod):
     def count(self, candidates: int) -> int:
         return candidates
 
-    def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
-        self._selections += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"selections": self._selections}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"selections"}:
-            raise UserError(f"regular keeps `selections`, and this state holds {', '.join(state) or 'nothing'}")
-        self._selections = int(state["selections"])
-
 
 @dataclass(kw_only=True, eq=False)
 class Random(OnlineMethod):
@@ -97,17 +86,10 @@ class Random(OnlineMethod):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self._selections) % 2**63)
         return RowScores(torch.rand(measured.rows, dtype=torch.float64, generator=generator))
 
-    def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
-        self._selections += 1
-
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "selections": self._selections}
+        return {"seed": self.seed, **super().state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"seed", "selections"}:
-            raise UserError(
-                f"random keeps `seed` and `selections`, and this state holds {', '.join(state) or 'nothing'}"
-            )
-        if state["seed"] != self.seed:
+        if state.get("seed", self.seed) != self.seed:
             raise UserError(f"the state was saved with seed={state['seed']}, this selector has seed={self.seed}")
-        self._selections = int(state["selections"])
+        super().load_state_dict(state)

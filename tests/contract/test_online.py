@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from siftune import registry
 from siftune.errors import UserError
 from siftune.online.base import Measured, OnlineMethod
+from siftune.training import state as checkpoints
 from tests.online_methods import needs
 from tests.reference_uds import tiny_batch
 from tests.tiny import tiny_model
@@ -272,6 +273,22 @@ class TestEveryMethod:
     def test_another_methods_state_is_refused(self, name: str) -> None:
         with pytest.raises(UserError):
             make(name).load_state_dict({"something": 1})
+
+    def test_a_checkpoint_written_by_an_earlier_version_loads(self, name: str, tmp_path: Path) -> None:
+        """The file format, spelled out: checkpoints live longer than code."""
+        if name == "uds":
+            pytest.skip("its state has tensors; tests/laws/test_online_laws.py holds it")
+        values = {"seed": 0, "selections": 7} if name == "random" else {"selections": 7}
+        record = {"format": 1, "selector": name, "step": 7, "values": values, "totals": {}}
+        folder = tmp_path / "checkpoint-7" / "siftune"
+        folder.mkdir(parents=True)
+        (folder / "selector.json").write_text(json.dumps(record))
+        save_file({}, folder / "selector.safetensors")
+        method = make(name)
+        method.load_state_dict(checkpoints.read(folder.parent, method).selector)
+        assert method.state_dict() == values
+        with pytest.raises(UserError, match=f"{name} keeps"):
+            method.load_state_dict({"selections": 7, "sketches": 0})
 
     def test_no_selection_before_start_step(self, name: str, model: Any) -> None:
         method = make(name, start_step=2)
