@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from siftune.errors import UserError
 from siftune.models.head import Head, factorise, read_head
-from siftune.models.hidden import take_apart
+from siftune.models.hidden import take_apart, walk
 from siftune.online.losses import MaxLoss
 from siftune.online.nuclear import norms
 from siftune.online.uds import UDS
@@ -217,6 +218,27 @@ def test_a_multiplier_that_divides() -> None:
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config).eval()
     silent(lambda: compare(UDS(keep=1, alpha=1.0), NaiveUDS(alpha=1.0), model, BATCHES, multiplier=0.25))
+
+
+def test_the_same_name_multiplies_in_hyperclovax() -> None:
+    """`logits_scaling` divides in Granite; here it multiplies, and a reading that divides would be off by its square."""
+    kind = getattr(transformers, "HyperCLOVAXConfig", None)
+    if kind is None:
+        pytest.skip("this transformers knows no HyperCLOVA X")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = kind(
+            vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            logits_scaling=0.25, pad_token_id=0,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config).eval()
+    silent(lambda: compare(UDS(keep=1, alpha=1.0), NaiveUDS(alpha=1.0), model, BATCHES, multiplier=0.25))
+    parts = take_apart(model)
+    head = read_head(parts)
+    assert head is not None
+    for chunk in walk(parts, BATCHES[0], BATCHES[0]["attention_mask"].bool()):
+        assert chunk.probe_logits is not None
+        assert head.agrees(chunk.probe_states, chunk.probe_logits) is True
 
 
 class Twisted(nn.Module):
