@@ -1,0 +1,1 @@
+"""Does it help: held-out loss per domain, and the task sets of both papers through lm-evaluation-harness."""

@@ -1,0 +1,264 @@
+"""Held-out loss and token accuracy, per domain: the cheap suite, for small models and for studies.
+
+    loss     = sum over answer tokens t of ( logsumexp(L_t) - L_t[t + 1] ) / answer tokens       (nats per token)
+    accuracy = share of answer tokens that are the largest logit
+
+The rows become tokens by the function that training uses, and prompts are masked. Rows are sorted by length and batched
+by a token budget, padded on the right where no real token sees it; the head reads only the positions that predict an
+answer token, a block of the vocabulary at a time, so no array of batch x tokens x vocabulary exists.
+Cost: one forward of the decoder over the real tokens, and V*D products per answer token.
+
+Shapes: `R` rows of a file, `B` rows of a batch, `T` columns, `N` answer tokens of some rows, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..data.formats import BadRow
+from ..data.load import load_pool
+from ..errors import UserError
+from ..models.features import batches
+from ..models.hidden import exact_math, predicting_tokens, take_apart
+from ..online.losses import shared_walks
+from ..online.view import View
+from ..records import Pool
+from ..training.text import IGNORED, answer_tokens, check_text
+
+Files = Mapping[str, str | Path | Sequence[str | Path]]
+ROWS_AT_ONCE = 256
+"""Rows of a pool whose texts are in memory at a time; only their token ids stay."""
+NOT_FINITE = "loss not finite"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One domain's held-out rows under a model."""
+
+    loss: float
+    """Mean cross-entropy of an answer token, in nats; NaN where no row could be read."""
+    token_accuracy: float
+    """Share of answer tokens that the model itself would have written next."""
+    tokens: int
+    """Answer tokens, over all rows."""
+    rows: int
+    """Rows that were measured."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Rows that were not, counted by reason."""
+    loss_stderr: float = math.nan
+    """Standard error of `loss`, rows being the draws: sqrt(R/(R-1) sum_r (sum CE_r - loss*tokens_r)^2) / tokens."""
+    accuracy_stderr: float = math.nan
+    """The same of `token_accuracy`."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A domain's rows as tokens."""
+
+    rows: list[tuple[list[int], list[int]]]
+    """(input ids, labels) of every usable row, each of shape `(T,)`."""
+    skipped: dict[str, int]
+
+
+def held_out(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    files: Files,
+    *,
+    text: str = "auto",
+    max_length: int = 512,
+    max_rows: int | None = None,
+    token_budget: int = 8192,
+    columns: Mapping[str, str] | None = None,
+    format: Literal["alpaca", "prompt-completion", "messages", "text"] | None = None,
+) -> dict[str, HeldOut]:
+    """Loss and token accuracy of every domain's rows, in the order of `files` (name -> anything `load_pool` reads).
+
+    `max_rows` takes the first rows of each domain that can be read; `max_length` cuts a row on the right, in tokens, at
+    the model's own number of positions at most; `token_budget` is the tokens of a batch, padding counted, and bounds memory, not the result. The model is left as it
+    was found (mode, gradients, random state); PEFT and compiled models are measured as they are. Raises `UserError`
+    for files that cannot be read, for a text form the tokenizer lacks, and for a domain without a single usable row.
+
+    >>> held_out(model, tokenizer, {"mathematics": "held.jsonl"})["mathematics"].loss
+    """
+    length = min(max_length, positions(model))
+    domains = encode(tokenizer, files, text=text, max_length=length, max_rows=max_rows, columns=columns, format=format)
+    return {name: measure(model, encoded, token_budget=token_budget) for name, encoded in domains.items()}
+
+
+def encode(
+    tokenizer: Any,
+    files: Files,
+    *,
+    text: str = "auto",
+    max_length: int = 512,
+    max_rows: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    format: Literal["alpaca", "prompt-completion", "messages", "text"] | None = None,
+) -> dict[str, Encoded]:
+    """The rows of every domain as tokens: all that can go wrong before a model is loaded. Raises `UserError`."""
+    if not files:
+        raise UserError("no held-out file was given; give name=file for each domain")
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"max_rows={max_rows} measures nothing; give at least 1")
+    if max_length < 2:
+        raise UserError(f"max_length={max_length} leaves no token to predict; give at least 2")
+    return {
+        name: _encode(name, source, tokenizer, text, max_length, max_rows, columns, format)
+        for name, source in files.items()
+    }
+
+
+def _encode(
+    name: str,
+    source: str | Path | Sequence[str | Path],
+    tokenizer: Any,
+    text: str,
+    max_length: int,
+    max_rows: int | None,
+    columns: Mapping[str, str] | None,
+    format: Literal["alpaca", "prompt-completion", "messages", "text"] | None,
+) -> Encoded:
+    paths = str(source) if isinstance(source, (str, Path)) else [str(path) for path in source]
+    pool: Pool = load_pool(paths, columns=columns, on_bad_row="skip", format=format)
+    check_text(text, tokenizer, model=str(getattr(tokenizer, "name_or_path", "")), format=pool.format)
+    skipped: dict[str, int] = {}
+    for reason in pool.reasons.values():
+        _count(skipped, reason)
+    rows: list[tuple[list[int], list[int]]] = []
+    eligible = pool.eligible
+    wanted = eligible if max_rows is None else eligible[:max_rows]
+    for start in range(0, len(wanted), ROWS_AT_ONCE):
+        for row in pool.read(wanted[start : start + ROWS_AT_ONCE].tolist()):
+            try:
+                rows.append(answer_tokens(row, tokenizer, text=text, max_length=max_length))
+            except BadRow as bad:
+                _count(skipped, str(bad))
+    if not rows:
+        why = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        raise UserError(f"held-out {name}: none of the rows of {source} can be measured ({why}); mend the file")
+    return Encoded(rows, skipped)
+
+
+def _count(skipped: dict[str, int], reason: str) -> None:
+    kind = reason.split(":")[0]
+    skipped[kind] = skipped.get(kind, 0) + 1
+
+
+# --- under a model ----------------------------------------------------------------------------------------------------
+
+
+def measure(model: torch.nn.Module, encoded: Encoded, *, token_budget: int = 8192) -> HeldOut:
+    """`HeldOut` of rows that are tokens already."""
+    if token_budget < 1:
+        raise UserError(f"token_budget={token_budget} holds no token; give at least 1")
+    loss_R, right_R, tokens_R = sums(model, encoded.rows, token_budget=token_budget)
+    skipped = dict(encoded.skipped)
+    finite_R = np.isfinite(loss_R)
+    if not finite_R.all():
+        skipped[NOT_FINITE] = int((~finite_R).sum())
+        loss_R, right_R, tokens_R = loss_R[finite_R], right_R[finite_R], tokens_R[finite_R]
+    loss, loss_stderr = ratio(loss_R, tokens_R)
+    accuracy, accuracy_stderr = ratio(right_R, tokens_R)
+    return HeldOut(loss, accuracy, int(tokens_R.sum()), len(tokens_R), skipped, loss_stderr, accuracy_stderr)
+
+
+def positions(model: torch.nn.Module) -> int:
+    """Tokens of a sequence that the model can read; a very large number where it does not say."""
+    said = getattr(take_apart(model).config, "max_position_embeddings", None)
+    return said if isinstance(said, int) and said > 0 else 1 << 30
+
+
+def ratio(part_R: NDArray[np.float64], whole_R: NDArray[np.float64]) -> tuple[float, float]:
+    """sum(part) / sum(whole) and its standard error (linearised), rows being the draws; NaN where it is not defined.
+
+    >>> ratio(np.array([1.0, 3.0]), np.array([1.0, 1.0]))
+    (2.0, 1.0)
+    """
+    rows, whole = len(whole_R), float(whole_R.sum())
+    if rows == 0 or whole == 0:
+        return math.nan, math.nan
+    value = float(part_R.sum()) / whole
+    if rows == 1:
+        return value, math.nan
+    rest = float(((part_R - value * whole_R) ** 2).sum())
+    return value, math.sqrt(rows / (rows - 1) * rest) / whole
+
+
+def sums(
+    model: torch.nn.Module, rows: Sequence[tuple[list[int], list[int]]], *, token_budget: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Per row: summed cross-entropy, answer tokens predicted right, answer tokens. Shape `(R,)` each, float64."""
+    loss_R, right_R, tokens_R = (np.zeros(len(rows)) for _ in range(3))
+    known, largest = int(take_apart(model).config.vocab_size), max((max(ids) for ids, _ in rows), default=-1)
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer gives token {largest}, and the model knows {known}; the two do not belong together"
+        )
+    view = View()
+    for members in batches(np.array([len(ids) for ids, _ in rows], dtype=np.int32), token_budget):
+        batch = _padded([rows[index] for index in members])
+        wanted_BT = predicting_tokens(batch)
+        target_BT = torch.roll(batch["labels"], -1, dims=1)
+        for seen in view.rows(model, batch, wanted_BT):
+            device = seen.head.device if seen.head is not None else torch.device("cpu")
+            with exact_math(device):
+                for some, blocks in shared_walks(seen):
+                    targets = [target_BT[row][wanted_BT[row]] for row in some]
+                    loss_N, right_N = against(blocks, torch.cat(targets))
+                    lengths = [len(target) for target in targets]
+                    parts = zip(some, loss_N.split(lengths), right_N.split(lengths), strict=True)
+                    for row, loss, right in parts:
+                        index = members[row]
+                        loss_R[index], right_R[index] = float(loss.sum()), float(right.sum())
+                        tokens_R[index] = len(loss)
+    return loss_R, right_R, tokens_R
+
+
+def against(
+    blocks: Iterable[tuple[int, int, torch.Tensor]], target_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy (float64) and whether the target is the first largest logit (bool), each `(N,)` on the CPU.
+
+    `blocks` are (start, stop, float32 `(N, stop - start)`) of the vocabulary, in order.
+
+    >>> against([(0, 3, torch.tensor([[0.0, 2.0, 1.0]]))], torch.tensor([1]))[1]
+    tensor([True])
+    """
+    total: torch.Tensor | None = None
+    for start, stop, block in blocks:
+        aim_N = target_N.to(block.device)
+        top, place = block.max(dim=1)
+        piece, place = torch.logsumexp(block, dim=1).double(), place + start
+        own = block.gather(1, (aim_N - start).clamp(0, stop - start - 1)[:, None])[:, 0].double()
+        if total is None:
+            total, label, best, chosen = piece, torch.zeros_like(piece), top, place
+        else:
+            total = torch.logaddexp(total, piece)
+            better = top > best
+            best, chosen = torch.where(better, top, best), torch.where(better, place, chosen)
+        label = torch.where((aim_N >= start) & (aim_N < stop), own, label)
+    assert total is not None, "a head without a vocabulary"
+    return (total - label).cpu(), (chosen == aim_N).cpu()
+
+
+def _padded(rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """Ids `(B, T)` and labels `(B, T)`. The padding repeats a row's last token: no real token sees it."""
+    longest = max(len(ids) for ids, _ in rows)
+    return {
+        "input_ids": torch.tensor([ids + [ids[-1]] * (longest - len(ids)) for ids, _ in rows]),
+        "labels": torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]),
+    }
