@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -25,7 +26,7 @@ from ..errors import UserError
 from ..models.hidden import predicting_tokens
 from ..records import RowScores
 from .backward import Gradients, RowGradients
-from .base import Batch, Measured, OnlineMethod, at_least
+from .base import Batch, Measured, OnlineMethod, at_least, one_of
 from .ghost import PAIRS
 
 Group = tuple[bool, Batch, list[int], int]
@@ -44,10 +45,14 @@ class Greats(OnlineMethod):
     keep: Keep
     """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
     validation: Any
-    """Tokenised rows with labels that are not trained on: a batch, a sequence of batches (one per selection, in turn),
-    or rows (a data set or a list of dicts, `validation_rows` per selection, in turn)."""
+    """Rows that are not trained on: a batch with labels, a sequence of batches (one per selection, in turn), tokenised
+    rows (a data set or a list of dicts, `validation_rows` per selection, in turn), or a file of rows as `load_pool`
+    reads them, which `attach` tokenises as the trainer's."""
     validation_rows: int = 8
     """Rows of `validation` used by one selection, where rows and not batches are given."""
+    validation_text: Literal["auto", "chat", "prompt"] = "auto"
+    """How a row of a file becomes tokens: by the chat template, as question and answer, or by the template where the
+    tokenizer has one."""
     learning_rate: float | None = None
     """η, >= 0. None is the current one: the trainer hook hands it over; in a loop of your own, set it or call
     `new_step(learning_rate=...)`."""
@@ -73,6 +78,7 @@ class Greats(OnlineMethod):
     def check(self) -> None:
         super().check()
         at_least("validation_rows", self.validation_rows, 1)
+        one_of("validation_text", self.validation_text, ("auto", "chat", "prompt"))
         at_least("hold_mb", self.hold_mb, 0)
         if self.learning_rate is not None:
             at_least("learning_rate", self.learning_rate, 0.0)
@@ -81,6 +87,15 @@ class Greats(OnlineMethod):
                 "window='step' would need the inner products between all micro-batches of greats; use window='micro' "
                 "and a larger per_device_train_batch_size"
             )
+
+    @property
+    def validation_file(self) -> str | None:
+        """The file that `use_validation` is to be given the rows of; None where `validation` holds rows itself."""
+        return str(self.validation) if isinstance(self.validation, (str, Path)) else None
+
+    def use_validation(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the tokenised rows of the file. Raises `UserError` where none has a label token."""
+        self._batches = validation_batches(rows, self.validation_rows)
 
     def new_step(self, *, learning_rate: float | None = None) -> None:
         super().new_step()
@@ -146,6 +161,11 @@ class Greats(OnlineMethod):
     def _validation(self) -> Batch:
         """The validation batch of this selection."""
         if self._batches is None:
+            if (file := self.validation_file) is not None:
+                raise UserError(
+                    f"validation={file!r} is a file, which attach tokenises with the trainer's tokenizer; in a loop of "
+                    "your own give tokenised rows: input_ids and labels"
+                )
             self._batches = validation_batches(self.validation, self.validation_rows)
         return self._batches[self._selections % len(self._batches)]
 

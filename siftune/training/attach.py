@@ -27,6 +27,7 @@ from .identity import RowIndex, index_rows
 from .ledger import Ledger
 from .meter import Meter
 from .sift import Sifted, keep_all, sift, window_count
+from .validation import read_validation
 
 _MARK = "siftune_attachment"
 _WRAPPED = ("get_batch_samples", "train", "log")
@@ -56,6 +57,7 @@ def attach(
     if (earlier := getattr(trainer, _MARK, None)) is not None:
         raise UserError(f"the selector {earlier.selector.name} is attached already; call siftune.detach(trainer) first")
     check(trainer, selector)
+    read_validation(trainer, selector, quiet=quiet)
     attachment = Attachment(trainer, selector, allow_fresh=allow_fresh_selector, ledger=ledger)
     if not quiet and trainer.is_world_process_zero():
         sys.stderr.write(attachment.describe() + "\n")
