@@ -10,9 +10,17 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 PIPED_WIDTH = 120
 BAR = 36
+SHOWN = 64
+"""Characters of a row that a table shows."""
+
+
+def shorten(text: str) -> str:
+    """The beginning of a text, on one line."""
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
 class Screen:
@@ -26,14 +34,26 @@ class Screen:
         """One paragraph; paths and commands are never broken over lines."""
         self._console.print(text, style=style, soft_wrap=True)
 
-    def pool(self, path: Path, count: int, per_domain: int) -> None:
-        """What the pool is."""
+    def pool(self, path: Path, count: int) -> None:
+        """What the pool is, and what the method is told."""
         self.say("1. A pool of mixed rows", "bold")
         self.say(f"{count} made rows of four domains in {path}. The domain labels are hidden from the method.\n")
-        self.say("2. DaaR chooses 20 % of them", "bold")
+        self.say("2. The model writes example rows, and DaaR chooses 20 % of the pool", "bold")
         self.say(
-            f"It is told {per_domain} example rows per domain and reads the first 3 layers of an embedded 1.8 M model."
+            "It is told one sentence per domain. An embedded 1.8 M model writes a few rows of each; DaaR then reads the same\n"
+            "model's first 3 layers. That model was trained on the corpus that this pool is drawn from, so this shows how the\n"
+            "parts work together, not what a chat model of yours will write."
         )
+
+    def written(self, facts: Mapping[str, Any]) -> None:
+        """Rows and requests per domain, with the first row of each."""
+        rows = []
+        for name, domain in facts["domains"].items():
+            first = domain["first"]
+            words = " ".join(f"{first['instruction']} {first['input']} -> {first['output']}".split())
+            rows.append([name, str(domain["rows"]), str(domain["requests"]), shorten(words)])
+        self._table(["domain", "rows written", "requests", "the first of them"], rows, left=(3,))
+        self.say(f"All of them: {facts['folder']}/ (edit them and give the folder as --seeds)\n")
 
     def offline(self, facts: Mapping[str, Any]) -> None:
         """What DaaR chose, by hidden label; agreement; accuracy; rewards."""
@@ -81,15 +101,15 @@ class Screen:
         self.say("Next", "bold")
         self.say(f"  siftune keep {run} --keep 10% --out ten.jsonl       another budget, without the model")
         self.say(f"  siftune plan {data / 'pool.jsonl'} --model YOUR_MODEL     what your own model would take")
-        self.say("  siftune select daar YOUR_POOL.jsonl --model YOUR_MODEL --seeds YOUR_SEEDS.jsonl --keep 20%")
+        self.say("  siftune select daar YOUR_POOL.jsonl --model YOUR_MODEL --generator YOUR_CHAT_MODEL --keep 20%")
         self.say("  siftune methods                                      every method, and what it needs")
 
-    def _table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def _table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> None:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(columns):
-            table.add_column(name, justify="right" if index else "left")
+            table.add_column(name, justify="right" if index and index not in left else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell) for cell in row))
         self._console.print(table)
 
     def _histogram(self, reward: Mapping[str, Any]) -> None:

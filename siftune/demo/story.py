@@ -1,4 +1,5 @@
-"""The demo's story, every stage real: a mixed pool, DaaR choosing 20 % of it unlabelled, then sifting every batch.
+"""The demo's story, every stage real: a mixed pool, the model writing example rows of each domain from one sentence, DaaR
+choosing 20 % of the pool unlabelled, then sifting every batch.
 
 The hidden labels (`source`) are looked at only here, after the fact, to say what the method did without them. Cost:
 about a minute on two cores. `run` receives the function that selects, since the pipeline lies below this folder.
@@ -18,13 +19,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.files import write_json
+from ..data.files import read_json, write_json
 from ..records import Subset
 from . import corpus, show
 from .embedded import model_folder
 
 KEEP = "20%"
-SEEDS_PER_DOMAIN = 15
+DOMAINS = Path(__file__).with_name("domains.yaml")
+"""One sentence per domain, and the wording that the embedded model knows."""
 BINS = 12
 
 
@@ -68,15 +70,18 @@ def run(
     folder = Path(run_folder)
     screen = show.Screen(silent=quiet or json)
     started = perf_counter()
-    data = corpus.write(folder / "data", count=count, per_domain=SEEDS_PER_DOMAIN, seed=seed)
+    data = corpus.write(folder / "data", count=count, seed=seed)
     seconds = {"write the pool": perf_counter() - started}
-    screen.pool(data / "pool.jsonl", count, SEEDS_PER_DOMAIN)
+    screen.pool(data / "pool.jsonl", count)
     facts: dict[str, Any] = {"run": str(folder), "seconds": seconds}
     began = perf_counter()
-    settings = {"model": str(model_folder()), "seeds": str(data / "seeds.jsonl")}
+    model = str(model_folder())
+    settings = {"model": model, "generator": model, "domains": str(DOMAINS)}
     chosen = select(data / "pool.jsonl", run=folder / "select", keep=KEEP, seed=seed, cache=cache, settings=settings)
     assert chosen.subset is not None
     assert chosen.out is not None
+    facts["written"] = written_rows(chosen.out.parent)
+    screen.written(facts["written"])
     seconds |= stage_seconds(chosen.manifest, perf_counter() - began)
     facts |= {"selected": str(chosen.out), "offline": offline_facts(chosen.subset)}
     screen.offline(facts["offline"])
@@ -98,6 +103,23 @@ def stage_seconds(manifest: Mapping[str, Any], total: float) -> dict[str, float]
     """Seconds of each stage of the selection; what no stage claims is its start-up (imports, locks, hashes)."""
     stages = {f"select: {stage['name']}": float(stage["seconds"]) for stage in manifest.get("stages", [])}
     return {"select: start": max(0.0, total - sum(stages.values())), **stages}
+
+
+def written_rows(run: Path) -> dict[str, Any]:
+    """What the generator wrote, as the selection's run folder holds it: rows and requests per domain, the first row."""
+    folder = run / "domains"
+    counts = read_json(run / "written.json")["domains"]
+    domains = {}
+    for name, facts in counts.items():
+        with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
+            first = jsonlib.loads(next(lines))
+        domains[name] = {
+            "rows": facts["rows"],
+            "requests": facts["requests"],
+            "relaxed": facts["relaxed"],
+            "first": {field: first[field] for field in ("instruction", "input", "output")},
+        }
+    return {"folder": str(folder), "domains": domains}
 
 
 def offline_facts(subset: Subset) -> dict[str, Any]:

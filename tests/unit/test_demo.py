@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +22,7 @@ from siftune import load_pool
 from siftune.config import SelectOptions
 from siftune.demo import corpus, embedded, prompts, story, train_model, tuning
 from siftune.errors import UserError
+from siftune.offline.daar.stage_one import StageOne
 from siftune.pipeline import Selection
 from siftune.pipeline import select as pipeline_select
 from siftune.records import Scores
@@ -102,6 +106,42 @@ def test_asked_for_rows_it_writes_rows_in_the_stated_form(model: Any, tokenizer:
     assert int(answer[-1]) == stop
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the rows that the embedded model writes for the demo's four sentences."""
+    model, cache = str(embedded.model_folder()), tmp_path_factory.mktemp("written")
+    return StageOne(generator=model, domains=str(story.DOMAINS), seeds=None, model=model, seed=0, cache=cache).run()
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_at_least_nine_replies_in_ten_can_be_read(written: Path) -> None:
+    facts = json.loads((written / "written.json").read_text())
+    asked = sum(domain["requests"] for domain in facts["domains"].values())
+    rejected = jsonl(written / "rejected.jsonl")
+    readable = {row["asked"] for row in rejected if "row" in row}
+    unreadable = {row["asked"] for row in rejected if "row" not in row} - readable
+    assert asked >= 20
+    assert len(unreadable) <= 0.1 * asked
+    assert all(domain["rows"] == domain["wanted"] for domain in facts["domains"].values())
+
+
+def test_the_model_writes_rows_of_the_domain_it_is_asked_for(written: Path) -> None:
+    known = corpus.rows(2000, seed=3)
+    words = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+"), LogisticRegression(C=30))
+    words.fit([row["instruction"] + " " + row["input"] for row in known], [row["source"] for row in known])
+    fresh = corpus.held_out(300, seed=4)
+    told = words.predict([row["instruction"] + " " + row["input"] for row in fresh])
+    assert np.mean(told == np.array([row["source"] for row in fresh])) > 0.9, "the yardstick itself must be good"
+    rows = jsonl(written / "seeds.jsonl")
+    found = words.predict([row["instruction"] + " " + row["input"] for row in rows])
+    asked = np.array([row["domain"] for row in rows])
+    assert np.mean(found == asked) > 0.8, list(zip(asked, found, strict=True))
+    assert set(found) == set(corpus.DOMAINS), "the domains differ"
+
+
 def test_a_few_steps_of_training_lower_the_loss(tmp_path: Path) -> None:
     log = train_model.train(tmp_path, steps=6, rows=2, length=64, rate=3e-3, vocabulary=400, seed=1)
     assert log["losses"][-1]["loss"] < log["uniform_loss"]
@@ -152,6 +192,8 @@ def test_the_demo_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert torch.equal(torch.get_rng_state(), state)
     printed = capsys.readouterr().out
     for words in (
+        "one sentence per domain",
+        "rows written",
         "pseudo-label agrees",
         "Predicted reward",
         "held-out loss",
