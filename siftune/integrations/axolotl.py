@@ -12,15 +12,10 @@ Importable without Axolotl, whose base class only adds hooks that do nothing.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .. import registry
-from ..errors import UserError
-from ..online.base import OnlineMethod
 from ..training.attach import attach
+from ..training.selector import selector_of
 
 if TYPE_CHECKING:
     _Base: Any = object
@@ -54,27 +49,3 @@ class SiftunePlugin(_Base):
             options = dict(section)
             allow_fresh = bool(options.pop("allow_fresh_selector", False))
             attach(trainer, selector_of(options), allow_fresh_selector=allow_fresh)
-
-
-def selector_of(options: Mapping[str, Any]) -> OnlineMethod:
-    """The online method that a YAML section names: `method` (default uds) and that method's own options.
-
-    Raises `UserError` for an unknown method or option, with the nearest known one.
-
-    >>> selector_of({"method": "uds", "keep": "1/8"}).keep
-    '1/8'
-    """
-    wanted = dict(options)
-    method = registry.find("online", str(wanted.pop("method", "uds"))).load()
-    known = [field.name for field in dataclasses.fields(method) if field.init]
-    for name in wanted:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"siftune: {name} is no option of {method.name}; known: {', '.join(known)}{hint}")
-    if "keep" not in wanted and method.name != "regular":
-        raise UserError(f"siftune: {method.name} needs keep, the rows to train on, such as keep: 1/8")
-    if isinstance(wanted.get("sketch"), list):
-        wanted["sketch"] = tuple(wanted["sketch"])
-    made: OnlineMethod = method(**wanted)
-    return made

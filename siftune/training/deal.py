@@ -111,8 +111,8 @@ def deal(batches: Sequence[Batch], kept: torch.Tensor, padding: Padding) -> list
         size = base + (index < more)
         piece.extend(rows[at : at + size])
         at += size
-    blank = _blank(batches[rows[0][0]], rows[0][1])
-    return [trim(_gather(batches, piece, padding), padding) if piece else blank for piece in pieces]
+    empty = blank(batches[rows[0][0]], rows[0][1])
+    return [trim(_gather(batches, piece, padding), padding) if piece else empty for piece in pieces]
 
 
 def _origins(batches: Sequence[Batch], kept: torch.Tensor) -> list[tuple[int, int]]:
@@ -127,19 +127,24 @@ def _gather(batches: Sequence[Batch], rows: Sequence[tuple[int, int]], padding: 
     for micro, row in rows:
         by_micro.setdefault(micro, []).append(row)
     parts = [cut(batches[micro], torch.tensor(indices)) for micro, indices in by_micro.items()]
+    return join_rows(parts, padding, left=any(pads_left(batches[micro]) for micro in by_micro))
+
+
+def join_rows(parts: Sequence[Batch], padding: Padding, *, left: bool) -> dict[str, Any]:
+    """Several batches' rows as one batch, in order; narrower parts are padded, on the `left` or on the right."""
     if len(parts) == 1:
-        return parts[0]
+        return dict(parts[0])
     width = max(part["input_ids"].shape[1] for part in parts)
     if any("attention_mask" not in part for part in parts):  # every column was a token; the ones added now are not
         parts = [{**part, "attention_mask": torch.ones_like(part["input_ids"])} for part in parts]
-    left = any(_pads_left(batches[micro]) for micro in by_micro)
     parts = [_widen(part, width, left, padding) for part in parts]
     return {
         name: _join([part[name] for part in parts], [len(part["input_ids"]) for part in parts]) for name in parts[0]
     }
 
 
-def _pads_left(batch: Batch) -> bool:
+def pads_left(batch: Batch) -> bool:
+    """Whether some row of the batch is padded on the left."""
     real = real_tokens(batch)
     return bool((real[:, -1] & ~real[:, 0]).any())
 
@@ -173,10 +178,10 @@ def _join(values: Sequence[Any], rows: Sequence[int]) -> Any:
     return type(first)(item for value in values for item in value)
 
 
-def _blank(batch: Batch, row: int) -> dict[str, Any]:
+def blank(batch: Batch, row: int) -> dict[str, Any]:
     """Two real columns of one row with every label masked: a micro-batch that trains nothing."""
     width = batch["input_ids"].shape[1]
-    start = max(0, width - 2) if _pads_left(batch) else 0
+    start = max(0, width - 2) if pads_left(batch) else 0
     short = _columns(cut(batch, torch.tensor([row])), 1, width, start, start + 2)
     if len(batch["input_ids"]) == 1:  # cut() passes a one-row batch on, and its labels are about to be written to
         short = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in short.items()}

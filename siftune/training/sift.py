@@ -41,6 +41,19 @@ class Sifted:
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     reasons: Mapping[int, str] = field(default_factory=dict)
 
+    def of(self, candidates: Sequence[int]) -> Sifted:
+        """The same of some candidates only: a rank's own among all."""
+        picked = torch.tensor(list(candidates), dtype=torch.int64)
+        return Sifted(
+            self.batches,
+            [self.micro[index] for index in candidates],
+            self.kept[picked],
+            self.tokens[picked],
+            self.total[picked],
+            {name: values[picked] for name, values in self.parts.items()},
+            {at: self.reasons[index] for at, index in enumerate(candidates) if index in self.reasons},
+        )
+
 
 def keep_all(batches: Sequence[Batch], reason: str) -> Sifted:
     """No selection: every micro-batch untouched, every candidate kept and without a score, for `reason`."""
@@ -71,17 +84,17 @@ def sift(
     scores: list[RowScores] = []
     kept: list[torch.Tensor] = []
     for batch in batches:
-        measured = _measure(selector, model, batch)
-        said = _answers_first(selector.combine(measured), batch)
+        measured = measure(selector, model, batch)
+        said = answers_first(selector.combine(measured), batch)
         chosen = selector.choose(said, measured, selector.count(measured.rows))
         selector.commit(measured, said, chosen)
         trained.append(batch if len(chosen) == measured.rows else trim(cut(batch, chosen), padding))
         scores.append(said)
-        kept.append(_flags(chosen, measured.rows))
-    return _sifted(trained, batches, _join(scores), torch.cat(kept))
+        kept.append(flags(chosen, measured.rows))
+    return _sifted(trained, batches, join(scores), torch.cat(kept))
 
 
-def _measure(selector: OnlineMethod, model: torch.nn.Module, batch: Batch) -> Measured:
+def measure(selector: OnlineMethod, model: torch.nn.Module, batch: Batch) -> Measured:
     """Measure in chunks of what the kept micro-batch will hold, unless the user said otherwise: candidates then cost no
     more activation memory than training does."""
     if selector.score_tokens is not None:
@@ -97,54 +110,59 @@ def _measure(selector: OnlineMethod, model: torch.nn.Module, batch: Batch) -> Me
 def _across(
     selector: OnlineMethod, model: torch.nn.Module, batches: Sequence[Batch], padding: Padding, blanks: bool
 ) -> Sifted:
-    parts = [_measure(selector, model, batch) for batch in batches]
+    parts = [measure(selector, model, batch) for batch in batches]
     measured = Measured.join(parts)
-    joined = _join([_answers_first(_silent(part), batch) for part, batch in zip(parts, batches, strict=True)])
-    scores = _without(selector.combine(measured), joined.reasons)
+    mute = (~torch.cat([answered(batch) for batch in batches])).nonzero().flatten().tolist()
+    scores = without(selector.combine(measured), dict.fromkeys(mute, NO_ANSWER))
     count = window_count(selector, [part.rows for part in parts])
-    chosen = selector.choose(scores, measured, count if blanks else max(count, len(batches)))
-    if (
-        len(chosen) < len(batches) and not blanks
-    ):  # a budget of its own (tokens) kept less: give every micro-batch a row
-        more = [index for index in range(measured.rows) if index not in set(chosen.tolist())]
-        chosen = torch.cat([chosen, torch.tensor(more[: len(batches) - len(chosen)], dtype=chosen.dtype)]).sort().values
+    chosen = choose(selector, scores, measured, count, least=0 if blanks else len(batches))
     selector.commit(measured, scores, chosen)
     whole = len(chosen) == measured.rows
     trained = list(batches) if whole else deal(batches, chosen, padding)
-    return _sifted(trained, batches, scores, _flags(chosen, measured.rows))
+    return _sifted(trained, batches, scores, flags(chosen, measured.rows))
+
+
+def choose(selector: OnlineMethod, scores: RowScores, measured: Measured, count: int, *, least: int) -> torch.Tensor:
+    """The selector's choice of `count` candidates, and of `least` at any rate: one for each micro-batch that may not
+    be blank. A budget of its own (tokens) may keep fewer; the first that it left then join."""
+    chosen = selector.choose(scores, measured, max(count, least))
+    if len(chosen) >= least:
+        return chosen
+    more = [index for index in range(measured.rows) if index not in set(chosen.tolist())]
+    return torch.cat([chosen, torch.tensor(more[: least - len(chosen)], dtype=chosen.dtype)]).sort().values
 
 
 def window_count(selector: OnlineMethod, sizes: Sequence[int]) -> int:
-    """Rows kept of a whole accumulation window: a number is per micro-batch, a fraction is of all candidates."""
+    """Rows kept of several micro-batches that are chosen from together (an accumulation window, several ranks'): a
+    number is per micro-batch, a fraction is of all candidates."""
     if parse_keep(selector.keep).count is not None:
         return sum(selector.count(size) for size in sizes)
     return selector.count(sum(sizes))
 
 
-def _silent(measured: Measured) -> RowScores:
-    return RowScores(torch.zeros(measured.rows, dtype=torch.float64), {}, {})
-
-
-def _answers_first(scores: RowScores, batch: Batch) -> RowScores:
+def answers_first(scores: RowScores, batch: Batch) -> RowScores:
     """Rows with nothing to learn from lose their score: they are taken last, whatever the method thinks of them."""
-    return _without(scores, dict.fromkeys((~answered(batch)).nonzero().flatten().tolist(), NO_ANSWER))
+    return without(scores, dict.fromkeys((~answered(batch)).nonzero().flatten().tolist(), NO_ANSWER))
 
 
-def _without(scores: RowScores, reasons: Mapping[int, str]) -> RowScores:
+def without(scores: RowScores, reasons: Mapping[int, str]) -> RowScores:
+    """The scores with NaN, and their reason, for some rows."""
     if not reasons:
         return scores
-    empty = _flags(torch.tensor(list(reasons)), len(scores))
+    empty = flags(torch.tensor(list(reasons)), len(scores))
     parts = {name: value.masked_fill(empty, torch.nan) for name, value in scores.parts.items()}
     return RowScores(scores.total.masked_fill(empty, torch.nan), parts, {**scores.reasons, **reasons})
 
 
-def _flags(indices: torch.Tensor, count: int) -> torch.Tensor:
-    flags = torch.zeros(count, dtype=torch.bool)
-    flags[indices] = True
-    return flags
+def flags(indices: torch.Tensor, count: int) -> torch.Tensor:
+    """Bool `(count,)`, true at `indices`."""
+    result = torch.zeros(count, dtype=torch.bool)
+    result[indices] = True
+    return result
 
 
-def _join(scores: Sequence[RowScores]) -> RowScores:
+def join(scores: Sequence[RowScores]) -> RowScores:
+    """Several micro-batches' scores as one, in order."""
     reasons: dict[int, str] = {}
     start = 0
     for one in scores:

@@ -1,0 +1,43 @@
+"""An online method from a YAML section: `method` and that method's own fields, nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from .. import registry
+from ..errors import UserError
+from ..online.base import OnlineMethod
+
+
+def selector_of(options: Mapping[str, Any], *, seed: int | None = None, section: str = "siftune") -> OnlineMethod:
+    """The online method that a YAML section names: `method` (default uds) and that method's own options.
+
+    `seed` is for a method that has one and was not given its own; `section` is what messages call the mapping. Raises `UserError` for an unknown method or option,
+    with the nearest known one, and for a missing `keep`.
+
+    >>> selector_of({"method": "uds", "keep": "1/8"}).keep
+    '1/8'
+    """
+    wanted = dict(options)
+    method = registry.find("online", str(wanted.pop("method", "uds"))).load()
+    known = [field.name for field in dataclasses.fields(method) if field.init]
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{section}: {name} is no option of {method.name}; known: {', '.join(known)}{hint}")
+    if "keep" not in wanted and method.name != "regular":
+        raise UserError(f"{section}: {method.name} needs keep, the rows to train on, such as keep: 1/8")
+    for field in dataclasses.fields(method):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.init and required and field.name not in wanted:
+            raise UserError(f"{section}: {method.name} needs {field.name}; give it beside method and keep")
+    if isinstance(wanted.get("sketch"), list):
+        wanted["sketch"] = tuple(wanted["sketch"])
+    if seed is not None and "seed" in known:
+        wanted.setdefault("seed", seed)
+    made: OnlineMethod = method(**wanted)
+    return made
