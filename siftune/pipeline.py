@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from . import registry
 from .budget import parse_keep
 from .config import PARTS, KeepOptions, Reading, SelectOptions, unknown
 from .data.files import atomic_path, cache_folder, hash_file, hash_json
+from .engines import check_engine
 from .errors import UserError
 from .offline.base import OfflineMethod
 from .records import Pool, Scores, Subset
@@ -155,6 +157,7 @@ def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, p
     """Check all that can be checked without a model's weights, reading the pool on the way."""
     budget = Budget.read(options)
     check_out(options.out)
+    check_engine(options)
     method = build(name, options.seed, settings)
     started = perf_counter()
     pool = read_pool(options)
@@ -294,11 +297,12 @@ def run_folder(options: SelectOptions, method: str, hashed: str) -> Path:
 
 def _equip(run: RunFolder, job: Job) -> Any:
     """Hand the method the engine and the store; returns the engine."""
-    from .engines.local import LocalEngine
+    from .engines import make_engine
     from .models.store import Store
 
     cache = cache_folder(job.options.cache)
-    engine = LocalEngine(Store(cache / "shards"), progress=job.progress)
+    backbone = getattr(_features(job.method), "backbone", None)
+    engine = make_engine(job.options, Store(cache / "shards"), backbone=backbone, progress=job.progress)
     job.method.engine = engine
     job.method.store = Store(cache / "features")
     return engine
@@ -368,6 +372,9 @@ def _score_part(run: RunFolder, job: Job, key: str) -> Selection:
 
 
 def _write(run: RunFolder, job: Job, scores: Scores, key: str) -> Selection:
+    if np.isnan(scores.values).all():  # the reasons must reach the user, and no budget is to blame
+        write_rows(run.folder / ROWS, scores, np.empty(0, np.int64))
+        raise UserError(f"no row has a score ({_reasons(scores)}); {run.folder / ROWS} says why for each")
     subset = job.budget.cut(scores)
     with run.stage("write", hash_json([key, "write"])) as stage:
         if not stage.reused:
@@ -378,6 +385,12 @@ def _write(run: RunFolder, job: Job, scores: Scores, key: str) -> Selection:
     out = copy_out(subset, run.folder / SELECTED, job.options.out, order=job.budget.order)
     manifest = run.finish(rows=counted(job.pool, subset), peak_memory_mb=peak_memory_mb())
     return Selection(run.folder, manifest, out, subset, job.pool)
+
+
+def _reasons(scores: Scores) -> str:
+    """The three most frequent kinds of reason, counted."""
+    kinds = Counter(reason.split(":")[0] for reason in scores.reasons.values())
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(3))
 
 
 def copy_out(

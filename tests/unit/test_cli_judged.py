@@ -120,7 +120,8 @@ def test_a_local_model_that_cannot_rate_gives_no_score_and_no_crash(
     Path("short.txt").write_text("{question} {answer}")
     words = ["select", "alpagasus", "few.jsonl", "--judge", "./chat", "--prompt", "short.txt", "--retries", "0"]
     assert main([*words, "--max-new-tokens", "4", "--device", "cpu", "--run", "run"]) == 2
-    assert "keeps no row of this pool" in capsys.readouterr().err
+    assert "no row has a score (3 unreadable reply)" in capsys.readouterr().err
+    assert all(reason for reason in pq.read_table("run/rows.parquet")["reason"].to_pylist())
     manifest = json.loads(Path("run/manifest.json").read_text())
     assert manifest["info"]["judge"]["unreadable"] == 3
     assert manifest["inputs"]["judge"]
