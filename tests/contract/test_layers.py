@@ -22,7 +22,7 @@ ORDER = [
     "evaluation",
     "reports",
     "demo",
-    "__main__ commands",
+    "__main__ commands study",
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
 for module in ROOT.glob("*.py"):  # config, pipeline, cli, ...: whatever lies beside the folders stands below them all
