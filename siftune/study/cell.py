@@ -1,0 +1,253 @@
+"""What a study runs: a selection, the reference model, one cell. The only place where `select`, `tune` and the
+evaluation are called, so that a test can put three small functions in their stead.
+
+Each piece of work is a plain record that another process can be handed. A finished piece is a file written last
+(`cell.json`, the selection's own manifest), and is never done again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from ..data.files import read_json, write_json
+from ..errors import UserError
+from .cells import Cell
+from .data import Data, model_folder
+from .plan import plan_arm
+from .spec import Study
+
+CELL = "cell.json"
+BASE = "base.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a piece of work finds everything."""
+
+    study: Study
+    folder: Path
+    """The study's run folder."""
+    data: Data
+    stop: int | None
+    """Trained tokens at which a cell ends; None for `equal: rows`."""
+    cache: str | None = None
+
+
+@contextmanager
+def alone(folder: Path, name: str) -> Iterator[None]:
+    """One process at a time at this piece of work; others wait. The system frees the lock at any death."""
+    path = folder / ".locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+# --- the three pieces that tests replace --------------------------------------------------------------------------------
+
+
+def choose(work: Work, cell: Cell, run: Path) -> Mapping[str, Any]:
+    """Run the cell's offline method into the run folder `run`; the manifest. `run/selected.jsonl` holds the rows."""
+    from ..config import SelectOptions
+    from ..pipeline import select
+
+    study, entry = work.study, cell.arm.offline
+    assert entry.method is not None
+    settings = entry.filled(work.data.places(study, cell.seed), seed=cell.seed)
+    seed = int(settings.pop("seed", cell.seed))
+    options = SelectOptions(
+        pool=[str(work.data.pool)],
+        keep=cell.arm.budget,
+        run=str(run),
+        seed=seed,
+        columns=dict(study.columns) if study.columns else None,
+        format=study.format,  # type: ignore[arg-type]
+        cache=work.cache,
+        quiet=True,
+    )
+    return select(entry.method, options, settings).manifest
+
+
+def train(recipe: Mapping[str, Any], run: Path) -> tuple[Path, Mapping[str, Any]]:
+    """Tune by a recipe into the run folder `run`, resuming there; the model's folder and the manifest."""
+    from ..training.recipe import Recipe
+    from ..tune import TuneOptions, tune
+
+    tuned = tune(Recipe.read(recipe), TuneOptions(run=str(run), quiet=True))
+    return tuned.model, tuned.manifest
+
+
+def measure(work: Work, model: Path) -> dict[str, float]:
+    """Every measure of a tuned (or the untouched) model: `loss/DOMAIN`, `accuracy/DOMAIN`, a suite's `TASK/METRIC`."""
+    from .measure import measured
+
+    return measured(work.study, work.data, model, cache=work.cache)
+
+
+# --- work ---------------------------------------------------------------------------------------------------------------
+
+
+def selection_folder(work: Work, cell: Cell) -> Path | None:
+    """Where the cell's rows were chosen; None for all rows."""
+    return None if cell.selection is None else work.folder / "selections" / cell.selection
+
+
+def run_selection(work: Work, cell: Cell) -> None:
+    """Choose the rows that this cell (and others with the same selection) trains on."""
+    folder = selection_folder(work, cell)
+    assert folder is not None
+    with alone(work.folder, f"selection-{folder.name}"):
+        if not selected(folder):
+            choose(work, cell, folder)
+
+
+def selected(folder: Path) -> bool:
+    """Has this selection been made?"""
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and read_json(manifest).get("status") == "finished"
+
+
+def run_reference(work: Work) -> None:
+    """Tune the reference model on `{rest}` and tabulate its loss of every row of the pool, once for all cells."""
+    folder = work.folder / "reference"
+    table = Path(work.data.places(work.study, 0)["reference"])
+    with alone(work.folder, "reference"):
+        if table.is_file():
+            return
+        recipe = recipe_of(work, work.study.seeds[0], train=Path(work.data.places(work.study, 0)["rest"]))
+        model, manifest = train(recipe, folder / "train")
+        tabulate(recipe | {"train": str(work.data.pool)}, model, table)
+        write_json(folder / "reference.json", {"training": _training(manifest)})
+        _drop_model(folder / "train", work.study)
+
+
+def tabulate(recipe: Mapping[str, Any], model: Path, table: Path) -> None:
+    """The table of losses under `model` of every row that `recipe` would train on."""
+    from ..training.recipe import Recipe
+    from ..training.reference import reference_losses
+    from ..training.trainer import build_trainer
+    from .measure import load_model
+
+    trainer = build_trainer(Recipe.read(recipe), str(table.parent / "trainer"))
+    reference_losses(trainer, load_model(model), out=table)
+    shutil.rmtree(table.parent / "trainer", ignore_errors=True)
+
+
+def run_base(work: Work) -> None:
+    """Measure the model as it is."""
+    with alone(work.folder, "base"):
+        if not (work.folder / BASE).is_file():
+            write_json(work.folder / BASE, {"values": measure(work, model_folder(work.study))})
+
+
+def run_cell(work: Work, cell: Cell) -> None:
+    """Train and measure one cell. Raises `UserError` where it trained on more or less than its budget."""
+    folder = work.folder / "cells" / cell.name
+    with alone(work.folder, f"cell-{cell.name}"):
+        if finished(folder):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = selection_folder(work, cell)
+        chosen = work.data.pool if rows is None else rows / "selected.jsonl"
+        recipe = recipe_of(work, cell.seed, train=chosen, cell=cell)
+        started = perf_counter()
+        model, manifest = train(recipe, folder / "train")
+        trained = perf_counter()
+        values = measure(work, model)
+        write_json(
+            folder / CELL,
+            {
+                "cell": {"label": cell.arm.label, "offline": cell.arm.offline.name, "online": cell.arm.online.name,
+                         "budget": cell.arm.budget, "seed": cell.seed},
+                "values": values,
+                "tokens": dict(manifest["tokens"]),
+                "train_loss": manifest.get("train_loss"),
+                "selection": None if rows is None else _selection(read_json(rows / "manifest.json")),
+                "times": {"train": _seconds(manifest, trained - started), "measure": round(perf_counter() - trained, 3),
+                          "peak_memory_mb": manifest.get("peak_memory_mb")},
+            },
+        )  # fmt: skip
+        _drop_model(folder / "train", work.study)
+
+
+def finished(folder: Path) -> bool:
+    """Is this cell done?"""
+    return (folder / CELL).is_file()
+
+
+def recipe_of(work: Work, seed: int, *, train: Path, cell: Cell | None = None) -> dict[str, Any]:
+    """The study's recipe, filled in for one run."""
+    study = work.study
+    recipe: dict[str, Any] = {**study.recipe, "model": str(model_folder(study)), "train": str(train), "seed": seed}
+    for key in ("format", "columns"):
+        if getattr(study, key):
+            recipe[key] = getattr(study, key)
+    sft = dict(recipe.get("sft", {}))
+    if cell is not None:
+        online = cell.arm.online
+        if online.candidates is not None:
+            sft["per_device_train_batch_size"] = online.candidates
+        if online.method is not None:
+            settings = online.filled(work.data.places(study, seed), seed=seed)
+            recipe["online"] = {"method": online.method, **settings}
+    if cell is not None and work.stop is not None and not cell.arm.plain:
+        plan = plan_arm(study, cell.arm, rows=work.data.rows, mean_tokens=work.data.mean_tokens, stop=work.stop)
+        recipe["stop_at"] = {"trained_tokens": work.stop}
+        sft["max_steps"] = plan.steps
+    return {**recipe, "sft": sft}
+
+
+def _selection(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a selection's manifest says of rows and of a judge's cost; and its computing time."""
+    judge = manifest.get("info", {}).get("judge")
+    facts = {"rows": manifest["rows"]["kept"], "judge": judge}
+    return facts | {"seconds": round(sum(stage["computed_seconds"] for stage in manifest.get("stages", [])), 3)}
+
+
+def _training(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {"tokens": dict(manifest["tokens"]), "seconds": manifest.get("seconds")}
+
+
+def _seconds(manifest: Mapping[str, Any], spent: float) -> float:
+    return round(float(manifest.get("seconds") or spent), 3)
+
+
+def _drop_model(run: Path, study: Study) -> None:
+    """A cell's weights are of no more use once it is measured."""
+    if not study.keep_models:
+        for name in ("checkpoints", "model"):
+            shutil.rmtree(run / name, ignore_errors=True)
+
+
+def check_cell(work: Work, cell: Cell, found: Mapping[str, Any], baseline: Mapping[str, Any], *, kept: int) -> None:
+    """Equal budgets, on what was trained: `found` and `baseline` are two cells' `tokens`. Raises `UserError`."""
+    if cell.arm.plain:
+        return
+    if work.stop is not None:
+        if int(found["trained_tokens"]) < work.stop:
+            raise UserError(
+                f"{cell.name} trained {found['trained_tokens']:,} of {work.stop:,} tokens before its last step; its "
+                "method keeps very short rows, so raise keep, or compare at equal: rows"
+            )
+        return
+    ours, theirs = int(found["trained_rows"]), int(baseline["trained_rows"])
+    if abs(ours - theirs) > kept:
+        raise UserError(
+            f"{cell.name} trained {ours:,} rows and the baseline {theirs:,}, more than one step ({kept} rows) apart; "
+            "its method could not score enough rows, so lower the budget"
+        )
+
+
+def check_recipe(recipe: Mapping[str, Any], cache: str | None) -> None:
+    """Refuse a recipe that its own classes, its files or its model's folder refuse; no weight is read."""
+    from ..training.recipe import Recipe
+    from ..training.trainer import prepare
+
+    prepare(Recipe.read(recipe), cache=cache)

@@ -1,0 +1,210 @@
+"""The page of a study, `study.md`: what was compared, tables, figures, cost, machine and command; nothing typed by hand.
+
+Paths are shown by their last part, so that a page can be published as it is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.files import atomic_path
+from ..reports import figures
+from ..reports.figures import Point
+from ..run import versions
+from .cells import groups_of, slug
+from .entries import Entry
+from .frame import Compared, Frame, lower_is_better, main_value
+from .spec import Study
+from .statistics import LEVEL
+from .tables import cost_table, tables
+
+
+def write_page(frame: Frame, path: Path, drawn: Sequence[Path], *, command: str, notes: Sequence[str]) -> None:
+    """Write the page; figures are linked relative to it."""
+    study = frame.work.study
+    pictures = [f"![{one.stem}]({os.path.relpath(one, path.parent)})" for one in drawn if one.suffix == ".svg"]
+    parts = [
+        f"# Study: {study.name}",
+        f"Written by `{command}`. Nothing here is typed by hand.",
+        machine(study),
+        setting(frame),
+        *(f"Note: {note}" for note in notes),
+        tables(frame).strip(),
+        *(["## Figures", *pictures] if pictures else []),
+        "## Cost",
+        "Means over the seeds. A selection that seeds share is counted once for each; its seconds are those of its first "
+        "run, and rows in the cache cost nothing again. Tokens forward: of the scoring pass and of the training pass.",
+        cost_table(frame),
+        "## How to read the differences",
+        reading(frame),
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def setting(frame: Frame) -> str:
+    """What was held equal, and every method with its settings."""
+    study, facts = frame.work.study, frame.work.data.facts
+    domains = ", ".join(f"{name} {one['rows']:,}" for name, one in facts["domains"].items())
+    equal = "trained rows" if study.equal == "rows" else f"trained tokens ({frame.work.stop:,})"
+    lines = [
+        f"Model `{Path(study.model).name}`. Pool: {facts['rows']:,} rows ({domains}), {facts['tokens']:,} tokens at most "
+        f"{study.max_length} a row. Equal: {equal}; the cells without any selection train on all rows and are "
+        f"references outside of the budget. Seeds: {', '.join(map(str, study.seeds))}. {study.jobs} job(s) of "
+        f"{study.threads} thread(s).",
+        _measured(study),
+        "Recipe: " + "; ".join(f"{name} {_said(value)}" for name, value in study.recipe.items()) + ".",
+        "Methods: " + "; ".join(_entry(one) for one in (*study.offline, *study.online)) + ".",
+    ]
+    if unusable := facts.get("unusable"):
+        rows = ", ".join(f"{count:,} {reason}" for reason, count in unusable.items())
+        lines.append(f"Rows met while drawing that could not be trained on, and were not drawn: {rows}.")
+    return "\n\n".join(lines)
+
+
+def _measured(study: Study) -> str:
+    parts = []
+    if study.held_out:
+        parts.append(f"held-out loss and token accuracy on {study.held_out_rows or 'all'} rows a domain, answers only")
+    if study.suite:
+        parts.append(f"suite {Path(study.suite).name}")
+    return "Measured: " + "; ".join(parts) + "."
+
+
+def _entry(entry: Entry) -> str:
+    settings = [f"{name} {_said(value)}" for name, value in entry.settings.items()]
+    if entry.candidates is not None:
+        settings.append(f"candidates {entry.candidates}")
+    name = entry.name if entry.method in (None, entry.name) else f"{entry.name} = {entry.method}"
+    return f"`{name}`" + (f" ({', '.join(settings)})" if settings else "")
+
+
+def _said(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_said(inner)}" for name, inner in value.items()) + "}"
+    text = str(value)
+    return Path(text).name if "/" in text and not re.fullmatch(r"[\d./]+", text) else text
+
+
+def reading(frame: Frame) -> str:
+    """The statistics in two sentences, with the number of comparisons."""
+    count = sum(len({one.arm for one in frame.compared(group)}) for group in groups_of(frame.arms))
+    n = len(frame.work.study.seeds)
+    if n < 2:
+        return "One seed: differences have no spread and no interval; give several seeds."
+    return (
+        f"Every method and the baseline share their seeds, so differences are paired; intervals are {LEVEL:.0%}, by "
+        f"Student's t with n - 1 degrees of freedom, n at most {n}. They speak of other seeds on these rows and this "
+        f"model, not of other data. {count} methods are compared: about {count / 20:.1f} intervals of a column would "
+        "exclude 0 by chance alone."
+    )
+
+
+def machine(study: Study) -> str:
+    """Processor, accelerator, versions, date. Never a host name."""
+    import torch
+
+    parts = [_processor(), f"{_cores()} cores"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    parts += [
+        f"{name} {number}" for name, number in versions().items() if name in ("python", "torch", "transformers", "trl")
+    ]
+    return "; ".join([*parts, datetime.datetime.now(tz=datetime.UTC).date().isoformat()])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.lower().startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def draw(frame: Frame, folder: Path, *, prefix: str = "") -> list[Path]:
+    """Per group: differences of the mean, differences by domain, and the mean against the trained tokens."""
+    made: list[Path] = []
+    if not frame.done:
+        return made
+    value = main_value(frame.names)
+    for group in groups_of(frame.arms):
+        tail = f"-{slug(group)}" if group else ""
+        compared = frame.compared(group)
+        if compared:
+            made += _differences(compared, value, folder / f"{prefix}differences{tail}")
+            made += _domains(compared, value, folder / f"{prefix}domains{tail}")
+        made += _tokens(frame, group, value, folder / f"{prefix}tokens{tail}")
+    return made
+
+
+def _best_first(compared: Sequence[Compared], value: str) -> list[Compared]:
+    sign = 1 if lower_is_better(value) else -1
+    own = [one for one in compared if one.value == value]
+    return sorted(own, key=lambda one: sign * one.found.mean if math.isfinite(one.found.mean) else math.inf)
+
+
+def _axis(value: str) -> str:
+    what = {"loss": "held-out loss, nats per answer token", "tasks": "mean score of the tasks"}
+    return what.get(value.split("/")[0], value)
+
+
+def _differences(compared: Sequence[Compared], value: str, stem: Path) -> list[Path]:
+    own = _best_first(compared, value)
+    points = [Point(one.arm.label, one.found.mean, one.found.low, one.found.high) for one in own]
+    better = "left" if lower_is_better(value) else "right"
+    return figures.intervals(
+        stem,
+        points,
+        title=f"Difference to {own[0].baseline.label}, 95 % interval ({better} is better)",
+        axis=_axis(value),
+        zero=own[0].baseline.label,
+    )
+
+
+def _domains(compared: Sequence[Compared], value: str, stem: Path) -> list[Path]:
+    measure = value.split("/")[0]
+    names = [name for name in dict.fromkeys(one.value for one in compared)
+             if name != value and (name.split("/")[0] == measure if measure == "loss" else "/mean" not in name
+                                   and name.split("/")[0] not in ("loss", "accuracy"))]  # fmt: skip
+    if len(names) < 2:
+        return []
+    arms = [one.arm for one in _best_first(compared, value)]
+    by = {(one.arm, one.value): one.found for one in compared}
+    series = {}
+    for name in names:
+        found = [(arm, by.get((arm, name))) for arm in arms]
+        series[name.split("/")[1] if measure == "loss" else name] = [
+            Point(
+                arm.label,
+                math.nan if one is None else one.mean,
+                *((math.nan,) * 2 if one is None else (one.low, one.high)),
+            )
+            for arm, one in found
+        ]
+    baseline = compared[0].baseline.label
+    title = f"Difference to {baseline} by part, 95 % interval"
+    return figures.grouped(stem, series, title=title, axis=_axis(value), zero=baseline)
+
+
+def _tokens(frame: Frame, group: str, value: str, stem: Path) -> list[Path]:
+    points = []
+    for arm in frame.arms:
+        if arm.group in (group, None) and (mean := frame.mean(arm, value)).n:
+            x = Point(arm.label, frame.tokens(arm, "trained_tokens").mean)
+            points.append((x, Point(arm.label, mean.mean, mean.mean - mean.sd, mean.mean + mean.sd)))
+    title = "What was trained, and what came of it (mean ± sd over the seeds)"
+    return figures.scatter(stem, points, title=title, across="trained tokens", upward=_axis(value))

@@ -1,0 +1,163 @@
+"""Pieces of work with what they wait for, on one process or several; a failure stops nothing but what needed it.
+
+Workers are fresh processes (`spawn`) that keep their imports between pieces, have their own thread count, and die with
+the process that started them, so that a killed study leaves nobody at work. With one job everything runs here.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection
+from typing import Any
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of work: `run()` needs the tasks named in `needs` to have ended well."""
+
+    name: str
+    run: Callable[[], None]
+    """Picklable: a `functools.partial` of a module's function."""
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that did not end well."""
+
+    name: str
+    said: str
+    """One sentence."""
+    ours: bool
+    """A fault of siftune, not of the input."""
+    trace: str = ""
+
+
+def run_tasks(
+    tasks: Iterable[Task], *, jobs: int, threads: int, told: Callable[[str, float], None] = lambda name, done: None
+) -> list[Failure]:
+    """Run all tasks, `jobs` at once with `threads` each; the failures, in the tasks' order. Those that wait for a
+    failed one are left out silently. `told` hears the name of each finished task and the share that is done.
+
+    >>> run_tasks([Task("a", partial(print, "a")), Task("b", partial(print, "b"), needs=("a",))], jobs=1, threads=1)
+    a
+    b
+    []
+    """
+    order = list(tasks)
+    with _here(threads) if jobs == 1 else _workers(jobs, threads) as start:
+        found = _walk(order, start, told, jobs)
+    names = [task.name for task in order]
+    return sorted(found, key=lambda failure: names.index(failure.name))
+
+
+def _walk(
+    order: list[Task], start: Callable[[Task], Future[Any]], told: Callable[[str, float], None], jobs: int
+) -> list[Failure]:
+    waiting = list(order)
+    running: dict[Future[Any], Task] = {}
+    ended: set[str] = set()
+    failed: dict[str, Failure | None] = {}
+    while waiting or running:
+        for task in list(waiting):
+            if any(name in failed for name in task.needs):
+                waiting.remove(task)
+                failed[task.name] = None
+            elif len(running) < jobs and all(name in ended for name in task.needs):
+                waiting.remove(task)
+                running[start(task)] = task
+        if not running:
+            continue
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            task = running.pop(future)
+            failure = _result(future)
+            if failure is None:
+                ended.add(task.name)
+            else:
+                failed[task.name] = failure
+            told(task.name, (len(ended) + len(failed)) / len(order))
+    return [failure for failure in failed.values() if failure is not None]
+
+
+def _result(future: Future[Any]) -> Failure | None:
+    try:
+        result: Failure | None = future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory; lower jobs, and run the same command again: "
+            "finished cells stay"
+        ) from error
+    return result
+
+
+def _guarded(task: Task) -> Failure | None:
+    """Run one task; what went wrong as a record that every process can be handed."""
+    try:
+        task.run()
+    except UserError as error:
+        return Failure(task.name, " ".join(str(error).split()), ours=False)
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Failure(task.name, said, ours=True, trace=traceback.format_exc())
+    return None
+
+
+@contextmanager
+def _here(threads: int) -> Iterator[Callable[[Task], Future[Any]]]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+    def start(task: Task) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(_guarded(task))
+        return future
+
+    try:
+        yield start
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _workers(jobs: int, threads: int) -> Iterator[Callable[[Task], Future[Any]]]:
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ |= {names[0]: str(threads), names[1]: str(threads), names[2]: "false"}
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(threads,))
+    try:
+        yield lambda task: pool.submit(_guarded, task)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _begin(threads: int) -> None:
+    """In a new worker: threads, quiet, and an end with the parent's."""
+    import torch
+
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")  # a worker has no terminal of its own
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
