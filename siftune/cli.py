@@ -24,6 +24,8 @@ OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fi
   siftune plan POOL... --model MODEL    before anything runs: rows, bad rows, tokens, time, memory
   siftune select METHOD POOL...         score a pool and keep the best rows
   siftune keep RUN --keep 10% --out F   cut a run's stored scores at another budget, without the model
+  siftune train RECIPE.yaml             fine-tune (trl, peft), sifting every batch where the recipe says so
+  siftune score-reference RECIPE.yaml   every row's loss under a reference model, once: what rho-loss subtracts
   siftune evaluate MODEL --suite NAME   the papers' tasks, any of lm-evaluation-harness's, held-out loss
   siftune loop METHOD POOL...           choose, tune by a command of yours, choose again with the tuned model
   siftune compare STUDY.yaml            methods x seeds at equal budget: table, intervals, figures
@@ -35,7 +37,7 @@ Help on one: siftune COMMAND --help, and siftune select METHOD --help for a meth
 Exit codes: 0 done, 2 bad input or usage, 1 a fault of siftune."""
 
 
-COMMANDS = ("demo", "plan", "select", "keep", "train", "evaluate", "loop", "compare", "methods", "version")
+COMMANDS = ("demo", "plan", "select", "keep", "train", "score-reference", "evaluate", "loop", "compare", "methods", "version")
 """Every command; `commands/NAME.py` holds it, a dash being an underscore there."""
 
 

@@ -33,6 +33,9 @@ RECORDED_PACKAGES = (
     "numpy",
     "scikit-learn",
     "safetensors",
+    "accelerate",
+    "trl",
+    "peft",
 )
 
 
