@@ -22,6 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..data.files import (
+    atomic_path,
     cache_folder,
     hash_file,
     hash_json,
@@ -39,6 +40,7 @@ from ..records import Pool
 from .text import VERSION, Encoder
 
 ROWS_AT_ONCE = 512
+LINES_AT_ONCE = 65_536
 TOKENS, META, REASONS = "tokens.arrow", "meta.json", "reasons.json"
 _SCHEMA = pa.schema(
     [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("row", pa.int64()), ("cut", pa.bool_())]
@@ -185,3 +187,42 @@ def _batches(
             yield pa.record_batch([pa.array(columns[field.name], field.type) for field in _SCHEMA], schema=_SCHEMA)
         if meta["beyond"]:
             return
+
+
+def write_rows(path: Path, pool: Pool, rows: TrainingRows) -> None:
+    """`rows.parquet`: every row of the pool once: position in the training set, tokens, learnt tokens, cut; or the reason.
+
+    Streamed in pieces, so that memory does not grow with the texts.
+    """
+    import pyarrow.parquet as pq
+
+    position = np.full(len(pool), -1, dtype=np.int64)
+    position[rows.positions] = np.arange(rows.meta["rows"])
+    tokens, learnt, cut = rows.lengths()
+    reasons = {**rows.reasons, **pool.reasons}
+    writer = None
+    with atomic_path(path) as temporary:
+        for start in range(0, len(pool), LINES_AT_ONCE):
+            some = range(start, min(start + LINES_AT_ONCE, len(pool)))
+            at = position[some.start : some.stop]
+            absent, places = at < 0, pool.source.locations(some)
+            left = [
+                reasons.get(row, "beyond max_rows") if lost else None for row, lost in zip(some, absent, strict=True)
+            ]
+            table = pa.table(
+                {
+                    "row": pa.array(some, pa.int64()),
+                    "id": pa.array(pool.source.ids(some), pa.string()),
+                    "file": pa.array([file for file, _ in places], pa.string()),
+                    "line": pa.array([line for _, line in places], pa.int64()),
+                    "position": pa.array(at, pa.int64(), mask=absent),
+                    "tokens": pa.array(tokens[at], pa.int64(), mask=absent),
+                    "label_tokens": pa.array(learnt[at], pa.int64(), mask=absent),
+                    "cut": pa.array(cut[at], pa.bool_(), mask=absent),
+                    "reason": pa.array(left, pa.string()),
+                }
+            )
+            writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
+            writer.write_table(table)
+        assert writer is not None, "load_pool refuses an empty pool"
+        writer.close()

@@ -1,0 +1,104 @@
+"""RHO-Loss's table: the loss of every row of a recipe's training set under a reference model, made once.
+
+Rows are tokens as `siftune train` would train on them, so the table's `token_id`s are those of its candidates. The recipe's own
+model is not loaded: only its tokenizer is needed. Cost: one forward of the reference model per row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .data.files import FolderLock, cache_folder, hash_file, hash_json, read_json, temporary_beside, write_json
+from .errors import UserError
+from .training.recipe import Recipe
+
+ENDINGS = (".parquet", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A table, and how it came about."""
+
+    table: Path
+    rows: int
+    reused: bool
+    """It was there, of the same rows and the same model."""
+
+
+def score_reference(
+    recipe: Recipe,
+    reference: str,
+    *,
+    out: str | Path = "reference.parquet",
+    score_tokens: int = 8192,
+    cache: str | Path | None = None,
+    told: Callable[[str], None] = lambda line: None,
+) -> Scored:
+    """Write the table `out` (.parquet or .safetensors) of the recipe's rows under the model, or adapter, `reference`.
+
+    A finished table of the same rows and model is left as it is, an interrupted one goes on, another one is replaced.
+    `score_tokens` bounds the padded tokens of one forward pass. Raises `UserError` as `siftune train` does, before a
+    weight is loaded.
+
+    >>> score_reference(Recipe.read("recipe.yaml"), "./held-out-model", out="reference.parquet").rows
+    """
+    path = Path(out)
+    if path.suffix not in ENDINGS:
+        raise UserError(f"--out {out} must end in {' or '.join(ENDINGS)}")
+    if score_tokens < 1:
+        raise UserError(f"--score-tokens {score_tokens} reads nothing; give at least 1")
+    from .models.checkpoint import find_folder
+    from .training.merge import load_tuned
+    from .training.trainer import prepare
+
+    folder = find_folder(reference, None)
+    prepared = prepare(dataclasses.replace(recipe, online=None, eval={}, stop_at=None), cache=cache)
+    key = hash_json([prepared.rows.meta["key"], model_key(folder), score_tokens])
+    with FolderLock(cache_folder(cache) / "locks" / hash_json(str(path.absolute()))):
+        if _finished(path, key):
+            return Scored(path, prepared.rows.meta["rows"], True)
+        told(f"loss of {prepared.rows.meta['rows']:,} rows under {reference}")
+        _make(path, key, prepared, load_tuned(folder), score_tokens)
+    return Scored(path, prepared.rows.meta["rows"], False)
+
+
+def model_key(folder: Path) -> str:
+    """Content hash of a model's or an adapter's files, and of an adapter's base."""
+    from .models.backbone import Backbone
+    from .models.chat import content_key
+    from .training.merge import ADAPTER, is_adapter
+
+    if not is_adapter(folder):
+        return content_key(Backbone(str(folder), layer=1))
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    own = {path.name: hash_file(path) for path in sorted(folder.glob("adapter_*"))}
+    return hash_json([own, content_key(Backbone(str(base), layer=1))])
+
+
+def _finished(path: Path, key: str) -> bool:
+    note = _note(path)
+    return path.is_file() and note.is_file() and read_json(note) == {"key": key, "table": hash_file(path)}
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(path.name + ".made-by.json")
+
+
+def _make(path: Path, key: str, prepared: Any, network: Any, score_tokens: int) -> None:
+    import torch
+
+    from .training.reference import reference_losses
+
+    scratch = temporary_beside(path.absolute())
+    network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        trainer = prepared.trainer(scratch, network=network)
+        reference_losses(trainer, network.eval(), out=path, score_tokens=score_tokens)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    write_json(_note(path), {"key": key, "table": hash_file(path)})
