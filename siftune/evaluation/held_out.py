@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 from ..data.formats import BadRow
 from ..data.load import load_pool
 from ..errors import UserError
+from ..models.checkpoint import quiet
 from ..models.features import batches
 from ..models.hidden import exact_math, predicting_tokens, take_apart
 from ..online.losses import shared_walks
 from ..online.view import View
 from ..records import Pool
-from ..training.text import IGNORED, answer_tokens, check_text
+from ..training.text import IGNORED, Encoder, check_text
 
 Files = Mapping[str, str | Path | Sequence[str | Path]]
 ROWS_AT_ONCE = 256
@@ -139,14 +140,15 @@ def _encode(
     for reason in pool.reasons.values():
         _count(skipped, reason)
     rows: list[tuple[list[int], list[int]]] = []
-    eligible = pool.eligible
-    wanted = eligible if max_rows is None else eligible[:max_rows]
-    for start in range(0, len(wanted), ROWS_AT_ONCE):
-        for row in pool.read(wanted[start : start + ROWS_AT_ONCE].tolist()):
-            try:
-                rows.append(answer_tokens(row, tokenizer, text=text, max_length=max_length))
-            except BadRow as bad:
-                _count(skipped, str(bad))
+    encoder, wanted = Encoder(tokenizer, text, max_length), pool.eligible[:max_rows]
+    with quiet():  # transformers warns of rows longer than the model reads before they are cut
+        for start in range(0, len(wanted), ROWS_AT_ONCE):
+            for row in pool.read(wanted[start : start + ROWS_AT_ONCE].tolist()):
+                try:
+                    found = encoder(row)
+                    rows.append((found.input_ids, found.labels))
+                except BadRow as bad:
+                    _count(skipped, str(bad))
     if not rows:
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         raise UserError(f"held-out {name}: none of the rows of {source} can be measured ({why}); mend the file")

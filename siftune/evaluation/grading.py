@@ -1,0 +1,165 @@
+"""Is what the model wrote right? One small function per kind of answer: text in, 1.0 or 0.0 out.
+
+Numbers and short answers are compared after tidying, MATH's as LaTeX text: two ways of writing one value that tidying
+does not unite count as different, so the share of right answers is a lower bound. Code counts when it passes its tests.
+
+    tidy("The Danube!") == "danube",    tidy_math(r"\\dfrac34") == tidy_math(r"\\frac{3}{4}")
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from .programs import passes
+
+Grade = Callable[[Mapping[str, Any], str], float]
+"""(row of the task's file, what the model wrote up to the first stop) -> 1.0 or 0.0."""
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def last_number(row: Mapping[str, Any], written: str) -> float:
+    """The last number written equals the one after `####` in the row's `answer` (GSM8K)."""
+    said = number(written)
+    return float(said is not None and said == number(str(row["answer"]).rpartition("####")[2]))
+
+
+def number(text: str) -> Decimal | None:
+    """The last number in a text, thousands separators dropped.
+
+    >>> number("so 1,250.0 in all.")
+    Decimal('1250.0')
+    """
+    found = NUMBER.findall(text)
+    try:
+        return Decimal(found[-1].replace(",", "")) if found else None
+    except InvalidOperation:  # digits that are none of 0 to 9
+        return None
+
+
+# --- short answers ----------------------------------------------------------------------------------------------------
+
+
+def short_answer(row: Mapping[str, Any], written: str) -> float:
+    """Equal to any of the row's `answers` but for case, punctuation, articles and spaces (NQ, TriviaQA)."""
+    said = tidy(written)
+    return float(bool(said) and any(said == tidy(answer) for answer in row["answers"]))
+
+
+def tidy(text: str) -> str:
+    """Lower case, without punctuation, articles and runs of spaces.
+
+    >>> tidy(" The  Danube!")
+    'danube'
+    """
+    bare = "".join(" " if letter in "-/" else letter for letter in text.lower())
+    bare = "".join(letter for letter in bare if letter not in string.punctuation + "‘’“”´`")
+    return " ".join(word for word in bare.split() if word not in ("a", "an", "the"))
+
+
+# --- MATH -------------------------------------------------------------------------------------------------------------
+
+
+def boxed(row: Mapping[str, Any], written: str) -> float:
+    r"""The last `\boxed{}` written, tidied, equals that of the row's `solution` (MATH)."""
+    said, known = last_boxed(written), last_boxed(str(row["solution"]))
+    if said is None or known is None:
+        return 0.0
+    said, known = tidy_math(said), tidy_math(known)
+    if said == known:
+        return 1.0
+    values = [_value(text) for text in (said, known)]
+    return float(None not in values and values[0] == values[1])
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{...}` or `\fbox{...}` with balanced braces; None without one.
+
+    >>> last_boxed(r"so \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    """
+    for found in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|[^\s{])", text))):
+        if found[1] != "{":
+            return found[1]
+        depth = 0
+        for place in range(found.end() - 1, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                return text[found.end() : place]
+    return None
+
+
+_DROPPED = re.compile(
+    r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|!|,|;|:|quad|qquad|ldots)(?![a-zA-Z])|\\ |~|\$|\^\{?\\circ\}?"
+)
+_WORDED = re.compile(r"\\(?:text|mbox|textbf|mathrm|textrm|mathbf)\s*\{([^{}]*)\}")
+_SHORT_FRACTION = re.compile(r"\\frac(?:(\d)(\d)|(\d)\{([^{}]*)\}|\{([^{}]*)\}(\d))")
+_UNIT = re.compile(
+    r"(?<=[\d}])(?:degrees?|dollars?|cents?|units?|inches|feet|meters?|cm|mph|hours?|minutes?|days?|squareunits?)$"
+)
+
+
+def tidy_math(text: str) -> str:
+    r"""LaTeX without spaces, sizes, dollar and percent signs, degrees and units, with every fraction spelt one way.
+
+    >>> tidy_math(r"\dfrac34 \text{ cm}")
+    '\\frac{3}{4}'
+    """
+    text = text.replace("\\%", "").replace("%", "").replace("\\$", "")
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cdot", "\\times")
+    text = _WORDED.sub(r"\1", _DROPPED.sub("", text))
+    text = re.sub(r"\s+", "", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = _SHORT_FRACTION.sub(_spelt, text)
+    text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"^-\\frac\{", r"\\frac{-", text)
+    text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text).rstrip(".")
+    text = re.sub(r"^[a-zA-Z]=(?=.)", "", text)
+    return _UNIT.sub("", text)
+
+
+def _spelt(found: re.Match[str]) -> str:
+    above, below = (part for part in found.groups() if part is not None)
+    return f"\\frac{{{above}}}{{{below}}}"
+
+
+def _value(text: str) -> Decimal | None:
+    """The value of a plain number or a fraction of two, to 12 digits."""
+    found = re.fullmatch(r"\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}|(-?[\d.]+)", text)
+    try:
+        if found is None:
+            return None
+        if found[3] is not None:
+            return Decimal(found[3])
+        return round(Decimal(found[1]) / Decimal(found[2]), 12)
+    except (InvalidOperation, ZeroDivisionError):
+        return None
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def completes_function(row: Mapping[str, Any], written: str) -> float:
+    """The row's `prompt` with what was written passes the row's `test` (HumanEval, pass@1). Runs the code."""
+    return float(passes(f"{row['prompt']}{written}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"))
+
+
+def passes_tests(row: Mapping[str, Any], written: str) -> float:
+    """What was written passes every test of the row's `test_list` (MBPP, pass@1). Runs the code."""
+    before = str(row.get("test_setup_code") or "").replace("\r\n", "\n")
+    return float(passes("\n".join([before, written, *row["test_list"]]) + "\n"))
+
+
+GRADES: dict[str, tuple[Grade, str, tuple[str, ...]]] = {
+    "last_number": (last_number, "exact_match", ("answer",)),
+    "short_answer": (short_answer, "exact_match", ("answers",)),
+    "boxed": (boxed, "exact_match", ("solution",)),
+    "completes_function": (completes_function, "pass@1", ("prompt", "test", "entry_point")),
+    "passes_tests": (passes_tests, "pass@1", ("test_list",)),
+}
+"""Ways of grading by name: the function, its metric's name, and the fields of a row that it reads."""

@@ -1,0 +1,136 @@
+"""A suite: which tasks, with how many worked examples and questions, and which held-out files. Read from YAML.
+
+    about: what it is for
+    tasks: {gsm8k: {shots: 5, limit: 500}, mine: {task: mine.yaml}, arc_challenge: {shots: 25, metric: acc_norm}}
+    held_out: {mathematics: held.jsonl}
+
+A task is one of siftune's (`tasks/`), one of a YAML file of the user's, or any of lm-evaluation-harness by its name there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import UserError
+from .names import check_keys, nearest, read_mapping
+from .tasks import TaskSpec, own_tasks, read_task
+
+SUITES = Path(__file__).parent / "suites"
+HELD_OUT = "held-out"
+"""The suite without tasks: held-out files alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteTask:
+    """One task of a suite."""
+
+    name: str
+    """As it stands in the results."""
+    shots: int | None = None
+    """Worked examples in front of every question; None is the task's own habit (0 for siftune's)."""
+    limit: int | None = None
+    """Questions at most; more are cut by a seeded draw."""
+    metric: str | None = None
+    """The number that stands for the task; None is the task's own."""
+    average: bool = True
+    """Counts in the suite's average."""
+    spec: TaskSpec | None = None
+    """What siftune knows of it; None for a task of the harness alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Tasks and held-out files that are run together.
+
+    >>> [task.name for task in Suite.read("uds").tasks]
+    ['mmlu', 'scienceqa', 'gsm8k', 'humaneval']
+    """
+
+    name: str
+    about: str = ""
+    tasks: tuple[SuiteTask, ...] = ()
+    held_out: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    """Domain -> file or files of rows."""
+
+    @classmethod
+    def read(cls, said: str | Path) -> Self:
+        """`daar`, `uds`, `held-out`, or the path of a YAML file. Raises `UserError` for anything else."""
+        if str(said) == HELD_OUT:
+            return cls(name=HELD_OUT, about="loss and token accuracy of held-out rows, per domain")
+        shipped = {path.stem: path for path in SUITES.glob("*.yaml")}
+        path = shipped.get(str(said), Path(said))
+        if str(said) not in shipped and path.suffix not in (".yaml", ".yml"):
+            known = [*sorted(shipped), HELD_OUT]
+            raise UserError(f"suite {said} is not known; {nearest(str(said), known)}, or the path of a .yaml file")
+        made = read_mapping(path, what="suite")
+        where = f"suite {path.stem}"
+        check_keys(made, ("name", "about", "tasks", "held_out"), where=where)
+        tasks = _tasks(made.get("tasks") or {}, path, where)
+        held = made.get("held_out") or {}
+        if not isinstance(held, dict):
+            raise UserError(f"{where}: held_out is a {type(held).__name__}; write one `domain: file` a line")
+        if not tasks and not held:
+            raise UserError(f"{where} has neither tasks nor held_out files; name some")
+        files = {str(name): _beside(path, source) for name, source in held.items()}
+        return cls(name=path.stem, about=str(made.get("about", "")), tasks=tasks, held_out=files)
+
+    def without(self, names: Sequence[str]) -> Self:
+        """The suite without some tasks. Raises `UserError` for a name it does not have."""
+        known = [task.name for task in self.tasks]
+        for name in names:
+            if name not in known:
+                raise UserError(f"suite {self.name} has no task {name} to skip; {nearest(name, known)}")
+        return replace(self, tasks=tuple(task for task in self.tasks if task.name not in names))
+
+    def limited(self, limit: int | None) -> Self:
+        """At most `limit` questions of every task."""
+        if limit is None:
+            return self
+        if limit < 1:
+            raise UserError(f"limit={limit} asks nothing; give at least 1")
+        return replace(self, tasks=tuple(replace(task, limit=min(limit, task.limit or limit)) for task in self.tasks))
+
+    def check_code(self, allowed: bool) -> None:
+        """Raise `UserError` where a task would run code that the model wrote and nobody allowed it."""
+        running = [task.name for task in self.tasks if task.spec is not None and task.spec.runs_code]
+        if running and not allowed:
+            raise UserError(
+                f"{' and '.join(running)} of suite {self.name} run code that the model writes, in no sandbox; give "
+                f"--allow-code (best inside a container), or --skip {','.join(running)}"
+            )
+
+
+def _beside(path: Path, source: Any) -> str | list[str]:
+    """A file name of a suite, from the suite's own folder."""
+    if isinstance(source, (list, tuple)):
+        return [str(_beside(path, part)) for part in source]
+    beside = path.parent / str(source)
+    return str(beside) if beside.exists() else str(source)
+
+
+def _tasks(said: Any, path: Path, where: str) -> tuple[SuiteTask, ...]:
+    if isinstance(said, list):
+        said = {str(name): None for name in said}
+    if not isinstance(said, dict):
+        raise UserError(f"{where}: tasks is a {type(said).__name__}; write one `task: {{shots: n}}` a line")
+    return tuple(_task(str(name), options, path, f"{where}, task {name}") for name, options in said.items())
+
+
+def _task(name: str, options: Any, path: Path, where: str) -> SuiteTask:
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise UserError(f"{where}: {options!r} is no mapping; write {{shots: 5, limit: 100}}")
+    check_keys(options, ("shots", "limit", "metric", "average", "task"), where=where)
+    for key, least in (("shots", 0), ("limit", 1)):
+        value = options.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise UserError(f"{where}: {key}: {value} is no number of {key}; give a whole number of at least {least}")
+    if not isinstance(options.get("average", True), bool):
+        raise UserError(f"{where}: average: {options['average']} is not known; give true or false")
+    given = {key: value for key, value in options.items() if key != "task"}
+    own = own_tasks()
+    spec = read_task(path.parent / str(options["task"])) if "task" in options else own.get(name)
+    return SuiteTask(name=name, spec=spec, **given)
