@@ -83,8 +83,16 @@ class Cutting:
 class Running:
     """Where and how it runs."""
 
-    engine: Literal["local"] = "local"
-    """Where the pool's shards are scored; never changes a result."""
+    engine: Literal["local", "ray"] = "local"
+    """Where the pool's shards are scored, this machine or a Ray cluster; never changes a result."""
+    workers: int | None = None
+    """Processes or Ray actors that score, each with a model of its own; default: one per GPU, or all that Ray has room for."""
+    ray_address: str | None = None
+    """Ray cluster: auto, HOST:PORT or ray://HOST:PORT; left out, one is started on this machine."""
+    worker_cpus: float = 1.0
+    """CPUs that a Ray worker reserves."""
+    worker_gpus: float | None = None
+    """GPUs that a Ray worker reserves (0.5: two on one); default 1 where the cluster has GPUs, else 0."""
     shards: str | None = None
     """Score only part i of n (2/8) into the cache; the same command without --shards then merges."""
     dry_run: bool = False

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import SelectOptions
+from .config import Running, SelectOptions
 from .data.files import FolderLock, atomic_path, hash_file, hash_json, read_json, write_json
 from .errors import UserError
 from .pipeline import RUNS, Selection, check_out, plain, select
@@ -226,6 +226,7 @@ def _join(selections: list[Selection], out: Path) -> None:
 def _identity(method: str, options: LoopOptions, settings: Mapping[str, Any]) -> str:
     """Of all that was said, for the folder's name; what a round reads is checked by its own run folder."""
     said = {item.name: plain(getattr(options, item.name)) for item in fields(options)}
-    for name in ("run", "out", "quiet", "json", "config", "cache", "dry_run"):
+    where = [item.name for item in fields(Running)]  # never decides a result
+    for name in ("run", "out", "quiet", "json", "config", "cache", *where):
         said.pop(name, None)
     return hash_json(json.loads(json.dumps([method, said, plain(dict(settings))], default=str)))[:12]

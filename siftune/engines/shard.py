@@ -1,4 +1,5 @@
-"""One shard, wherever it runs: its cache key, its thread count, its result in and out of the store, its part of n.
+"""One shard, wherever it runs: its cache key, its threads, an attempt at it, its result in and out of the store, its part
+of n.
 
 A key is made of the task and of the shard's rows as they are read, never of the pool's path or of other shards, so a
 pool that grew at its end reuses its finished shards. Cost of a key: reading the shard's rows once.
@@ -10,15 +11,18 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from ..errors import UserError
 from ..models.store import Store
 from ..records import Pool, Shard, ShardResult, ShardTask
+from .course import Done, LeftOut
 
 ROWS_AT_ONCE = 256
 
@@ -37,21 +41,65 @@ class Progress(Protocol):
 
 
 def run_shard(task: ShardTask, pool: Pool, shard: Shard, *, threads: int | None = None) -> ShardResult:
-    """`task` on one shard with `threads` torch threads (None: as they are); the setting comes back afterwards."""
-    with torch_threads(threads):
+    """`task` on one shard with `threads` threads (None: torch's own number); the setting comes back afterwards."""
+    with math_threads(torch.get_num_threads() if threads is None else threads):
         return task(pool, shard)
 
 
 @contextmanager
-def torch_threads(threads: int | None) -> Iterator[None]:
-    """The number of torch threads inside; floating sums may differ between settings, never within one."""
+def math_threads(threads: int) -> Iterator[None]:
+    """The number of threads of torch and of numpy's BLAS inside; floating sums may differ between settings, never
+    within one."""
     before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     try:
-        yield
+        with threadpool_limits(limits=threads, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
+
+
+@dataclass(eq=False)
+class Work:
+    """A task over a pool, wherever it is done. Pickles without its key: that is of the machine that computes."""
+
+    task: ShardTask
+    pool: Pool
+    store: Store | None
+    """Where finished shards are kept; None keeps nothing."""
+    threads: int
+    """Threads inside a shard."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "task_key"}
+
+    @cached_property
+    def task_key(self) -> str:
+        """The task's key, where shards are kept."""
+        return self.task.key
+
+    def attempt(self, shard: Shard, left_out: LeftOut) -> Done:
+        """A shard from the store, else computed and kept; with rows left out it is computed, and not kept."""
+        if left_out:
+            smaller = replace(self.pool, reasons={**self.pool.reasons, **left_out})
+            return Done(run_shard(self.task, smaller, shard, threads=self.threads))
+        if (found := self.found(shard)) is not None:
+            return found
+        return self.kept(shard, Done(run_shard(self.task, self.pool, shard, threads=self.threads)))
+
+    def found(self, shard: Shard) -> Done | None:
+        """A finished shard, from the store."""
+        result = None if self.store is None else load_result(self.store, self._key(shard), shard)
+        return None if result is None else Done(result, reused=True)
+
+    def kept(self, shard: Shard, done: Done) -> Done:
+        """The same, in the store now."""
+        if self.store is not None:
+            store_result(self.store, self._key(shard), shard, done.result)
+        return done
+
+    def _key(self, shard: Shard) -> str:
+        return shard_key(self.task_key, self.pool, shard, threads=self.threads)
 
 
 def shard_key(task_key: str, pool: Pool, shard: Shard, *, threads: int | None = None) -> str:

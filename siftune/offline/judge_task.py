@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +120,8 @@ class JudgeTask:
     """What this process asked and found."""
     told: Callable[[int], Any] | None = None
     """Told of every row that has its first reply; a shard that is done takes its rows back, for engines tell those."""
+    one_process: ClassVar[bool] = True
+    """Engines keep it in their own process: the journal has one writer, and requests run side by side already."""
     _made: dict[str, Generator] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
