@@ -1,0 +1,53 @@
+"""The page of `siftune demo`: its selection, then its short fine-tuning with every batch sifted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..data.files import read_json
+from . import words
+from .blocks import Block, Page, Section, Table
+from .rows_file import SELECTED
+from .selection import Wanted, selection_page
+from .training import training_sections
+from .training_run import is_training, read_training
+
+
+def demo_page(folder: Path, wanted: Wanted) -> Page:
+    """The page of a demo's run folder. Raises `UserError` when its selection is not finished."""
+    page = selection_page(folder / "select", wanted)
+    sections = list(page.sections)
+    if (folder / "demo.json").is_file():
+        sections += _outcome(read_json(folder / "demo.json"))
+    sifted = folder / "tune" / "uds"
+    if is_training(sifted):
+        run = read_training(sifted, rows=str(folder / "select" / SELECTED), cache=wanted.cache)
+        sections += training_sections(run, seed=wanted.seed, prefix="tune-")
+    subtitle = (
+        f"The demo: {page.subtitle[0].lower()}{page.subtitle[1:]} Then a short fine-tuning, every batch sifted by UDS."
+    )
+    return replace(page, title="siftune demo", subtitle=subtitle, sections=sections)
+
+
+def _outcome(facts: object) -> list[Section]:
+    """What the two fine-tunings came to, as the demo measured it."""
+    online = facts.get("online") if isinstance(facts, dict) else None
+    if not isinstance(online, dict) or "runs" not in online:
+        return []
+    before = ("before", "–", "–", words.decimal(online["loss_before"]), "–")
+    rows = [
+        (
+            {"plain": "every row", "uds": "sifted by UDS"}.get(name, name),
+            words.count(run["candidates"]),
+            words.count(online["trained_rows"]),
+            words.decimal(run["loss"]),
+            words.duration(run["seconds"]),
+        )
+        for name, run in online["runs"].items()
+    ]
+    caption = f"Loss per answer token on {words.count(online['held_out_rows'])} held-out rows, in nats"
+    columns = ("run", "rows seen", "rows trained", "held-out loss", "time")
+    blocks: list[Block] = [Table(caption=caption, columns=columns, rows=[before, *rows], numbers=(1, 2, 3, 4))]
+    lede = "So few steps of so small a model show that it runs; they do not rank methods."
+    return [Section(name="tuning", title="Fine-tuning", lede=lede, blocks=blocks)]

@@ -1,0 +1,135 @@
+"""Which rows a selector never kept, and which it kept again and again, with their texts where they are at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import words
+from .blocks import Block, Chart, Explorer, Fact, Facts, Note, Section
+from .reading import texted
+from .training_run import Ledger, TrainingRun
+
+EACH = 100
+MOST_TIMES = 20
+
+
+def rows_section(run: TrainingRun, ledger: Ledger, prefix: str, *, seed: int) -> Section:
+    """Rows by how often they were kept of the times they were candidates."""
+    of, names = ledger.keys
+    seen = np.bincount(of, minlength=len(names))
+    kept = np.bincount(of[ledger.kept], minlength=len(names))
+    never = kept == 0
+    facts = Facts(
+        items=[
+            Fact(label="Different rows seen", value=words.count(len(names))),
+            Fact(
+                label="Trained on at least once",
+                value=words.count((~never).sum()),
+                note=words.share((~never).sum(), len(names)),
+            ),
+            Fact(label="Never trained on", value=words.count(never.sum()), note=words.share(never.sum(), len(names))),
+            Fact(label="Times a row was a candidate", value=words.decimal(seen.mean(), 3), note="on the mean"),
+        ]
+    )
+    blocks: list[Block] = [facts, _times(kept, f"{prefix}times")]
+    if run.behind is None:
+        blocks.append(
+            Note(
+                text="The texts of the rows are not at hand; name the file of the training rows with --rows to see them."
+            )
+        )
+    blocks.append(_explorer(run, ledger, of, names, seen, kept, prefix, seed))
+    lede = "A row that is never trained on may be noise, or may be what the score is blind to. Read some."
+    return Section(name=f"{prefix}rows", title="Rows never kept", lede=lede, blocks=blocks)
+
+
+def _times(kept: NDArray[np.int64], name: str) -> Chart:
+    counts = np.bincount(np.minimum(kept, MOST_TIMES))
+    times = list(range(len(counts)))
+    said = [str(time) if time < MOST_TIMES else f"{MOST_TIMES} or more" for time in times]
+    series = [{"as": "bars", "name": "rows", "role": "kept", "x": times, "y": counts.tolist()}]
+    data: dict[str, Any] = {"x": "times trained on", "y": "rows", "zero": True, "series": series}
+    label = "Rows by how often they were trained on: " + ", ".join(
+        f"{count:,} rows {time} times" for time, count in zip(said, counts.tolist(), strict=True)
+    )
+    if len(times) <= MOST_TIMES + 1:
+        data |= {"ticks": times, "ticktext": said}
+    return Chart(name=name, title="How often rows were trained on", label=label, data=data)
+
+
+def _explorer(
+    run: TrainingRun,
+    ledger: Ledger,
+    of: NDArray[np.int64],
+    names: list[str],
+    seen: NDArray[np.int64],
+    kept: NDArray[np.int64],
+    prefix: str,
+    seed: int,
+) -> Explorer:
+    known = ~np.isnan(ledger.total)
+    sums, times = (np.bincount(of[known], weights, minlength=len(names)) for weights in (ledger.total[known], None))
+    mean = np.where(times > 0, sums / np.maximum(times, 1), np.nan)
+    row = np.full(len(names), -1, dtype=np.int64)
+    row[of] = ledger.row
+    never = np.flatnonzero(kept == 0)
+    draw = np.random.Generator(np.random.PCG64(seed)).permutation(len(names))[:EACH]
+    ranked = np.flatnonzero(times > 0)[np.argsort(-mean[times > 0], kind="stable")]
+    views = [
+        (
+            "never",
+            "Never kept",
+            "Rows that were candidates and never trained on, most often seen first.",
+            never[np.argsort(-seen[never], kind="stable")],
+        ),
+        ("often", "Most often kept", "Rows that were trained on most often.", np.argsort(-kept, kind="stable")),
+        ("high", "Highest mean score", "Rows with the highest mean score over their candidacies.", ranked),
+        ("low", "Lowest mean score", "Rows with the lowest mean score over their candidacies.", ranked[::-1]),
+        ("draw", "Drawn at random", "Rows drawn at random.", draw),
+    ]
+    picked = [(key, name, about, keys[:EACH].tolist()) for key, name, about, keys in views if len(keys)]
+    wanted = sorted({key for *_, keys in picked for key in keys})
+    texts = _texts(run, row[wanted])
+    made = {}
+    for key, text in zip(wanted, texts, strict=True):
+        made[key] = {
+            "row": key,
+            "name": names[key],
+            "kept": bool(kept[key]),
+            **_labels(run, int(row[key])),
+            **texted(text),
+        }
+        made[key]["facts"] = [f"seen {seen[key]:,} times", f"kept {kept[key]:,} times"]
+        if np.isfinite(mean[key]):
+            made[key]["facts"].append(f"mean score {words.decimal(float(mean[key]))}")
+    data = {
+        "views": [
+            {"key": key, "name": name, "about": about, "rows": [made[one] for one in keys]}
+            for key, name, about, keys in picked
+        ],
+        "domains": list(run.behind.labels[0].values) if run.behind is not None and run.behind.labels else [],
+        "by": run.behind.labels[0].name if run.behind is not None and run.behind.labels else "",
+        "choice": ["Kept", "kept at least once", "never kept"],
+    }
+    return Explorer(name=f"{prefix}rows-to-read", data=data)
+
+
+def _texts(run: TrainingRun, rows: NDArray[np.int64]) -> list[tuple[str, str] | None]:
+    """Texts of rows of the training set; None where they are not at hand."""
+    if run.behind is None:
+        return [None] * len(rows)
+    good = [int(run.behind.rows[row]) for row in rows if row >= 0]
+    found = dict(zip(good, run.behind.texts.read(good), strict=True))
+    return [found[int(run.behind.rows[row])] if row >= 0 else None for row in rows]
+
+
+def _labels(run: TrainingRun, row: int) -> dict[str, Any]:
+    if run.behind is None or row < 0 or not run.behind.labels:
+        return {}
+    first, *others = run.behind.labels
+    made: dict[str, Any] = {"domain": first.values[first.of[row]]} if first.of[row] >= 0 else {}
+    said = [f"{one.name}: {one.values[one.of[row]]}" for one in others if one.of[row] >= 0]
+    return made | ({"labels": said} if said else {})

@@ -1,0 +1,96 @@
+"""`siftune report RUN`: the one page of a run folder, whatever kind of run it holds. Reads files; loads no model.
+
+Cost: seconds, and about one second per thousand rows for the map the first time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..data.files import read_json
+from ..errors import UserError
+from . import page
+from .blocks import Page
+from .rows_file import MANIFEST, ROWS
+from .training_run import is_training
+
+REPORT = "report.html"
+DEMO = "select"
+"""The selection inside a demo's run folder."""
+MAP_ROWS = 10_000
+"""Rows of the map unless said otherwise."""
+MOST_MAP_ROWS = 20_000
+"""More would not fit the page."""
+
+
+def write(
+    run_folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    map_rows: int = MAP_ROWS,
+    rows: str | None = None,
+    cache: str | Path | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write the page of a run to `out`, else to `report.html` in the run folder; returns its path.
+
+    `map_rows` bounds the map (0 leaves it out), `rows` is the file that a trainer's OUTPUT_DIR was trained on, `cache`
+    the run's cache folder; `seed` draws the rows that are shown of many. Raises `UserError` for a folder that holds no
+    finished run, for options that make no sense, and where plotly, jinja2 or openTSNE is missing.
+
+    >>> report.write("siftune-runs/daar-0a1b2c")
+    """
+    if not 0 <= map_rows <= MOST_MAP_ROWS:
+        raise UserError(
+            f"map_rows={map_rows} is not between 0 and {MOST_MAP_ROWS:,}; the map shows a draw of larger pools"
+        )
+    folder = Path(run_folder)
+    made_of = kind_of(folder)
+    if rows is not None and made_of != "training":
+        raise UserError(f"--rows {rows} is for a trainer's OUTPUT_DIR, and {folder} holds a {made_of}; leave it out")
+    path = folder / REPORT if out is None else Path(out)
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; give the path of a file, such as {path / REPORT}")
+    page.require(mapped=map_rows > 0 and made_of in ("selection", "demo"))
+    return page.save(page_of(folder, made_of, map_rows=map_rows, rows=rows, cache=cache, seed=seed), path)
+
+
+def kind_of(folder: Path) -> str:
+    """`selection`, `training` or `demo`. Raises `UserError` for a folder that holds none of them."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give the run folder that siftune select printed")
+    if (folder / DEMO / MANIFEST).is_file():
+        return "demo"
+    command = _command(folder)
+    if command == "select" or (command is None and (folder / ROWS).is_file() and not is_training(folder)):
+        return "selection"
+    if is_training(folder):
+        return "training"
+    rounds = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    way_out = f"it holds runs: {', '.join(rounds[:6])}; give one of them" if rounds else "give the run folder itself"
+    raise UserError(f"{folder} holds no {MANIFEST} of a selection, no training log and no ledger; {way_out}")
+
+
+def _command(folder: Path) -> str | None:
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_json(folder / MANIFEST)
+    command = manifest.get("config", {}).get("command") if isinstance(manifest, dict) else None
+    return str(command) if command is not None else None
+
+
+def page_of(
+    folder: Path, made_of: str, *, map_rows: int, rows: str | None, cache: str | Path | None, seed: int
+) -> Page:
+    """The page, not yet written."""
+    from .selection import Wanted, selection_page
+    from .training import training_page
+
+    if made_of == "training":
+        return training_page(folder, rows=rows, cache=cache, seed=seed)
+    wanted = Wanted(map_rows=map_rows, cache=cache, seed=seed)
+    if made_of == "selection":
+        return selection_page(folder, wanted)
+    from .demo_run import demo_page
+
+    return demo_page(folder, wanted)

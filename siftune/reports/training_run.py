@@ -1,0 +1,238 @@
+"""What a training run left on the disk: the trainer's log, the ledger of candidates, and the rows behind both.
+
+A run folder of `siftune train` has all of it; of any other trainer's OUTPUT_DIR the log is the newest
+`trainer_state.json`, the ledger what `siftune.attach` wrote, and the rows are those that the caller names.
+
+Shapes: `L` lines of the ledger, `n` rows of the training set.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.files import read_json
+from ..data.load import load_pool
+from ..errors import UserError
+from ..records import Pool
+from .composition import Labels, label_columns
+from .rows_file import MANIFEST, ROWS, SELECTED, Texts, read_selection
+from .untrusted import visible
+
+LOG, STATE = "log.jsonl", "trainer_state.json"
+LEDGER, PARTS = "siftune/selection.parquet", "siftune/selection"
+FIXED = ("step", "rank", "micro", "row", "token_id", "total", "kept", "reason")
+"""Columns of every ledger; the others are the method's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ledger:
+    """Every candidate of every step."""
+
+    step: NDArray[np.int64]
+    row: NDArray[np.int64]
+    """Position in the training set; -1 where it is not known. Shape `(L,)`."""
+    token_id: list[str]
+    total: NDArray[np.float64]
+    kept: NDArray[np.bool_]
+    parts: Mapping[str, NDArray[np.float64]]
+    whole: bool
+    """False where training has not come to its end."""
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    @property
+    def keys(self) -> tuple[NDArray[np.int64], list[str]]:
+        """A number for each different row `(L,)`, and the names of those numbers."""
+        names = [
+            f"row {row:,}" if row >= 0 else digest[:12] for row, digest in zip(self.row, self.token_id, strict=True)
+        ]
+        different, of = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)
+        return of.astype(np.int64), different.tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class Behind:
+    """The rows of the training set."""
+
+    texts: Texts
+    rows: NDArray[np.int64]
+    """Row of the file behind each row of the training set. Shape `(n,)`."""
+    tokens: NDArray[np.int64] | None
+    """Shape `(n,)`."""
+    labels: Sequence[Labels]
+    """By row of the training set."""
+    how: str
+    """How rows of the set were matched to rows of the file, where that is a guess; else empty."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """One training run."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    """Empty for a trainer's OUTPUT_DIR."""
+    log: Sequence[Mapping[str, Any]]
+    ledger: Ledger | None
+    behind: Behind | None
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return visible(self.folder.resolve().name)
+
+    def logged(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one key of the log."""
+        found = [
+            (int(line["step"]), float(line[key])) for line in self.log if _is_number(line.get(key)) and "step" in line
+        ]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+def is_training(folder: Path) -> bool:
+    """Does the folder hold a training log or a ledger?"""
+    return log_file(folder) is not None or (folder / LEDGER).is_file() or any((folder / PARTS).glob("part-*.parquet"))
+
+
+def read_training(folder: Path, *, rows: str | None = None, cache: str | Path | None = None) -> TrainingRun:
+    """A training run's folder. Raises `UserError` for damaged files and for rows that cannot be read."""
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    ledger = read_ledger(folder)
+    try:
+        behind = read_behind(folder, manifest, rows=rows, cache=cache)
+    except (UserError, OSError, ImportError):
+        if rows is not None:
+            raise
+        behind = None  # the files have moved since: the page does without their texts
+    if behind is not None and ledger is not None and len(ledger) and ledger.row.max() >= len(behind.rows):
+        if rows is not None:
+            raise UserError(
+                f"--rows {rows} has {len(behind.rows):,} usable rows, and the ledger names row {ledger.row.max():,}; give "
+                "the file that the trainer was trained on"
+            )
+        behind = None
+    return TrainingRun(folder, manifest, read_log(folder), ledger, behind)
+
+
+def log_file(folder: Path) -> Path | None:
+    """The trainer's log: ours, its final state, or the newest checkpoint's."""
+    for path in (folder / LOG, folder / STATE):
+        if path.is_file():
+            return path
+    found = []
+    for path in [*folder.glob(f"checkpoint-*/{STATE}"), *folder.glob(f"checkpoints/checkpoint-*/{STATE}")]:
+        if step := re.fullmatch(r"checkpoint-(\d+)", path.parent.name):
+            found.append((int(step[1]), path))
+    return max(found)[1] if found else None
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the trainer's log; empty where it kept none."""
+    path = log_file(folder)
+    if path is None:
+        return []
+    try:
+        if path.name == LOG:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            lines = read_json(path)["log_history"]
+        return [dict(line) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no trainer's log ({error}); remove it, or give another folder") from error
+
+
+def read_ledger(folder: Path) -> Ledger | None:
+    """The ledger, merged or in the parts that a running or broken-off training has written; None where there is none."""
+    merged = folder / LEDGER
+    parts = [(step, path) for path in (folder / PARTS).glob("part-*.parquet") if (step := _step(path)) is not None]
+    paths = [merged] if merged.is_file() else [path for _, path in sorted(parts)]
+    if not paths:
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pa.concat_tables([pq.read_table(path) for path in paths], promote_options="default")
+        numbers = {name: table[name].to_numpy(zero_copy_only=False) for name in ("step", "kept")}
+        row = table["row"].fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        names = [name for name in table.column_names if name not in FIXED and pa.types.is_floating(table[name].type)]
+        return Ledger(
+            step=numbers["step"].astype(np.int64),
+            row=row,
+            token_id=table["token_id"].to_pylist(),
+            total=table["total"].to_numpy(zero_copy_only=False).astype(np.float64),
+            kept=numbers["kept"].astype(bool),
+            parts={visible(name): table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in names},
+            whole=merged.is_file(),
+        )
+    except (OSError, KeyError, pa.ArrowException) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{paths[0]} is no ledger of siftune ({said}); remove it, or give another folder") from error
+
+
+def read_behind(
+    folder: Path, manifest: Mapping[str, Any], *, rows: str | None, cache: str | Path | None
+) -> Behind | None:
+    """The rows that were trained on; None where nothing says which."""
+    config = manifest.get("config", {})
+    train = rows if rows is not None else config.get("train")
+    if not train:
+        return None
+    said = {name: config[name] for name in ("columns", "format") if rows is None and config.get(name) is not None}
+    sources = [train] if isinstance(train, str) else [str(path) for path in train]
+    pool = load_pool(sources[0] if len(sources) == 1 else sources, on_bad_row="skip", cache=cache, **said)
+    at, tokens = _positions(folder, pool) if rows is None else (None, None)
+    how = ""
+    if at is None:
+        at = pool.eligible
+        how = "Rows are matched to the file by position: this holds where the trainer's dataset is the file, in its order."
+    labels = [*pseudo_domains(sources, pool, cache=cache), *label_columns(pool)]
+    return Behind(Texts(pool), at, tokens, [Labels(one.name, one.values, one.of[at]) for one in labels], how)
+
+
+def _positions(folder: Path, pool: Pool) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
+    """Row of the pool and tokens of each row of the training set, as `siftune train` wrote them."""
+    import pyarrow.parquet as pq
+
+    if not (folder / ROWS).is_file() or "position" not in pq.read_schema(folder / ROWS).names:
+        return None, None
+    table = pq.read_table(folder / ROWS, columns=["row", "position", "tokens"])
+    table = table.filter(table["position"].is_valid()).sort_by("position")
+    if table.num_rows and table["row"][-1].as_py() >= len(pool):
+        raise UserError(f"the rows of {folder} are not those that it was trained on any more")
+    at, tokens = (table[name].to_numpy(zero_copy_only=False).astype(np.int64) for name in ("row", "tokens"))
+    return at, tokens
+
+
+def pseudo_domains(sources: Sequence[str], pool: Pool, *, cache: str | Path | None) -> list[Labels]:
+    """The pseudo-domain of each row of `pool`, where it is the file of chosen rows in a selection's run folder."""
+    if len(sources) != 1 or Path(sources[0]).name != SELECTED:
+        return []
+    try:
+        selection = read_selection(Path(sources[0]).parent)
+    except UserError:
+        return []
+    chosen = np.flatnonzero(selection.kept)
+    if selection.config.get("order") == "score":
+        chosen = chosen[np.argsort(-selection.score[chosen].astype(np.float64), kind="stable")]
+    if not selection.domains or len(chosen) != len(pool):
+        return []
+    return [Labels("pseudo-domain", selection.domains, selection.labels[chosen])]
+
+
+def _step(path: Path) -> tuple[int, int] | None:
+    found = re.fullmatch(r"part-(\d+)(?:-rank(\d+))?\.parquet", path.name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

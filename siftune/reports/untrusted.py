@@ -1,0 +1,65 @@
+"""Text that others wrote, made safe to look at: cut to a length, control characters made visible, JSON that no parser
+of HTML can leave.
+
+A row may hold `</script>`, a megabyte on one line, or characters that turn the reading direction of what follows.
+Markup needs no care here: the page shows row text by `textContent` alone and the template escapes. What is left is
+what the eye would not see. Cost: one pass over what is shown, never over what is cut.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from ..data.files import json_value, without_nan
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls but tab and newline
+    "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"  # direction, zero width, separators
+    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"  # annotations, lone halves, tags
+)
+_IN_SCRIPT = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
+
+
+def visible(text: str) -> str:
+    """The same text with every character that would change its look unseen written as `[U+202E]`.
+
+    >>> visible("a" + chr(0x202E) + "b")
+    'a[U+202E]b'
+    """
+    return _UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text.replace("\r\n", "\n"))
+
+
+def clip(text: str, characters: int) -> tuple[str, int]:
+    """The first `characters` of a text, made visible, and how many characters were left out.
+
+    >>> clip("abcdef", 4)
+    ('abcd', 2)
+    """
+    return visible(text[:characters]), max(0, len(text) - characters)
+
+
+def one_line(text: str, most_bytes: int) -> str:
+    """A text on one line of at most `most_bytes` bytes as it will stand in the page, an ellipsis where it was cut."""
+    line = visible(" ".join(text[: 4 * most_bytes].split()))
+    cut = len(text) > 4 * most_bytes
+    while line and _bytes(line) > most_bytes:
+        line, cut = line[: max(1, len(line) * most_bytes // _bytes(line)) - 1], True
+    return line.rstrip() + "…" if cut else line
+
+
+def embedded_json(value: Any) -> str:
+    """JSON for `<script type="application/json">`: no `<`, `>`, `&`, U+2028 or U+2029; NaN and infinities are null.
+
+    >>> embedded_json({"a": "</script>"})
+    '{"a":"\\\\u003c/script\\\\u003e"}'
+    """
+    text = json.dumps(
+        without_nan(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=json_value
+    )
+    return text.translate(_IN_SCRIPT).encode("utf-8", "replace").decode("utf-8")
+
+
+def _bytes(text: str) -> int:
+    return len(embedded_json(text).encode()) - 2
