@@ -29,6 +29,7 @@ OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fi
   siftune evaluate MODEL --suite NAME   the papers' tasks, any of lm-evaluation-harness's, held-out loss
   siftune loop METHOD POOL...           choose, tune by a command of yours, choose again with the tuned model
   siftune compare STUDY.yaml            methods x seeds at equal budget: table, intervals, figures
+  siftune report RUN                    one HTML page of a run: what was chosen, what was not, and rows to read
   siftune methods                       every method: one line, its paper, what it needs
   siftune version                       versions of siftune and of what it stands on
 
@@ -37,7 +38,20 @@ Help on one: siftune COMMAND --help, and siftune select METHOD --help for a meth
 Exit codes: 0 done, 2 bad input or usage, 1 a fault of siftune."""
 
 
-COMMANDS = ("demo", "plan", "select", "keep", "train", "score-reference", "evaluate", "loop", "compare", "methods", "version")
+COMMANDS = (
+    "demo",
+    "plan",
+    "select",
+    "keep",
+    "train",
+    "score-reference",
+    "evaluate",
+    "loop",
+    "compare",
+    "report",
+    "methods",
+    "version",
+)
 """Every command; `commands/NAME.py` holds it, a dash being an underscore there."""
 
 
