@@ -19,7 +19,7 @@ from .programs import passes
 Grade = Callable[[Mapping[str, Any], str], float]
 """(row of the task's file, what the model wrote up to the first stop) -> 1.0 or 0.0."""
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+", re.ASCII)
 
 
 def last_number(row: Mapping[str, Any], written: str) -> float:
@@ -35,10 +35,7 @@ def number(text: str) -> Decimal | None:
     Decimal('1250.0')
     """
     found = NUMBER.findall(text)
-    try:
-        return Decimal(found[-1].replace(",", "")) if found else None
-    except InvalidOperation:  # digits that are none of 0 to 9
-        return None
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 # --- short answers ----------------------------------------------------------------------------------------------------
