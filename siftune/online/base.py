@@ -55,6 +55,8 @@ class OnlineMethod(ABC):
 
     name: ClassVar[str]
     """The registry's name."""
+    across_ranks: ClassVar[bool] = True
+    """Whether candidates of several processes can be compared: not where that takes products of their gradients."""
 
     keep: Keep
     """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
@@ -86,6 +88,10 @@ class OnlineMethod(ABC):
         for name in ("score_tokens", "keep_tokens"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
+
+    def whole_weights(self) -> bool:
+        """Whether scoring needs every trained weight whole in this process, so that none may be sharded."""
+        return False
 
     def new_step(self, *, learning_rate: float | None = None) -> None:
         """An optimiser step begins: what was derived from trained weights is stale. The trainer hook calls it once

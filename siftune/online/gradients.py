@@ -60,6 +60,9 @@ class MaxGrad(OnlineMethod):
         super().check()
         one_of("variant", self.variant, ("exact", "last-layer"))
 
+    def whole_weights(self) -> bool:
+        return self.variant == "exact"
+
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         """Columns `gradient` `(B,)` (float64) and `tokens` `(B,)` (int64, label tokens)."""
         wanted = predicting_tokens(batch)

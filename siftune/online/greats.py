@@ -41,6 +41,7 @@ class Greats(OnlineMethod):
     """
 
     name: ClassVar[str] = "greats"
+    across_ranks: ClassVar[bool] = False
 
     keep: Keep
     """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
@@ -96,6 +97,9 @@ class Greats(OnlineMethod):
     def use_validation(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take the tokenised rows of the file. Raises `UserError` where none has a label token."""
         self._batches = validation_batches(rows, self.validation_rows)
+
+    def whole_weights(self) -> bool:
+        return True
 
     def new_step(self, *, learning_rate: float | None = None) -> None:
         super().new_step()

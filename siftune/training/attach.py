@@ -21,11 +21,13 @@ from ..errors import UserError
 from ..online.base import OnlineMethod
 from ..online.token_id import token_ids
 from . import state
-from .checks import allows_blanks, check, check_batch, check_budget
+from .across import sift_together
+from .checks import allows_blanks, check, check_batch, check_budget, together
 from .deal import Padding
 from .identity import RowIndex, index_rows
 from .ledger import Ledger
 from .meter import Meter
+from .ranks import Ranks
 from .sift import Sifted, keep_all, sift, window_count
 from .validation import read_validation
 
@@ -48,8 +50,10 @@ def attach(
     leaves a line in `OUTPUT_DIR/siftune/selection.parquet`. `allow_fresh_selector` lets a run resume from a checkpoint
     that holds no selection state. One line on stderr says what the budget means, unless `quiet`.
 
-    Raises `UserError` where selection cannot work: a selector attached already, less than one row kept, several
-    processes without `scope="local"`, DataParallel, DeepSpeed, FSDP, context or tensor parallelism, images, packing.
+    With several processes, all their candidates are chosen from together, unless the selector has `scope="local"`.
+
+    Raises `UserError` where selection cannot work: a selector attached already, less than one row kept, DataParallel,
+    context or tensor parallelism, images, packing, and methods that need other ranks' gradients or sharded weights whole.
 
     >>> siftune.attach(trainer, siftune.UDS(keep="1/8"))
     >>> trainer.train()
@@ -83,7 +87,12 @@ class Attachment:
         self.selector = selector
         self.meter = Meter()
         args = trainer.args
-        self.ledger = Ledger(Path(args.output_dir) / "siftune", rank=args.process_index) if ledger else None
+        self.ledger = (
+            Ledger(Path(args.output_dir) / "siftune", rank=args.process_index, world=args.world_size)
+            if ledger
+            else None
+        )
+        self._together = together(trainer, selector)
         self._allow_fresh = allow_fresh
         self._padding = Padding.of(trainer)
         self._blanks = allows_blanks(trainer)
@@ -91,6 +100,7 @@ class Attachment:
         self._resume: Path | None = None
         self._pristine: Mapping[str, Any] = {}
         self._checked = False
+        self._ranks: Ranks | None = None
         self._previous = {name: getattr(trainer, name) for name in _WRAPPED}
         self._own = {name for name in _WRAPPED if name in vars(trainer)}
         self._callback = _Callback(self)
@@ -113,14 +123,17 @@ class Attachment:
         """Candidates and trained rows of a full step, and what that means for the schedule, in one line."""
         args, name = self.trainer.args, self.selector.name
         size, micro, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+        chosen_from = ranks if self._together else 1
         if getattr(self.selector, "window", "micro") == "step":
-            kept = window_count(self.selector, [size] * micro)
+            kept = window_count(self.selector, [size] * micro * chosen_from)
         else:
-            kept = self.selector.count(size) * micro
+            kept = window_count(self.selector, [size] * chosen_from) * micro
+        kept *= ranks // chosen_from
+        processes = f" of {ranks} processes{'' if self._together else ', each by itself,'}" if ranks > 1 else ""
         return (
-            f"siftune: {name} scores {size * micro * ranks} candidates per step and trains on {kept * ranks} of them, "
+            f"siftune: {name} scores {size * micro * ranks} candidates{processes} per step and trains on {kept} of them, "
             f"the new effective batch; optimiser steps and schedule stay as they are, so an epoch trains on "
-            f"{kept / (size * micro):.1%} of the rows it reads"
+            f"{kept / (size * micro * ranks):.1%} of the rows it reads"
         )
 
     # --- what replaces the trainer's own methods --------------------------------------------------------------------
@@ -128,7 +141,7 @@ class Attachment:
     def _get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         previous = self._previous["get_batch_samples"]
         candidates, _ = previous(epoch_iterator, num_batches, device)
-        trained = self._sift(list(candidates), device) if candidates else candidates
+        trained = self._sift(list(candidates), device) if candidates or self._together else candidates
         # The same method again over the kept rows: it counts their tokens by the trainer's own rule. It gathers across
         # ranks, so it is called on every rank each time, also at the end of an iterable that gave nothing.
         return previous(iter(trained), len(trained), device)
@@ -161,23 +174,30 @@ class Attachment:
             for batch in candidates:
                 check_batch(batch)
             self._checked = True
-        if step < self.selector.start_step:
-            sifted = keep_all(candidates, f"no selection before start_step={self.selector.start_step}")
+        early = step < self.selector.start_step
+        unscored = f"no selection before start_step={self.selector.start_step}" if early else None
+        if unscored is not None and not self._together:
+            sifted = keep_all(candidates, unscored)
+            own = sifted
         else:
             with self.meter.scoring(device):
-                placed = [_on(device, batch) for batch in candidates]
-                sifted = sift(
-                    self.selector,
-                    self._model(),
-                    placed,
-                    padding=self._padding,
-                    blanks=self._blanks,
-                    learning_rate=self._learning_rate(),
-                )
+                sifted, own = self._select([_on(device, batch) for batch in candidates], device, unscored)
         self.meter.add(sifted)
         if self.ledger is not None:
-            self._write(step + 1, candidates, sifted)
+            self._write(step + 1, candidates, own)
         return sifted.batches
+
+    def _select(self, candidates: list[Any], device: torch.device, unscored: str | None) -> tuple[Sifted, Sifted]:
+        """What the step's selection did with all the candidates chosen from, and with this rank's."""
+        how: dict[str, Any] = {"padding": self._padding, "blanks": self._blanks}
+        how["learning_rate"] = self._learning_rate()
+        if not self._together:
+            sifted = sift(self.selector, self._model(), candidates, **how)
+            return sifted, sifted
+        if self._ranks is None:
+            self._ranks = Ranks.current(device)
+        both = sift_together(self.selector, self._model(), candidates, ranks=self._ranks, unscored=unscored, **how)
+        return both.everyone, both.everyone.of(both.mine)
 
     def _model(self) -> torch.nn.Module:
         """The model as the trainer runs it, autocast and adapters included. Of DDP its module, which has those too:
@@ -215,7 +235,9 @@ class Attachment:
         check_budget(self.trainer, self.selector, now.train_batch_size or self.trainer.args.per_device_train_batch_size)
         saved = state.Saved(copy.deepcopy(self._pristine), {})
         if self._resume is not None and state.is_complete(self._resume):
-            saved = state.read(self._resume, self.selector, rank=self.trainer.args.process_index)
+            args = self.trainer.args
+            rank = 0 if self._together else args.process_index
+            saved = state.read(self._resume, self.selector, rank=rank, world=args.world_size, together=self._together)
         self.selector.load_state_dict(saved.selector)
         self.meter.restart(saved.totals)
         self._checked = False
@@ -231,7 +253,9 @@ class Attachment:
         checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
         if self.ledger is not None:
             self.ledger.flush(step)
-        state.write(checkpoint, self.selector, self.meter.totals(), step=step, rank=args.process_index)
+        if args.process_index == 0 or not self._together:  # choosing together, all ranks remember the same
+            totals = self.meter.totals()
+            state.write(checkpoint, self.selector, totals, step=step, rank=args.process_index, world=args.world_size)
         self.trainer.accelerator.wait_for_everyone()
         if self.trainer.is_world_process_zero():
             state.finish(checkpoint, step=step)

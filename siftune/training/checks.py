@@ -45,16 +45,32 @@ def _processes(trainer: Any, selector: OnlineMethod) -> None:
                 f"{name} parallelism ({kind}_size={getattr(parallel, f'{kind}_size', '?')}) splits a row over processes, "
                 f"which selection cannot follow; set {kind}_size=1"
             )
-    for flag, name in (("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")):
-        if getattr(trainer, flag, False):
-            raise UserError(
-                f"{name} shards the model, which selection does not support yet; use plain DDP or one process"
-            )
-    scope = getattr(selector, "scope", "global")
-    if args.world_size > 1 and scope != "local":
+    _sharded(trainer, selector)
+    if together(trainer, selector) and not selector.across_ranks:
         raise UserError(
-            f"scope={scope!r} with {args.world_size} processes would need selection across ranks, which is not there yet; "
-            'pass scope="local" to the selector to choose on each rank by itself'
+            f"{selector.name} compares its candidates' gradients with each other, and those of {args.world_size} processes "
+            'lie on different ones; pass scope="local" to the selector to choose on each rank by itself'
+        )
+
+
+def together(trainer: Any, selector: Any) -> bool:
+    """Whether the candidates of several processes are chosen from together."""
+    return trainer.args.world_size > 1 and getattr(selector, "scope", "global") != "local"
+
+
+def _sharded(trainer: Any, selector: OnlineMethod) -> None:
+    """Models of which a process holds a part."""
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        stage = getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", None)
+        if stage not in (0, 1, 2):
+            raise UserError(
+                f"DeepSpeed ZeRO stage {stage} shards the weights in a way that selection does not gather; use stage 2, "
+                "or FSDP"
+            )
+    elif getattr(trainer, "is_fsdp_enabled", False) and selector.whole_weights():
+        raise UserError(
+            f"FSDP shards the weights, and {selector.name} takes gradients of single rows, which need them whole; use "
+            "uds or maxloss, or plain DDP"
         )
 
 
@@ -89,21 +105,25 @@ def _data(trainer: Any) -> None:
 def check_budget(trainer: Any, selector: OnlineMethod, size: int) -> None:
     """Refuse a budget of less than one row: of a full micro-batch of `size`, or of the step's window."""
     micro_batches = trainer.args.gradient_accumulation_steps
-    if getattr(selector, "window", "micro") != "step":
+    ranks = trainer.args.world_size if together(trainer, selector) else 1
+    step = getattr(selector, "window", "micro") == "step"
+    if not step and ranks == 1:
         selector.check_keep(size)
         return
     selector.check()
-    candidates = size * micro_batches
-    if parse_keep(selector.keep).rows(candidates) < 1:
+    seats = ranks * micro_batches if step else ranks
+    candidates = f"the step's {micro_batches} x {size} candidates" if step else f"a micro-batch of {size} candidates"
+    candidates += f" of {ranks} processes each" if ranks > 1 else ""
+    if parse_keep(selector.keep).rows(size * seats) < 1:
         raise UserError(
-            f"keep={selector.keep!r} is less than one row of the step's {micro_batches} x {size} candidates; raise keep, "
-            "per_device_train_batch_size or gradient_accumulation_steps"
+            f"keep={selector.keep!r} is less than one row of {candidates}; raise keep, per_device_train_batch_size or "
+            "gradient_accumulation_steps"
         )
-    kept = window_count(selector, [size] * micro_batches)
-    if kept < micro_batches and not allows_blanks(trainer):
+    kept = window_count(selector, [size] * seats)
+    if kept < seats and not allows_blanks(trainer):
         raise UserError(
-            f"keep={selector.keep!r} of the step's {micro_batches} x {size} candidates is {kept} rows for {micro_batches} "
-            "micro-batches, and this trainer's own loss may not take an empty one; lower gradient_accumulation_steps"
+            f"keep={selector.keep!r} of {candidates} is {kept} rows for {seats} micro-batches, and this trainer's own loss "
+            "may not take an empty one; raise keep" + (", or lower gradient_accumulation_steps" if step else "")
         )
 
 
@@ -111,12 +131,14 @@ def allows_blanks(trainer: Any) -> bool:
     """Whether a micro-batch with every label masked adds exactly nothing to this trainer's loss.
 
     So it is where the loss is the library's own sum over label tokens, divided by the step's token count. A loss of the
-    user's own, label smoothing or a model without that count may divide by the micro-batch's label tokens: 0 / 0.
+    user's own, label smoothing or a model without that count may divide by the micro-batch's label tokens: 0 / 0; and so
+    may a process that counts its own tokens alone.
     """
     ours = getattr(trainer.compute_loss, "__module__", "").split(".")[0] in ("transformers", "trl")
     smoothing = getattr(trainer.args, "label_smoothing_factor", 0.0)
     plain = getattr(trainer, "compute_loss_func", None) is None and not smoothing
-    return ours and plain and bool(getattr(trainer, "model_accepts_loss_kwargs", False))
+    alone = trainer.args.world_size > 1 and not getattr(trainer.args, "average_tokens_across_devices", True)
+    return ours and plain and not alone and bool(getattr(trainer, "model_accepts_loss_kwargs", False))
 
 
 def check_batch(batch: Any) -> None:

@@ -49,7 +49,8 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Batch]) -> RowIndex 
 
     Every global random state is left as it was, whatever the collator draws.
     """
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    streams = isinstance(dataset, torch.utils.data.IterableDataset)  # which has both names below, and neither works
+    if streams or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         return None
     several = getattr(dataset, "__getitems__", None)
     digests: list[bytes] = []

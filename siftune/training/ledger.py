@@ -33,9 +33,9 @@ class Ledger:
     hex, `total` or null, the method's own parts, `kept`, `reason` (why a candidate has no score) or null.
     """
 
-    def __init__(self, folder: Path, *, rank: int = 0) -> None:
+    def __init__(self, folder: Path, *, rank: int = 0, world: int = 1) -> None:
         self.folder = folder
-        self.rank = rank
+        self.rank, self.world = rank, world
         self._columns: dict[str, list[Any]] = {}
         self._lines = 0
 
@@ -92,12 +92,14 @@ class Ledger:
         self._columns, self._lines = {}, 0
 
     def forget_after(self, step: int) -> None:
-        """Drop what lies beyond `step`: the buffer, later parts of this rank, half-written files and the merged file."""
+        """Drop what lies beyond `step`: the buffer, later parts of this rank (and, by rank 0, of ranks that an earlier run
+        had and this one has not), half-written files and the merged file."""
         self._columns, self._lines = {}, 0
         if self._parts_folder.is_dir():
             for path in self._parts_folder.iterdir():
                 found = _part(path)
-                if path.name.endswith(".tmp") or (found and found[0] > step and found[1] == self.rank):
+                mine = found and (found[1] == self.rank or (self.rank == 0 and found[1] >= self.world))
+                if path.name.endswith(".tmp") or (found and found[0] > step and mine):
                     path.unlink(missing_ok=True)
         if self.rank == 0:
             self.merged.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """A selector's state inside the trainer's checkpoints, so that a resumed run keeps the rows it would have kept.
 
 `checkpoint-N/siftune/` holds `selector.safetensors` (tensors), `selector.json` (everything else) and, written last,
-`COMPLETE`; ranks beyond the first add files of their own. A checkpoint without `COMPLETE` was not finished.
+`COMPLETE`. Ranks that choose together remember the same, so rank 0's files serve any number of processes; ranks that
+choose alone (`scope="local"`) add files of their own. A checkpoint without `COMPLETE` was not finished.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def is_complete(checkpoint: Path) -> bool:
     return (folder_of(checkpoint) / "COMPLETE").is_file()
 
 
-def write(checkpoint: Path, selector: OnlineMethod, totals: Mapping[str, Any], *, step: int, rank: int = 0) -> None:
+def write(
+    checkpoint: Path, selector: OnlineMethod, totals: Mapping[str, Any], *, step: int, rank: int = 0, world: int = 1
+) -> None:
     """Write this rank's files; `finish` makes them count."""
     folder = folder_of(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +52,7 @@ def write(checkpoint: Path, selector: OnlineMethod, totals: Mapping[str, Any], *
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if _is_tensor(value)}
     values = {name: value for name, value in state.items() if not _is_tensor(value)}
     record = {"format": FORMAT, "selector": selector.name, "step": step, "values": values, "totals": dict(totals)}
+    record |= {"processes": world, "scope": getattr(selector, "scope", "global")}
     stem = _stem(rank)
     save_file(tensors, folder / f"{stem}.safetensors.tmp")
     os.replace(folder / f"{stem}.safetensors.tmp", folder / f"{stem}.safetensors")
@@ -63,8 +67,12 @@ def finish(checkpoint: Path, *, step: int) -> None:
     os.replace(folder / "COMPLETE.tmp", folder / "COMPLETE")
 
 
-def read(checkpoint: Path, selector: OnlineMethod, *, rank: int = 0) -> Saved:
-    """This rank's state. Raises `UserError` where it belongs to another method, or was written by fewer ranks."""
+def read(checkpoint: Path, selector: OnlineMethod, *, rank: int = 0, world: int = 1, together: bool = False) -> Saved:
+    """The state of `rank`: of 0 where ranks choose `together`, whatever the number of processes was and is.
+
+    Raises `UserError` where it belongs to another method, was written by fewer ranks, or by ranks that chose alone and
+    are not the same number now.
+    """
     folder, stem = folder_of(checkpoint), _stem(rank)
     if not (folder / f"{stem}.json").is_file():
         raise UserError(
@@ -75,6 +83,12 @@ def read(checkpoint: Path, selector: OnlineMethod, *, rank: int = 0) -> Saved:
         raise UserError(
             f"{checkpoint} was saved with the selector {record['selector']}, and {selector.name} is attached; "
             f"attach {record['selector']} or start anew without resume_from_checkpoint"
+        )
+    processes = record.get("processes", world)
+    if record.get("scope") == "local" and processes > 1 and (together or processes != world):
+        raise UserError(
+            f'{checkpoint} was saved by {processes} processes with scope="local", which remember different rows; resume '
+            f'with {processes} processes and scope="local"'
         )
     return Saved({**record["values"], **load_file(folder / f"{stem}.safetensors")}, record["totals"])
 

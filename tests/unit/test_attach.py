@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl
 
 from siftune import UserError, attach, detach
+from siftune.online.gradients import MaxGrad
+from siftune.online.greats import Greats
 from siftune.online.simple import Random, Regular
 from tests.tiny import tiny_model
 from tests.trainers import Drifting, kept_rows, ledger, losses, rows, trainer
@@ -268,7 +272,6 @@ class TestRefusals:
         ("changes", "match"),
         [
             ({"n_gpu": 2}, "2 GPUs through DataParallel"),
-            ({"world_size": 2}, r'scope="local"'),
             ({"packing": True, "packing_strategy": "wrapped"}, "packing='wrapped'"),
             ({"packing": True, "packing_strategy": "bfd"}, "packing='bfd'"),
             ({"padding_free": True}, "padding_free=True"),
@@ -289,11 +292,24 @@ class TestRefusals:
         live.accelerator = SimpleNamespace(parallelism_config=config)
         self.refused(live, Random(keep=1), f"{word} parallelism .{kind}_size=2")
 
-    @pytest.mark.parametrize(("flag", "word"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])
-    def test_sharded_models(self, tmp_path: Path, flag: str, word: str) -> None:
+    def test_several_processes(self, tmp_path: Path) -> None:
         live = trainer(tmp_path)
-        setattr(live, flag, True)
-        self.refused(live, Random(keep=1), f"{word} shards the model")
+        live.args = copy.copy(live.args)
+        live.args.__dict__.update(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+        with mock.patch.object(type(live.args), "world_size", 8):
+            self.refused(live, Greats(keep=1, validation=[]), 'lie on different ones; pass scope="local"')
+            self.refused(live, Random(keep="1%"), "less than one row of a micro-batch of 4 candidates of 8 processes")
+            live.args.average_tokens_across_devices = False
+            self.refused(live, Random(keep="1/8"), "is 4 rows for 8 micro-batches")
+
+    def test_sharded_models(self, tmp_path: Path) -> None:
+        live = trainer(tmp_path)
+        live.is_fsdp_enabled = True
+        self.refused(live, MaxGrad(keep=1), "FSDP shards the weights, and maxgrad takes gradients of single rows")
+        live.is_deepspeed_enabled = True
+        plugin = SimpleNamespace(zero_stage=3)
+        live.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+        self.refused(live, Random(keep=1), "DeepSpeed ZeRO stage 3 shards the weights")
 
     def test_images(self, tmp_path: Path) -> None:
         live = trainer(tmp_path, data=Dataset.from_list([{"input_ids": [1], "labels": [1], "images": [0]}]))
