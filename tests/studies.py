@@ -89,7 +89,7 @@ class Fakes:
         write_json(run / "manifest.json", manifest)
         return manifest
 
-    def train(self, recipe: Mapping[str, Any], run: Path) -> tuple[Path, Mapping[str, Any]]:
+    def train(self, work: Work, recipe: Mapping[str, Any], run: Path) -> tuple[Path, Mapping[str, Any]]:
         self.note(f"train {run.parent.name}")
         rows = Path(recipe["train"]).read_text().splitlines()
         batch = recipe["sft"].get("per_device_train_batch_size", 8)
@@ -105,7 +105,7 @@ class Fakes:
                   "forward_tokens": 10 * trained, "candidates": len(rows)}  # fmt: skip
         return run / "model", {"tokens": tokens, "seconds": 1.5, "train_loss": 2.0, "peak_memory_mb": 100}
 
-    def measure(self, work: Work, model: Path) -> dict[str, float]:
+    def measure(self, work: Work, model: Path, run: Path) -> dict[str, float]:
         self.note(f"measure {model.parent.parent.name}")
         told = model / "told.json"
         draw = random.Random(hash_json(json.loads(told.read_text())) if told.is_file() else "base")

@@ -75,20 +75,20 @@ def choose(work: Work, cell: Cell, run: Path) -> Mapping[str, Any]:
     return select(entry.method, options, settings).manifest
 
 
-def train(recipe: Mapping[str, Any], run: Path) -> tuple[Path, Mapping[str, Any]]:
+def train(work: Work, recipe: Mapping[str, Any], run: Path) -> tuple[Path, Mapping[str, Any]]:
     """Tune by a recipe into the run folder `run`, resuming there; the model's folder and the manifest."""
     from ..training.recipe import Recipe
     from ..tune import TuneOptions, tune
 
-    tuned = tune(Recipe.read(recipe), TuneOptions(run=str(run), quiet=True))
+    tuned = tune(Recipe.read(recipe), TuneOptions(run=str(run), quiet=True, cache=work.cache))
     return tuned.model, tuned.manifest
 
 
-def measure(work: Work, model: Path) -> dict[str, float]:
+def measure(work: Work, model: Path, run: Path) -> dict[str, float]:
     """Every measure of a tuned (or the untouched) model: `loss/DOMAIN`, `accuracy/DOMAIN`, a suite's `TASK/METRIC`."""
     from .measure import measured
 
-    return measured(work.study, work.data, model, cache=work.cache)
+    return measured(work.study, work.data, model, run)
 
 
 # --- work ---------------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def run_reference(work: Work) -> None:
         if table.is_file():
             return
         recipe = recipe_of(work, work.study.seeds[0], train=Path(work.data.places(work.study, 0)["rest"]))
-        model, manifest = train(recipe, folder / "train")
+        model, manifest = train(work, recipe, folder / "train")
         tabulate(recipe | {"train": str(work.data.pool)}, model, table)
         write_json(folder / "reference.json", {"training": _training(manifest)})
         _drop_model(folder / "train", work.study)
@@ -130,13 +130,13 @@ def run_reference(work: Work) -> None:
 
 def tabulate(recipe: Mapping[str, Any], model: Path, table: Path) -> None:
     """The table of losses under `model` of every row that `recipe` would train on."""
+    from ..training.merge import load_tuned
     from ..training.recipe import Recipe
     from ..training.reference import reference_losses
     from ..training.trainer import build_trainer
-    from .measure import load_model
 
     trainer = build_trainer(Recipe.read(recipe), str(table.parent / "trainer"))
-    reference_losses(trainer, load_model(model), out=table)
+    reference_losses(trainer, load_tuned(model).to(trainer.args.device).eval(), out=table)
     shutil.rmtree(table.parent / "trainer", ignore_errors=True)
 
 
@@ -144,7 +144,7 @@ def run_base(work: Work) -> None:
     """Measure the model as it is."""
     with alone(work.folder, "base"):
         if not (work.folder / BASE).is_file():
-            write_json(work.folder / BASE, {"values": measure(work, model_folder(work.study))})
+            write_json(work.folder / BASE, {"values": measure(work, model_folder(work.study), work.folder / "base")})
 
 
 def run_cell(work: Work, cell: Cell) -> None:
@@ -158,9 +158,9 @@ def run_cell(work: Work, cell: Cell) -> None:
         chosen = work.data.pool if rows is None else rows / "selected.jsonl"
         recipe = recipe_of(work, cell.seed, train=chosen, cell=cell)
         started = perf_counter()
-        model, manifest = train(recipe, folder / "train")
+        model, manifest = train(work, recipe, folder / "train")
         trained = perf_counter()
-        values = measure(work, model)
+        values = measure(work, model, folder / "evaluate")
         write_json(
             folder / CELL,
             {
@@ -251,3 +251,10 @@ def check_recipe(recipe: Mapping[str, Any], cache: str | None) -> None:
     from ..training.trainer import prepare
 
     prepare(Recipe.read(recipe), cache=cache)
+
+
+def check_suite(study: Study) -> None:
+    """Refuse an evaluation suite that cannot run; no weight is read."""
+    from .measure import check_suite as check
+
+    check(study)

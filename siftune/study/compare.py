@@ -115,6 +115,7 @@ SHARED = [
     "rows",
     "held_out_rows",
     "suite",
+    "evaluate",
     "equal",
     "threads",
     "columns",
@@ -153,6 +154,7 @@ def _ready(study: Study, arms: Sequence[Arm], folder: Path, cache: str | None) -
         _own_stop(folder, stop)
         _check_methods(work, arms)
         _check_recipes(work, arms)
+        pieces.check_suite(study)
     plans = {_name(arm): plan_arm(study, arm, rows=data.rows, mean_tokens=data.mean_tokens, stop=stop) for arm in arms}
     return work, plans
 

@@ -1,7 +1,7 @@
 """The finished cells as one table, and from it the means and the paired differences: plain records and two Parquet files.
 
 A value's name is `MEASURE/PART`: `loss/mathematics`, `accuracy/coding`, `gsm8k/exact_match`. `loss/mean` and
-`accuracy/mean` are the unweighted means over the domains, `tasks/mean` that over a suite's tasks.
+`accuracy/mean` are the unweighted means over the domains, `tasks/mean` is the suite's own average.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def with_means(values: Mapping[str, float | None]) -> dict[str, float]:
         if own:
             made |= own | {f"{measure}/mean": sum(own.values()) / len(own)}
     tasks = {name: value for name, value in known.items() if name.split("/")[0] not in HELD_OUT}
-    return made | tasks | ({"tasks/mean": sum(tasks.values()) / len(tasks)} if tasks else {})
+    average = tasks.pop("tasks/mean", sum(tasks.values()) / len(tasks) if tasks else None)
+    return made | tasks | ({} if average is None else {"tasks/mean": average})
 
 
 def lower_is_better(value: str) -> bool:

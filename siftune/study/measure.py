@@ -9,43 +9,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..models.checkpoint import quiet, read_tokenizer
+from ..models.checkpoint import read_tokenizer
 from .data import Data, model_folder
 from .spec import Study
 
 
-def load_model(folder: Path) -> Any:
-    """A tuned model, an adapter merged into its base. In evaluation mode, on the GPU where there is one."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        if (folder / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            model: Any = AutoPeftModelForCausalLM.from_pretrained(str(folder)).merge_and_unload()
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def measured(study: Study, data: Data, model: Path, *, cache: str | None = None) -> dict[str, float]:
-    """Every value of the model in the folder `model`. Raises `UserError`."""
+def measured(study: Study, data: Data, model: Path, run: Path) -> dict[str, float]:
+    """Every value of the model in the folder `model`; a suite leaves its run folder at `run`. Raises `UserError`."""
     values: dict[str, float] = {}
     if study.held_out:
         values |= _held_out(study, data, model)
-    if study.suite:
-        values |= _suite(study, model)
+    if study.suite is not None:
+        values |= _suite(study, model, run)
     return values
 
 
-def _held_out(study: Study, data: Data, model: Path) -> dict[str, float]:
-    from ..evaluation.held_out import held_out
+def check_suite(study: Study) -> None:
+    """Refuse a suite, its options or its files, without a weight. Raises `UserError`."""
+    if study.suite is not None:
+        from ..evaluate import evaluate
 
-    tokenizer = read_tokenizer(model_folder(study), model=study.model, trust_remote_code=False)
+        evaluate(str(model_folder(study)), study.suite, dry_run=True, **study.evaluate)
+
+
+def _held_out(study: Study, data: Data, model: Path) -> dict[str, float]:
+    import torch
+
+    from ..evaluation.held_out import held_out
+    from ..training.merge import load_tuned
+
+    network: Any = load_tuned(model)
+    if torch.cuda.is_available():
+        network = network.to("cuda")
     found = held_out(
-        load_model(model),
-        tokenizer,
+        network.eval(),
+        read_tokenizer(model_folder(study), model=study.model, trust_remote_code=False),
         {name: str(path) for name, path in data.held_out.items()},
         text=study.text,
         max_length=study.max_length,
@@ -56,6 +54,11 @@ def _held_out(study: Study, data: Data, model: Path) -> dict[str, float]:
     return values | {f"accuracy/{name}": one.token_accuracy for name, one in found.items()}
 
 
-def _suite(study: Study, model: Path) -> dict[str, float]:
-    """The suite's tasks, each metric a value."""
-    raise NotImplementedError
+def _suite(study: Study, model: Path, run: Path) -> dict[str, float]:
+    """The metric that stands for each task, and the suite's own average."""
+    from ..evaluate import evaluate
+
+    assert study.suite is not None
+    results = evaluate(str(model), study.suite, run=str(run), **study.evaluate)
+    found = {f"{task}/{metric}": results.tasks[task][metric]["value"] for task, metric in results.standing.items()}
+    return found | ({} if results.average is None else {"tasks/mean": results.average["value"]})

@@ -45,6 +45,8 @@ class Study:
     """Rows of each held-out source that are measured; the others serve as seeds and validation rows."""
     suite: str | None = None
     """An evaluation suite beside or instead of the held-out rows: `daar`, `uds` or a file."""
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `siftune evaluate` for the suite: data, limit, skip, chat, batch_size, allow_code."""
     offline: tuple[Entry, ...] = ()
     """Methods that choose rows before training; `full` is all rows."""
     online: tuple[Entry, ...] = ()
@@ -186,6 +188,13 @@ def _checked(said: dict[str, Any], path: str) -> Study:
     made["pool"] = _sources(said["pool"], "pool", path)
     made["held_out"] = _sources(said.get("held_out") or {}, "held_out", path)
     made["recipe"] = _recipe(said["recipe"], path)
+    made["evaluate"] = {
+        name.replace("-", "_"): one for name, one in _mapping(said.get("evaluate"), "evaluate", path).items()
+    }
+    if made["evaluate"] and not said.get("suite"):
+        raise UserError(
+            f"{path}: evaluate holds options of a suite, and there is none; give suite: daar, uds or a file"
+        )
     made["offline"] = read_entries(said.get("offline"), "offline", where=path)
     made["online"] = read_entries(said.get("online"), "online", where=path)
     made["budgets"] = _budgets(said.get("budgets", ["20%"]), path)
