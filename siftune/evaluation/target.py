@@ -8,6 +8,7 @@ base that the adapter names. Cost of the checks: headers and configurations; the
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,9 +104,23 @@ class Target:
             return network  # type: ignore[no-any-return]
         from peft import PeftModel
 
-        with quiet():
+        untie(network, tensor_shapes(self.adapter / ADAPTER_WEIGHTS))
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied weights, which are not tied any more
             network = PeftModel.from_pretrained(network, str(self.adapter)).merge_and_unload()
         return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def untie(network: Any, adapter: Mapping[str, tuple[int, ...]]) -> None:
+    """Give head and embeddings a weight each, where they share one and the adapter changes either: merged into the
+    shared weight, a change of the one would be a change of the other."""
+    head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return
+    names = [name for name, module in network.named_modules() if module is head or module is embeddings]
+    if any(name.removeprefix(PREFIX).startswith(f"{module}.") for name in adapter for module in names):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        network.config.tie_word_embeddings = False
 
 
 # --- does the adapter belong to the base? -----------------------------------------------------------------------------

@@ -70,6 +70,19 @@ def test_an_adapter_is_merged_and_its_logits_are_pefts(tmp_path: Path, family: s
     assert not any("lora" in name for name, _ in merged.named_modules())
 
 
+@pytest.mark.parametrize("names", [("lm_head",), ("q_proj",)])
+def test_a_head_that_shares_its_weight_is_changed_alone(tmp_path: Path, names: tuple[str, ...]) -> None:
+    base = save_tiny(tmp_path / "base", tie_word_embeddings=True)
+    folder = adapter(tmp_path / "a", base, names=names, tie_word_embeddings=True)
+    merged = Target.find(base, adapter=folder).load()
+    expected = peft.PeftModel.from_pretrained(tiny_model(tie_word_embeddings=True), str(folder)).eval()
+    merged.tie_weights()  # as the harness does
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == (names == ("q_proj",))
+
+
 @pytest.mark.usefixtures("no_weights")
 def test_an_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not fit .*base: its .*down_proj is 128 wide and that model's 64"):
