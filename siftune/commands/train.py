@@ -95,7 +95,13 @@ def settings(words: list[str]) -> tuple[list[str], dict[str, Any]]:
         if word != "--set" and not word.startswith("--set="):
             rest.append(word)
             continue
-        pair = word.partition("=")[2] if word.startswith("--set=") else left.pop(0) if left else ""
+        pair = (
+            word.partition("=")[2]
+            if word.startswith("--set=")
+            else left.pop(0)
+            if left and not left[0].startswith("--")
+            else ""
+        )
         key, separator, value = pair.partition("=")
         if not separator or not key.strip():
             raise UserError(f"--set {pair or '(nothing)'} is no KEY=VALUE; write --set sft.learning_rate=1e-4")

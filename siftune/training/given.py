@@ -19,8 +19,10 @@ from ..errors import UserError
 
 def nearest(said: str, known: Sequence[str]) -> str:
     """The way out for a name nobody knows, to be put behind the sentence."""
-    found = difflib.get_close_matches(said, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else f"; known: {', '.join(known)}" if len(known) < 30 else ""
+    found = difflib.get_close_matches(said, list(known), n=1, cutoff=0.5)
+    if found:
+        return f"; did you mean {found[0]}?"
+    return f"; known: {', '.join(known)}" if len(known) < 30 else "; its documentation lists them all"
 
 
 def fitting(cls: type[Any], given: Mapping[str, Any], *, section: str) -> dict[str, Any]:

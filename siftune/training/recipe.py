@@ -208,6 +208,8 @@ def _checked(given: dict[str, Any], where: str) -> dict[str, Any]:
     for key in _SECTIONS:
         if key in found and not isinstance(found[key], Mapping):
             raise UserError(f"{where}: {key} is {found[key]!r}; write its keys below it, one `key: value` a line")
+    if found.get("online") is not None and not found["online"].get("method"):
+        raise UserError(f"{where}: online names no method; write method: uds, or give --online METHOD")
     found["model"] = _text(found["model"], "model", where)
     found["train"] = _files(found["train"], "train", where)
     if "eval" in found:
