@@ -94,6 +94,17 @@ def _labels(name: str, values: dict[int, str], rows: int) -> Labels:
     return Labels(visible(name), tuple(visible(value) for value in order), of)
 
 
+def in_order_of(names: Sequence[str], columns: Sequence[Labels]) -> list[Labels]:
+    """The columns, those whose values are just these names in the names' order: the same thing has one colour then."""
+    made = []
+    for one in columns:
+        if set(one.values) == set(names) and len(one.values) == len(names):
+            place = np.array([*(names.index(value) for value in one.values), -1], dtype=np.int16)
+            one = Labels(one.name, tuple(names), place[one.of])
+        made.append(one)
+    return made
+
+
 def composition(
     name: str,
     values: Sequence[str],

@@ -17,7 +17,7 @@ from .training_run import is_training, read_training
 def demo_page(folder: Path, wanted: Wanted) -> Page:
     """The page of a demo's run folder. Raises `UserError` when its selection is not finished."""
     page = selection_page(folder / "select", wanted)
-    sections = list(page.sections)
+    *sections, made = page.sections
     if (folder / "demo.json").is_file():
         sections += _outcome(read_json(folder / "demo.json"))
     sifted = folder / "tune" / "uds"
@@ -27,7 +27,7 @@ def demo_page(folder: Path, wanted: Wanted) -> Page:
     subtitle = (
         f"The demo: {page.subtitle[0].lower()}{page.subtitle[1:]} Then a short fine-tuning, every batch sifted by UDS."
     )
-    return replace(page, title="siftune demo", subtitle=subtitle, sections=sections)
+    return replace(page, title="siftune demo", subtitle=subtitle, sections=[*sections, made])
 
 
 def _outcome(facts: object) -> list[Section]:

@@ -34,7 +34,7 @@ def rows_section(run: TrainingRun, ledger: Ledger, prefix: str, *, seed: int) ->
             Fact(label="Times a row was a candidate", value=words.decimal(seen.mean(), 3), note="on the mean"),
         ]
     )
-    blocks: list[Block] = [facts, _times(kept, f"{prefix}times")]
+    blocks: list[Block] = [facts, *([_times(kept, f"{prefix}times")] if kept.max() > 1 else [])]
     if run.behind is None:
         blocks.append(
             Note(
@@ -102,7 +102,7 @@ def _explorer(
             **_labels(run, int(row[key])),
             **texted(text),
         }
-        made[key]["facts"] = [f"seen {seen[key]:,} times", f"kept {kept[key]:,} times"]
+        made[key]["facts"] = [f"seen {words.times(seen[key])}", f"kept {words.times(kept[key])}"]
         if np.isfinite(mean[key]):
             made[key]["facts"].append(f"mean score {words.decimal(float(mean[key]))}")
     data = {

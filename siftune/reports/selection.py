@@ -12,7 +12,7 @@ import numpy as np
 
 from . import words
 from .blocks import Block, Fact, Facts, Map, Note, Page, Section, Table
-from .composition import Labels, composition, label_columns
+from .composition import Labels, composition, in_order_of, label_columns
 from .distributions import histogram
 from .maps import Positions, positions
 from .overlap import overlap, runs_beside
@@ -59,7 +59,7 @@ def selection_sections(selection: Selection, wanted: Wanted) -> list[Section]:
     probe_set = None
     if selection.method == "daar" and pool is not None:
         probe_set = read_probe_set(selection, pool, cache=wanted.cache)
-    labels = label_columns(pool, seed=wanted.seed) if pool is not None else []
+    labels = in_order_of(selection.domains, label_columns(pool, seed=wanted.seed)) if pool is not None else []
     sections = [
         _map(selection, texts, probe_set, labels, wanted),
         _composition(selection, labels),
@@ -201,7 +201,7 @@ def _rows(selection: Selection, texts: Texts, labels: list[Labels], seed: int) -
         rows = [(visible(kind), words.count(count)) for kind, count in kinds]
         caption = f"Every row left out, by reason: {words.count(len(selection.reasons))} rows"
         blocks.append(Table(caption=caption, columns=("reason", "rows"), rows=rows, numbers=(1,)))
-    lede = "Read before you trust. Texts are cut to fit this page; the run folder has them whole."
+    lede = "Read before you trust. Long texts are cut to fit this page; each row names its file and line."
     return Section(name="rows", title="Rows to read", lede=lede, blocks=blocks)
 
 

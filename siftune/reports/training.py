@@ -1,7 +1,8 @@
 """The sections of a training run: loss, what was kept of the candidates and how it scored, what scoring cost, what the
 kept rows were, which rows never were, and whether length decided.
 
-Numbers over time are means over at most `POINTS` equal stretches of steps. Shapes: `L` lines of the ledger.
+Numbers over time are means over at most `POINTS` equal stretches of steps; shares, which need more rows to mean anything,
+over stretches of `ROWS_A_SHARE` kept rows or more. Shapes: `L` lines of the ledger.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .training_run import Ledger, TrainingRun, read_training
 from .untrusted import visible
 
 POINTS = 60
+ROWS_A_SHARE = 32
 
 
 def training_page(folder: Path, *, rows: str | None, cache: str | Path | None, seed: int) -> Page:
@@ -124,10 +126,10 @@ def _loss(run: TrainingRun, prefix: str) -> Section | None:
     return Section(name=f"{prefix}loss-section", title="Loss", lede=lede, blocks=[chart])
 
 
-def stretches(step: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:
+def stretches(step: NDArray[np.int64], most: int = POINTS) -> tuple[NDArray[np.int64], list[int]]:
     """The stretch `(L,)` of each line, and the last step of each stretch."""
     low, high = int(step.min()), int(step.max())
-    count = min(POINTS, high - low + 1)
+    count = max(1, min(most, high - low + 1))
     edges = np.linspace(low, high + 1, count + 1)
     of = np.clip(np.searchsorted(edges, step, side="right") - 1, 0, count - 1)
     return of, [int(np.ceil(edge)) - 1 for edge in edges[1:]]
@@ -168,6 +170,10 @@ def _score_chart(
     count = len(steps)
     low, high = _middle(values, of, count)
     kept, rest = mean_of(values, of, ledger.kept, count), mean_of(values, of, ~ledger.kept, count)
+    if low == high:  # one number for all candidates of a step, such as the weight of a part
+        label = f"{name} over steps: at first {words.decimal(kept[0])}, at last {words.decimal(kept[-1])}"
+        line = {"as": "line", "name": name, "role": "kept", "x": steps, "y": kept}
+        return Chart(name=key, title=name, label=label, data={"x": "step", "y": "", "series": [line]}, half=half)
     series = [
         {"as": "band", "role": "rest", "x": steps, "low": low, "high": high, "hidden": True},
         {"as": "line", "name": "passed over", "role": "rest", "x": steps, "y": rest},
@@ -227,8 +233,8 @@ def _kept(run: TrainingRun, ledger: Ledger, prefix: str) -> Section | None:
 
 
 def _over_time(labels: Labels, of_label: NDArray[Any], ledger: Ledger, key: str) -> Chart:
-    of, steps = stretches(ledger.step)
     known = ledger.kept & (of_label >= 0)
+    of, steps = stretches(ledger.step, min(POINTS, int(known.sum()) // ROWS_A_SHARE))
     totals = np.maximum(1, np.bincount(of[known], minlength=len(steps)))
     series = []
     for index, value in enumerate(labels.values):
@@ -241,14 +247,14 @@ def _over_time(labels: Labels, of_label: NDArray[Any], ledger: Ledger, key: str)
 
 
 def _length(run: TrainingRun, ledger: Ledger, prefix: str) -> Section | None:
-    """Mean tokens of kept and passed-over rows over time, and how far the score goes with length."""
-    tokens = run.behind.tokens if run.behind is not None else None
-    if tokens is None:
+    """Mean length of kept and passed-over rows over time, and how far the score goes with length."""
+    if run.behind is None:
         return None
+    lengths, unit = run.behind.lengths, run.behind.unit
     known = ledger.row >= 0
-    length = np.where(known, tokens[np.maximum(ledger.row, 0)], np.nan).astype(np.float64)
+    length = np.where(known, lengths[np.maximum(ledger.row, 0)], np.nan).astype(np.float64)
     of, steps = stretches(ledger.step)
-    chart = _score_chart(length, "Tokens of a row", f"{prefix}length", ledger, of, steps, half=False)
+    chart = _score_chart(length, f"{unit.capitalize()} of a row", f"{prefix}length", ledger, of, steps, half=False)
     kept, rest = (
         float(np.nanmean(length[side & known])) if (side & known).any() else None
         for side in (ledger.kept, ~ledger.kept)
@@ -256,8 +262,8 @@ def _length(run: TrainingRun, ledger: Ledger, prefix: str) -> Section | None:
     rho = rank_correlation(ledger.total.astype(np.float32), length.astype(np.float32))
     facts = Facts(
         items=[
-            Fact(label="Tokens of a kept row", value=words.decimal(kept, 3), note="on the mean"),
-            Fact(label="Tokens of a row passed over", value=words.decimal(rest, 3), note="on the mean"),
+            Fact(label=f"{unit.capitalize()} of a kept row", value=words.decimal(kept, 3), note="on the mean"),
+            Fact(label="Of a row passed over", value=words.decimal(rest, 3), note="on the mean"),
             Fact(
                 label="Score goes with length", value=words.decimal(rho, 3), note="rank correlation over all candidates"
             ),

@@ -22,7 +22,7 @@ from ..data.files import read_json
 from ..data.load import load_pool
 from ..errors import UserError
 from ..records import Pool
-from .composition import Labels, label_columns
+from .composition import AT_ONCE, Labels, in_order_of, label_columns
 from .rows_file import MANIFEST, ROWS, SELECTED, Texts, read_selection
 from .untrusted import visible
 
@@ -66,8 +66,10 @@ class Behind:
     texts: Texts
     rows: NDArray[np.int64]
     """Row of the file behind each row of the training set. Shape `(n,)`."""
-    tokens: NDArray[np.int64] | None
-    """Shape `(n,)`."""
+    lengths: NDArray[np.int64]
+    """Shape `(n,)`, in `unit`."""
+    unit: str
+    """`tokens` where the run counted them, else `characters`."""
     labels: Sequence[Labels]
     """By row of the training set."""
     how: str
@@ -195,8 +197,20 @@ def read_behind(
     if at is None:
         at = pool.eligible
         how = "Rows are matched to the file by position: this holds where the trainer's dataset is the file, in its order."
-    labels = [*pseudo_domains(sources, pool, cache=cache), *label_columns(pool)]
-    return Behind(Texts(pool), at, tokens, [Labels(one.name, one.values, one.of[at]) for one in labels], how)
+    domains = pseudo_domains(sources, pool)
+    labels = [*domains, *in_order_of(domains[0].values if domains else (), label_columns(pool))]
+    counted = tokens if tokens is not None else characters(Texts(pool), at)
+    labels = [Labels(one.name, one.values, one.of[at]) for one in labels]
+    return Behind(Texts(pool), at, counted, "characters" if tokens is None else "tokens", labels, how)
+
+
+def characters(texts: Texts, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Characters of the question and the answer of each row."""
+    counts = []
+    for start in range(0, len(rows), AT_ONCE):
+        read = texts.read(rows[start : start + AT_ONCE].tolist())
+        counts += [0 if parts is None else len(parts[0]) + len(parts[1]) for parts in read]
+    return np.array(counts, dtype=np.int64)
 
 
 def _positions(folder: Path, pool: Pool) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
@@ -213,7 +227,7 @@ def _positions(folder: Path, pool: Pool) -> tuple[NDArray[np.int64] | None, NDAr
     return at, tokens
 
 
-def pseudo_domains(sources: Sequence[str], pool: Pool, *, cache: str | Path | None) -> list[Labels]:
+def pseudo_domains(sources: Sequence[str], pool: Pool) -> list[Labels]:
     """The pseudo-domain of each row of `pool`, where it is the file of chosen rows in a selection's run folder."""
     if len(sources) != 1 or Path(sources[0]).name != SELECTED:
         return []

@@ -14,6 +14,15 @@ def count(number: float) -> str:
     return f"{round(number):,}"
 
 
+def times(number: float) -> str:
+    """How often.
+
+    >>> times(1), times(1200)
+    ('once', '1,200 times')
+    """
+    return {0: "never", 1: "once", 2: "twice"}.get(round(number), f"{count(number)} times")
+
+
 def share(part: float, whole: float) -> str:
     """A part of a whole in percent; a dash where there is no whole.
 

@@ -46,7 +46,10 @@ const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) {
     if (!entry.isIntersecting) continue;
     for (const link of links) {
-      if (link.hash === `#${entry.target.id}`) link.setAttribute('aria-current', 'true');
+      if (link.hash === `#${entry.target.id}`) {
+        link.setAttribute('aria-current', 'true');
+        link.parentElement.scrollTo({ left: link.offsetLeft - link.parentElement.offsetLeft - 40 });
+      }
       else link.removeAttribute('aria-current');
     }
   }
