@@ -12,7 +12,7 @@ Axes: `B` rows of the batch, `R` rows of a chunk, `T` columns, `N` positions wan
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,10 @@ from torch import nn
 from ..errors import UserError
 
 Batch = Mapping[str, Any]
+Passes = Callable[[int], int]
+"""From the forward passes that this process needs to those that all processes have to make."""
+_TRANSPARENT = ("FullyShardedDataParallel", "DeepSpeedEngine")
+"""Wrappers that answer for the model inside: asked for its attributes they give those of what they wrap."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +83,8 @@ def take_apart(model: nn.Module) -> Parts:
     head = causal.get_output_embeddings()
     if head is None:
         raise UserError(f"{kind} has no output embeddings; load the model with AutoModelForCausalLM")
+    if type(head).__name__ in _TRANSPARENT:  # an FSDP unit of its own
+        head = head.module
     decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else causal
     if decoder is causal:  # transformers 4 does not name the decoder of GPT-2 and GPT-NeoX
         decoder = causal.base_model
@@ -92,6 +98,8 @@ def _unwrapped(module: Any) -> Any:
     """One wrapper less: compiled module, PEFT model, or anything that keeps the model in `.module` (DDP, FSDP)."""
     if hasattr(module, "_orig_mod"):
         return module._orig_mod
+    if type(module).__name__ in _TRANSPARENT:
+        return module.module
     if hasattr(module, "get_base_model"):
         return module.get_base_model()
     inner = getattr(module, "module", None)
@@ -138,30 +146,57 @@ def predicting_tokens(batch: Batch) -> torch.Tensor:
 # --- the forward pass -----------------------------------------------------------------------------------------------
 
 
-def walk(parts: Parts, batch: Batch, wanted: torch.Tensor, *, score_tokens: int | None = None) -> Iterator[Chunk]:
+def walk(
+    parts: Parts,
+    batch: Batch,
+    wanted: torch.Tensor,
+    *,
+    score_tokens: int | None = None,
+    passes: Passes | None = None,
+) -> Iterator[Chunk]:
     """Hidden states of the positions `wanted` (bool `(B, T)`), row by row, in chunks of one forward pass each.
 
     Rows are walked in order of length; a chunk holds at most `score_tokens` padded tokens (at least one row). Rows
-    that want no position are left out. Raises `UserError` when the hook on the decoder does not fire.
+    that want no position are left out. Where `passes` asks for more forward passes than there are chunks, chunks without
+    rows follow. Raises `UserError` when the hook on the decoder does not fire.
     """
     columns = wanted.shape[1]
-    for rows, width in chunks(batch, wanted, score_tokens):
+    plan: Iterable[tuple[list[int], int]] = chunks(batch, wanted, score_tokens)
+    more = 0
+    if passes is not None:
+        plan = list(plan)
+        more = passes(len(plan)) - len(plan)
+    for rows, width in plan:
         states, logits = _forward(parts, rows_of_batch(parts, batch, rows, width), last_logits_only=True)
         states = states[:, -width:]  # prompt tuning puts virtual tokens in front
         masks = wanted[rows][:, :width].to(states.device)
         picked = [state[mask] for state, mask in zip(states, masks, strict=True)]
         assert width <= columns
         yield Chunk(rows, picked, states[:, -1], None if logits is None else logits[:, -1])
+    for _ in range(more):
+        yield Chunk([], [], _idle(parts, batch)[:0, -1], None)
 
 
-def walk_logits(parts: Parts, batch: Batch, wanted: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def _idle(parts: Parts, batch: Batch) -> torch.Tensor:
+    """A forward pass of one token, for the sake of the processes that have more to score."""
+    one = {"input_ids": batch["input_ids"][:1, :1].to(next(parts.causal.parameters()).device)}
+    return _forward(parts, one, last_logits_only=True)[0]
+
+
+def walk_logits(
+    parts: Parts, batch: Batch, wanted: torch.Tensor, *, passes: Passes | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
     """The model's own logits `(N, V)` of the positions `wanted`, one row at a time: where no formula for the head
-    holds. Rows that want no position are left out."""
-    for row in wanted.any(dim=1).nonzero().flatten().tolist():
+    holds. Rows that want no position are left out; `passes` as in `walk`."""
+    wanting = wanted.any(dim=1).nonzero().flatten().tolist()
+    more = 0 if passes is None else passes(len(wanting)) - len(wanting)
+    for row in wanting:
         _, logits = _forward(parts, rows_of_batch(parts, batch, [row], wanted.shape[1]), last_logits_only=False)
         assert logits is not None, "a causal LM without logits"
         own = logits[0, -wanted.shape[1] :]
         yield row, own[wanted[row].to(own.device)]
+    for _ in range(more):
+        _idle(parts, batch)
 
 
 def chunks(batch: Batch, wanted: torch.Tensor, score_tokens: int | None) -> Iterator[tuple[list[int], int]]:

@@ -75,6 +75,8 @@ class OnlineMethod(ABC):
     """Selections made, saved with the state."""
     _stale: bool = True
     """Whether the trained weights may have moved since something was derived from them."""
+    _moved: bool = True
+    """Whether they may have since the model was last looked at."""
 
     def check(self) -> None:
         """Refuse options that cannot work, before any model is run. Raises `UserError` that names value and way out.
@@ -96,7 +98,7 @@ class OnlineMethod(ABC):
     def new_step(self, *, learning_rate: float | None = None) -> None:
         """An optimiser step begins: what was derived from trained weights is stale. The trainer hook calls it once
         per optimiser step before scoring, with the step's learning rate; `score` and `select` call it themselves."""
-        self._stale = True
+        self._stale = self._moved = True
 
     # --- the four steps -------------------------------------------------------------------------------------------
 

@@ -130,7 +130,8 @@ class UDS(OnlineMethod):
             wanted &= predicting_tokens(batch)
         rows = len(wanted)
         result = _Columns(rows, self.sketch[0] * self.sketch[1])
-        for seen in self._view.rows(model, batch, wanted, score_tokens=self.score_tokens):
+        fresh, self._moved = self._moved, False
+        for seen in self._view.rows(model, batch, wanted, score_tokens=self.score_tokens, fresh=fresh):
             self._bind(seen.vocabulary)
             if seen.head is not None:
                 self._view.forget(seen.head, stale=self._stale)

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from ..models.head import Factor, Gram, Head, factorise, read_head
-from ..models.hidden import Parts, exact_math, take_apart, walk, walk_logits
+from ..models.hidden import Chunk, Parts, exact_math, take_apart, walk, walk_logits
+from ..models.sharded import gather_head, is_sharded, most
 from .sketch import Sketch
 
 Batch = Mapping[str, Any]
@@ -67,6 +68,8 @@ class View:
         self._checked: tuple[Any, ...] | None = None
         """The model whose formula was held against its logits."""
         self._holds = True
+        self._whole: tuple[tuple[Any, ...], Head | None] | None = None
+        """The head of a model that is sharded over processes, gathered."""
         self._weight: weakref.ref[torch.Tensor] | None = None
         """The weight that all below was derived from: another one may lie at the same address later."""
         self._factor: tuple[tuple[Any, ...], Factor] | None = None
@@ -75,34 +78,53 @@ class View:
         self._base_projected: tuple[tuple[Any, ...], torch.Tensor] | None = None
 
     def rows(
-        self, model: nn.Module, batch: Batch, wanted: torch.Tensor, *, score_tokens: int | None = None
+        self,
+        model: nn.Module,
+        batch: Batch,
+        wanted: torch.Tensor,
+        *,
+        score_tokens: int | None = None,
+        fresh: bool = True,
     ) -> Iterator[Seen]:
         """Every row of the batch that wants a position (`wanted` is bool `(B, T)`), in groups, in any order.
 
-        A row may come twice, when the check fails after some rows: the later one holds.
+        A row may come twice, when the check fails after some rows: the later one holds. Of a model that is sharded over
+        processes all have to walk, to the end; with `fresh` its head is gathered again where training moves it.
         """
         parts = take_apart(model)
-        head = read_head(parts)
         identity = (id(parts.causal), id(parts.head))
+        passes = most if is_sharded(parts.called) else None
+        head = read_head(parts) if passes is None else self._gathered(identity, parts, fresh=fresh)
         if head is None:
             self._distrust(identity, f"{type(parts.head).__name__} is no plain linear head")
         if head is not None and (self._holds or self._checked != identity):
-            for chunk in walk(parts, batch, wanted, score_tokens=score_tokens):
-                if self._checked != identity and self._fails(head, parts, chunk.probe_states, chunk.probe_logits):
+            for chunk in walk(parts, batch, wanted, score_tokens=score_tokens, passes=passes):
+                if self._checked != identity and self._fails(head, parts, chunk, together=passes is not None):
                     break
-                yield Seen(chunk.rows, head, [head.inputs(states) for states in chunk.states])
+                if chunk.rows:
+                    yield Seen(chunk.rows, head, [head.inputs(states) for states in chunk.states])
             else:
                 return
-        for row, logits in walk_logits(parts, batch, wanted):
+        for row, logits in walk_logits(parts, batch, wanted, passes=passes):
             yield Seen([row], None, [], logits)
 
-    def _fails(self, head: Head, parts: Parts, states: torch.Tensor, logits: torch.Tensor | None) -> bool:
+    def _gathered(self, identity: tuple[Any, ...], parts: Parts, *, fresh: bool) -> Head | None:
+        known = self._whole
+        if known is None or known[0] != identity or (fresh and known[1] is not None and known[1].trained):
+            self._whole = (identity, gather_head(parts))
+        assert self._whole is not None
+        return self._whole[1]
+
+    def _fails(self, head: Head, parts: Parts, chunk: Chunk, *, together: bool) -> bool:
         identity = (id(parts.causal), id(parts.head))
         with exact_math(head.device):
-            verdict = head.agrees(states, logits)
-        if verdict is None:
+            verdict = head.agrees(chunk.probe_states, chunk.probe_logits)
+        told = {None: 0, True: 1, False: 2}[verdict]
+        if together:  # one process that cannot trust the formula makes all walk the other way
+            told = most(told)
+        if told == 0:
             return False
-        if verdict:
+        if told == 1:
             self._checked, self._holds = identity, True
             return False
         self._distrust(identity, "its logits are not those of hidden states times head")

@@ -200,10 +200,11 @@ class Attachment:
         return both.everyone, both.everyone.of(both.mine)
 
     def _model(self) -> torch.nn.Module:
-        """The model as the trainer runs it, autocast and adapters included. Of DDP its module, which has those too:
-        DDP's own forward would exchange buffers, and ranks score in different numbers of chunks."""
+        """The model as the trainer runs it, autocast and adapters included. Of DDP (and of DeepSpeed up to ZeRO-2) its
+        module, which has those too: DDP's own forward would exchange buffers, and ranks score in different numbers of
+        chunks."""
         model: torch.nn.Module = self.trainer.model_wrapped
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
             model = model.module
         return model
 

@@ -1,0 +1,97 @@
+"""Models whose weights lie in pieces on several processes (FSDP 1 and 2): the head whole, and passes in lock-step.
+
+A forward pass of such a model gathers weights from all processes, so all have to make equally many passes, also those
+with fewer candidates. The head comes whole with the FSDP unit it belongs to, as for a forward pass, and is copied.
+Cost: that unit's gathering and a copy of V*D numbers, once for a frozen head, once per optimiser step for a trained one.
+
+Axes: `V` vocabulary, `D` hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .head import Head, read_head
+from .hidden import Parts
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a module of the model is an FSDP unit. Never, where no process group was made."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    first, second = _kinds()
+    return any(isinstance(module, (first, second)) for module in model.modules())
+
+
+def most(number: int) -> int:
+    """The largest of all processes' numbers. Every process has to call it."""
+    on_host = any(name in str(torch.distributed.get_backend()) for name in ("gloo", "mpi"))
+    device = torch.device("cpu") if on_host else torch.accelerator.current_accelerator()
+    found = torch.tensor([number], dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def gather_head(parts: Parts) -> Head | None:
+    """`read_head` of a sharded model: copies of the whole weights. Every process has to call it.
+
+    >>> head = gather_head(take_apart(fully_sharded_model))
+    """
+    with _whole(parts):
+        head = read_head(parts)
+        if head is None:
+            return None
+        return replace(
+            head,
+            weight=head.weight.detach().clone(),
+            bias=_copy(head.bias),
+            down=_copy(head.down),
+            up=_copy(head.up),
+        )
+
+
+def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+@contextmanager
+def _whole(parts: Parts) -> Iterator[None]:
+    """The head's own weights whole in this process, and in pieces again afterwards."""
+    first, second = _kinds()
+    units = [unit for unit in parts.called.modules() if isinstance(unit, (first, second)) and _holds(unit, parts.head)]
+    with ExitStack() as stack:
+        if isinstance(parts.called, first) and parts.called not in units:
+            with first.summon_full_params(parts.called, recurse=False, writeback=False):
+                pass  # else the first unit to be asked takes itself for the outermost
+        for unit in units:
+            if isinstance(unit, first):
+                stack.enter_context(first.summon_full_params(unit, recurse=False, writeback=False))
+            else:
+                unit.unshard()
+                stack.callback(unit.reshard)
+        yield
+
+
+def _holds(unit: nn.Module, head: nn.Module) -> bool:
+    """Whether the head's weights are the unit's own: it lies in the unit and in no unit inside that."""
+    kinds = _kinds()
+
+    def search(module: nn.Module) -> bool:
+        if module is head:
+            return True
+        return any(not isinstance(child, kinds) and search(child) for child in module.children())
+
+    return search(unit)
+
+
+def _kinds() -> tuple[Any, Any]:
+    """The classes of an FSDP 1 and an FSDP 2 unit."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return FullyShardedDataParallel, FSDPModule
