@@ -144,6 +144,9 @@ def train(out: Path, *, steps: int, rows: int, length: int, rate: float, vocabul
     losses = fit(model, batches(tokenizer, rows=rows, length=length, seed=seed), steps=steps, rate=rate)
     seconds = time.monotonic() - started
     out.mkdir(parents=True, exist_ok=True)
+    sampled = model.generation_config  # servers sample only where the model's folder says so
+    assert sampled is not None
+    sampled.do_sample, sampled.temperature, sampled.top_p = True, 0.9, 0.95
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # written as 0600, and others must read it

@@ -104,6 +104,7 @@ def test_no_reply_vanishes_without_a_reason() -> None:
     found = written(writer)
     rows = sum(5 if "/seeds/" in request.key else 1 for request in writer.asked)
     assert sum(len(rows) for rows in found.rows.values()) + len(found.rejected) == rows
+    assert not any("does not sample" in said for said in found.told)
     assert all(item.reason and item.text for item in found.rejected)
 
 
@@ -142,6 +143,7 @@ def test_copies_are_never_let_in_and_the_stage_still_ends() -> None:
     found = written(Writer(answer=lambda request: "Instruction: Say topic1\nOutput: Done."), replace(QUICK, attempts=8))
     assert {len(rows) for rows in found.rows.values()} == {1}
     assert "1 rows instead of 12" in found.told[0]
+    assert "1 different replies to 13 requests, so the generator does not sample" in found.told[1]
     assert {item.reason.partition(":")[0] for item in found.rejected} == {"copy"}
 
 

@@ -104,6 +104,8 @@ class Writing:
         """What was noted of rows that only tau kept out, by the candidate's identity."""
         self.attempts = dict.fromkeys(self.kept, 0)
         self.tries = dict.fromkeys(self.kept, 0)
+        self.texts: dict[str, set[str]] = {name: set() for name in self.kept}
+        """Replies that differ, per domain: a generator that does not sample repeats itself."""
 
     def run(self) -> Written:
         """Write every domain's rows. Raises `UserError` when a domain gets none, or the generator fails for now."""
@@ -210,7 +212,10 @@ class Writing:
                 f"the generator left {len(failed)} of {len(flat)} requests without a reply ({failed[0].key}: "
                 f"{failed[0].error}); run the same command again, the replies that came are kept"
             )
-        return {name: [came[request.key] for request in some] for name, some in requests.items()}
+        found = {name: [came[request.key] for request in some] for name, some in requests.items()}
+        for name, replies in found.items():
+            self.texts[name].update(reply.text for reply in replies)
+        return found
 
     def _rows_of(self, domain: str, replies: Sequence[Reply]) -> Iterator[tuple[dict[str, str], str]]:
         """Every good row of the replies with its request's name; what is none is noted."""
@@ -262,6 +267,7 @@ class Writing:
             "wanted": self.how.rows,
             **{how: sum(row["how"] == how for row in rows) for how in ("real", "seed", "further", "relaxed")},
             "requests": self.tries[domain.name] + self.attempts[domain.name],
+            "different_replies": len(self.texts[domain.name]),
             "threshold": asked,
             "threshold_used": round(self.kept[domain.name].threshold, 4),
         }

@@ -20,6 +20,8 @@ SEEDS = "seeds.jsonl"
 REJECTED = "rejected.jsonl"
 FACTS = "written.json"
 FOLDER = "domains"
+REPEATS = 6
+"""Requests of a domain from which on it is worth telling that most replies were the same."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,12 @@ class Written:
                 )
             if facts["rows"] < facts["wanted"]:
                 said.append(f"{name}: {facts['rows']} rows instead of {facts['wanted']}, the generator wrote no others")
+            if facts["requests"] >= REPEATS and 2 * facts["different_replies"] <= facts["requests"]:
+                said.append(
+                    f"{name}: {facts['different_replies']} different replies to {facts['requests']} requests, so the "
+                    "generator does not sample; switch sampling on (a server may want do_sample in the model's "
+                    "generation_config.json)"
+                )
         return said
 
     def write(self, folder: str | Path, *, counts: Mapping[str, int] | None = None) -> Path:
