@@ -1,9 +1,9 @@
 """The closed loop of DaaR (arXiv 2502.04380, stage 8): choose rows, tune on them, probe again with the tuned model.
 
-Tuning is a command of the user's: its words are filled in and run without a shell. Each round chooses from the rows
-that no earlier round took. A finished round is never repeated: the selection resumes as any run does, and a tuning
-whose command, rows and model are the same is taken as it is. Cost: per round one selection, one tuning, and a copy of
-the rows that are left.
+Tuning is a recipe of `siftune train`, run in this process, or a command of the user's: its words are filled in and run
+without a shell. Each round chooses from the rows that no earlier round took. A finished round is never repeated: selection
+and recipe resume as any run does, and a command's tuning whose command, rows and model are the same is taken as it is.
+Cost: per round one selection, one tuning, and a copy of the rows that are left.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class LoopOptions(SelectOptions):
 
     tune: str | None = None
     """Command that fine-tunes, run without a shell: {model} {train_file} {out_model} {round} {seed} are filled in."""
+    recipe: str | None = None
+    """Recipe of `siftune train` that tunes, in place of --tune; model and train are filled in, an adapter is merged."""
     rounds: int = 2
     """Times to choose and tune (paper: 1)."""
     again: bool = False
@@ -88,7 +90,7 @@ def command_of(template: str | None) -> list[str]:
     """
     example = "--tune 'python tune.py --model {model} --data {train_file} --out {out_model}'"
     if not template or not template.strip():
-        raise UserError(f"siftune loop needs a command that fine-tunes: {example}")
+        raise UserError(f"siftune loop needs a command that fine-tunes: {example}, or --recipe recipe.yaml")
     try:
         words = shlex.split(template)
     except ValueError as error:
@@ -116,10 +118,14 @@ def loop(
 
     >>> loop("daar", LoopOptions(pool=["pool.jsonl"], tune="..."), {"model": "./model", "seeds": "seeds.jsonl"})
     """
-    words = command_of(options.tune)
     given = dict(settings or {})
+    if options.recipe is not None and options.tune is not None:
+        raise UserError("--recipe and --tune are two ways to tune; give one of them")
+    words = command_of(options.tune) if options.recipe is None else []
     if given.get("model") is None:
         raise UserError(f"siftune loop {method} needs --model: the model that is probed and tuned")
+    if options.recipe is not None:
+        check_recipe(options, str(given["model"]))
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds} does nothing; give at least 1")
     if options.shards is not None:
@@ -133,7 +139,10 @@ def loop(
         rounds: list[Round] = []
         for number in range(1, options.rounds + 1):
             rounds.append(_round(number, folder, words, method, options, given, rounds, progress, told))
-            write_json(folder / "loop.json", {"tune": options.tune, "rounds": [done.facts for done in rounds]})
+            write_json(
+                folder / "loop.json",
+                {"tune": options.tune or f"siftune train {options.recipe}", "rounds": [done.facts for done in rounds]},
+            )
         if options.out is not None:
             _join([done.selection for done in rounds], Path(options.out))
     return rounds
@@ -165,7 +174,11 @@ def _round(
     )
     assert selection.out is not None
     told(f"round {number}: {selection.manifest['rows']['kept']:,} rows in {selection.out}, tuning on them")
-    tuned, seconds = _tune(number, folder / f"tune-{number}", words, model, selection.out, options.seed)
+    place = folder / f"tune-{number}"
+    if options.recipe is not None:
+        tuned, seconds = _by_recipe(place, options, model, selection.out)
+    else:
+        tuned, seconds = _tune(number, place, words, model, selection.out, options.seed)
     told(f"round {number}: tuned model in {tuned}")
     return Round(number, model, selection, tuned, seconds)
 
@@ -213,6 +226,33 @@ def _tune(number: int, folder: Path, words: list[str], model: str, rows: Path, s
     seconds = perf_counter() - started
     write_json(done, {"key": key, "command": command, "seconds": round(seconds, 1)})
     return out, seconds
+
+
+def _recipe(options: LoopOptions, model: str, rows: str) -> Any:
+    """The recipe with model and rows filled in, and `--seed` where it is given."""
+    from .training.recipe import Recipe
+
+    assert options.recipe is not None
+    seed = {"seed": options.seed} if options.seed else {}
+    return Recipe.read(options.recipe, {"model": model, "train": rows, **seed})
+
+
+def check_recipe(options: LoopOptions, model: str) -> None:
+    """Refuse a recipe that cannot work before the first rows are chosen. Raises `UserError`."""
+    from .training.trainer import check_sections
+
+    check_sections(_recipe(options, model, "rows.jsonl"))
+
+
+def _by_recipe(folder: Path, options: LoopOptions, model: str, rows: Path) -> tuple[Path, float]:
+    """Tune in this process, unless it is done; the tuned model's folder, whole, and the seconds spent now."""
+    from .tune import TuneOptions, tune
+
+    started = perf_counter()
+    finished = (folder / "model" / "README.md").is_file()
+    done = tune(_recipe(options, model, str(rows)), TuneOptions(run=str(folder), quiet=True, cache=options.cache))
+    whole = done.merged()
+    return whole, 0.0 if finished else perf_counter() - started
 
 
 def _join(selections: list[Selection], out: Path) -> None:

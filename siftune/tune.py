@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .engines.shard import Progress
     from .training.trainer import Prepared
 
-CHECKPOINTS, MODEL, LOG, ROWS, LEDGER = "checkpoints", "model", "log.jsonl", "rows.parquet", "siftune/selection.parquet"
+CHECKPOINTS, MODEL, MERGED = "checkpoints", "model", "merged"
+LOG, ROWS, LEDGER = "log.jsonl", "rows.parquet", "siftune/selection.parquet"
 NOT_OURS = "training_args.bin"
 """A pickle of the trainer's options, which config.yaml and the card hold as text."""
 
@@ -79,7 +80,7 @@ class Tuned:
         """A folder with the whole model: `model` itself, or `merged/`, made on first use from an adapter and its base."""
         if not self.is_adapter:
             return self.model
-        out = self.folder / "merged"
+        out = self.folder / MERGED
         if not (out / "config.json").is_file():
             from .training.merge import merge
 
@@ -260,6 +261,7 @@ class _Job:
             (temporary / NOT_OURS).unlink(missing_ok=True)
             (temporary / "README.md").write_text(self._card(temporary, facts), encoding="utf-8")
             remove(folder / MODEL)
+            remove(folder / MERGED)
             temporary.rename(folder / MODEL)
         finally:
             remove(temporary)

@@ -1,4 +1,4 @@
-"""`siftune loop METHOD POOL...`: choose, tune by a command of the user's, choose again."""
+"""`siftune loop METHOD POOL...`: choose, tune by a recipe or a command of the user's, choose again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ def run(words: list[str]) -> int:
     own = own_options(str(method))
     command = Command(
         f"loop {method}",
-        f"siftune loop {method} POOL... --model MODEL --tune COMMAND [options]",
-        f"Choose rows with {method}, tune the model on them by a command of yours, choose the next with the tuned model.",
+        f"siftune loop {method} POOL... --model MODEL --recipe FILE | --tune COMMAND [options]",
+        f"Choose rows with {method}, tune the model on them (a recipe, or a command of yours), choose the next with the tuned model.",
         [*own, *options_of(LoopOptions)],
         positional="pool",
         examples=(
+            f"siftune loop {method} pool.jsonl --model ./model --seeds seeds.jsonl --keep 10% --recipe recipe.yaml",
             f"siftune loop {method} pool.jsonl --model ./model --seeds seeds.jsonl --keep 10% --rounds 2 \\\n"
             "    --tune 'python tune.py --model {model} --data {train_file} --out {out_model}'",
         ),
@@ -43,7 +44,7 @@ def run(words: list[str]) -> int:
     if options.json:
         print_json({"rounds": facts})
     elif options.dry_run and speaks:
-        print("dry run: rows, options, budget and the tuning command are sound; nothing was computed")
+        print("dry run: rows, options, budget and the tuning are sound; nothing was computed")
     elif options.quiet:
         print(*(item["tuned"] for item in facts[-1:]))
     else:

@@ -135,10 +135,7 @@ def prepare(recipe: Recipe, *, cache: str | Path | None = None) -> Prepared:
 
     The pool's rows are read (and kept in the cache), the tokenizer and the configuration are, the weights are not.
     """
-    arguments = sft_config(recipe, "unused")
-    lora_config(recipe)
-    quantization_config(recipe)
-    checked_selector(recipe, arguments)
+    check_sections(recipe)
     folder = model_folder(recipe.model)
     trusted = bool(recipe.model_kwargs.get("trust_remote_code", False))
     config = read_config(folder, model=recipe.model, layer=1, trust_remote_code=trusted)
@@ -165,6 +162,14 @@ def prepare(recipe: Recipe, *, cache: str | Path | None = None) -> Prepared:
     pool = read(recipe.train)
     held_out = {name: read(files) for name, files in recipe.eval.items()}
     return Prepared(recipe, folder, config, tokenizer, pool, held_out, cache)
+
+
+def check_sections(recipe: Recipe) -> None:
+    """Every section against the library it belongs to, and the budget against the batch. Raises `UserError`."""
+    arguments = sft_config(recipe, "unused")
+    lora_config(recipe)
+    quantization_config(recipe)
+    checked_selector(recipe, arguments)
 
 
 def model_folder(model: str) -> Path:
