@@ -428,10 +428,12 @@ def recut(run: str, options: KeepOptions) -> Selection:
     folder = Path(run)
     manifest = read_manifest(folder)
     config = manifest["config"]
-    if not any(record["name"] == "score" for record in manifest["stages"]):
-        raise UserError(
-            f"{folder} has no scores yet; run siftune select --config {folder / CONFIG} --run {folder} first"
-        )
+    scored = next((record for record in manifest["stages"] if record["name"] == "score"), None)
+    again = f"run siftune select --config {folder / CONFIG} --run {folder}"
+    if scored is None:
+        raise UserError(f"{folder} has no scores yet; {again} first")
+    if not (folder / SCORES).is_file() or hash_file(folder / SCORES) != scored["files"].get(SCORES):
+        raise UserError(f"{folder / SCORES} is not as its run left it; {again}, which makes it again")
     reading = {item.name: config.get(item.name) for item in dataclasses.fields(Reading)}
     pool = read_pool(SelectOptions(**reading, cache=options.cache))
     if pool.fingerprint != manifest["inputs"]["pool"]:

@@ -212,8 +212,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_json(folder / MANIFEST)
     except (ValueError, OSError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read ({error}); delete the folder and run again") from error
-    assert isinstance(manifest, dict)
-    return manifest
+    if not _is_manifest(manifest):
+        raise UserError(
+            f"run folder {folder} has a {MANIFEST} that siftune did not write; delete the folder and run again"
+        )
+    found: dict[str, Any] = manifest
+    return found
+
+
+def _is_manifest(found: Any) -> bool:
+    """Has it the parts that are read again? Files get damaged, and edited."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in ("config", "inputs")):
+        return False
+    types = {"name": str, "key": str, "counts": dict, "files": dict, "computed_seconds": (int, float)}
+    stages = found.get("stages")
+    return isinstance(stages, list) and all(
+        isinstance(stage, dict) and all(isinstance(stage.get(name), kind) for name, kind in types.items())
+        for stage in stages
+    )
 
 
 def versions() -> dict[str, str]:
