@@ -21,6 +21,7 @@ from ..data.load import load_pool
 from ..errors import UserError
 from ..models.checkpoint import WEIGHT_FILES, find_folder, quiet, read_config, read_tokenizer
 from ..online.base import OnlineMethod
+from ..online.reference import TABLES
 from ..records import Pool
 from .configs import lora_config, quantization_config, sft_config
 from .identity import random_state_kept
@@ -211,7 +212,11 @@ def checked_selector(recipe: Recipe, arguments: Any) -> OnlineMethod | None:
     """The recipe's selector, its budget held against the batch, or None. Raises `UserError`."""
     if recipe.online is None:
         return None
-    selector = selector_of(recipe.online, seed=recipe.seed, section="online")
+    online = dict(recipe.online)
+    if online.get("method") == "greats":  # a file of validation rows takes the form of the training rows
+        online.setdefault("validation_text", recipe.text)
+    selector = selector_of(online, seed=recipe.seed, section="online")
+    _check_files(selector)
     size = int(arguments.per_device_train_batch_size)
     kept = parse_keep(selector.keep).count
     if kept is not None and kept > size:
@@ -224,3 +229,15 @@ def checked_selector(recipe: Recipe, arguments: Any) -> OnlineMethod | None:
     else:
         selector.check_keep(size)
     return selector
+
+
+def _check_files(selector: OnlineMethod) -> None:
+    """What a selector will read is there: a table or a model of reference losses, a file of validation rows."""
+    reference = getattr(selector, "reference", None)
+    if isinstance(reference, (str, Path)):
+        if Path(reference).suffix not in TABLES:
+            find_folder(str(reference), None)
+        elif not Path(reference).is_file():
+            raise UserError(f"online.reference={str(reference)!r} does not exist; make it with siftune score-reference")
+    if (file := getattr(selector, "validation_file", None)) is not None:
+        load_pool(file)
