@@ -2,8 +2,8 @@
 
 Rows are tokenised in the pool's order, some at a time, into the cache folder (`tokens/<key>/`); the key is the pool's
 content, the tokenizer's, the form and the length, so that a second run or the next cell of a study reads them as they are.
-Memory does not grow with the pool but for its reasons. Cost: the tokenizer's own, about 0.3 ms a row on one core; 8 bytes a
-token on disk.
+Memory does not grow with the pool but for its reasons. Cost: the tokenizer's own; 8 bytes a token on
+disk.
 
 Shapes: `n` rows that can be trained on.
 """
