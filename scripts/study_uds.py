@@ -50,7 +50,7 @@ GAINS = {
     "own_sum": "own loss, sum",
 }
 SHAPES = {"rank": "effective rank", "length": "length N"}
-CHECKED = 20
+CHECKED = 8
 """Candidates of a draw whose nuclear norms are held against siftune's own."""
 Columns = dict[str, NDArray[np.float64]]
 
