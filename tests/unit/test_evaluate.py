@@ -118,15 +118,14 @@ def test_a_model_that_knows_scores_one_and_one_that_does_not_nought(name: str, r
 
 
 def test_prompts_are_worded_as_the_task_says_with_its_worked_examples(folder: Path) -> None:
-    found = asked("gsm8k", folder, shots=2, limit=1)
+    found = asked("gsm8k", folder, shots=5, limit=1)
     model = oracle(found, right=True)
     harness.ask(model, build_own(found, length=4096), chat=False, allow_code=False, bars=False)
-    first, second = evaluation_data.QUESTIONS[:2]
-    assert model.prompts == [
-        f"Problem: {first['question']}\nSolution: It is 2.\n#### 2\n\n"
-        f"Problem: {second['question']}\nSolution: It is 4.\n#### 4\n\n"
-        f"Problem: {found.rows[0]['question']}\nSolution:"
+    shown = [
+        f"Problem: {row['question']}\nSolution: It is {2 * n}.\n#### {2 * n}\n\n"
+        for n, row in enumerate(evaluation_data.QUESTIONS[:5], 1)
     ]
+    assert model.prompts == ["".join(shown) + f"Problem: {found.rows[0]['question']}\nSolution:"]
     found = asked("mbpp", folder, shots=1, limit=1)
     model = oracle(found, right=True)
     harness.ask(model, build_own(found, length=4096), chat=False, allow_code=True, bars=False)
@@ -498,3 +497,46 @@ def test_names_become_files_of_their_own() -> None:
     assert file_name("a/b") != file_name("a-b") == "a-b"
     assert "/" not in file_name("../x")
     assert not file_name("..").startswith(".")
+
+
+def test_the_suite_and_the_task_of_the_documentation_run(folder: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    blocks = [block.split("```")[0] for block in page.split("```yaml\n")[1:]]
+    for name, text in zip(("suite.yaml", "capitals.yaml"), blocks, strict=True):
+        assert text.startswith(f"# {name}")
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    rows = [{"country": "Italy", "answers": ["Rome"]}, {"country": "Peru", "answers": ["Lima"]}]
+    (tmp_path / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    held = {"instruction": "Count.", "output": "1 2 3"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(held) + "\n", encoding="utf-8")
+    said = Suite.read(tmp_path / "suite.yaml")
+    assert [(task.name, task.shots, task.limit) for task in said.tasks] == [
+        ("gsm8k", 8, 200),
+        ("arc_challenge", 25, None),
+        ("capitals", 1, None),
+    ]
+    found = evaluate(
+        model_folder(),
+        said.without(["arc_challenge", "gsm8k"]),
+        data=str(folder),
+        run=str(tmp_path / "run"),
+        device="cpu",
+    )
+    assert found.tasks["capitals"]["exact_match"]["n"] == 2
+    assert found.average is None
+    assert found.held_out["mathematics"]["rows"] == 1
+    sample = json.loads((tmp_path / "run" / "samples" / "capitals.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"] == "The capital of Austria is Vienna.\n\nThe capital of Italy is"
+
+
+def test_the_documentation_names_every_file_and_field_of_every_task() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    for name, spec in own_tasks().items():
+        row = next(line for line in lines if line.startswith(f"| `{name}` |"))
+        task = next((task for task in Suite.read("daar").tasks if task.name == name), None)
+        if task is not None and task.limit is not None:
+            assert f"| {task.limit:,} |" in row
+        fields = [line for line in lines if f"`{spec.file}`" in line.split("|")[1]][-1]
+        assert all(f"`{field}`" in fields for field in spec.fields), name
+        assert spec.shots_file is None or name == "scienceqa" or f"`{spec.shots_file}`" in fields
