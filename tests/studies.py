@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import yaml
 from siftune.budget import parse_keep
 from siftune.data.files import hash_json, write_json
 from siftune.study import cell as cells
+from siftune.study import compare as comparing
 from siftune.study.cell import Work
 from siftune.study.cells import Cell
 from tests.tiny import save_tiny
@@ -34,6 +37,12 @@ STUDY: dict[str, Any] = {
 }
 
 
+@functools.cache
+def tiny_folder() -> Path:
+    """One tiny model for all studies of a test run."""
+    return save_tiny(Path(tempfile.mkdtemp(prefix="siftune-study-")), layers=2, width=16)
+
+
 def write_study(folder: Path, *, with_model: bool = True, **changes: Any) -> Path:
     """The study's YAML with its model and rows beside it; `changes` replace keys, None removes one."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +59,7 @@ def write_study(folder: Path, *, with_model: bool = True, **changes: Any) -> Pat
             ]
             (folder / f"{part}-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if with_model and not (folder / "model").exists():
-        save_tiny(folder / "model", layers=2, width=16)
+        (folder / "model").symlink_to(tiny_folder())
     said = STUDY | {
         "model": str(folder / "model"),
         "pool": {name: str(folder / f"pool-{name}.jsonl") for name in WORDS},
@@ -119,8 +128,10 @@ class Fakes:
         table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text("a table")
 
-    def install(self, patch: Any = setattr) -> None:
+    def install(self, patch: Any = setattr, *, figures: bool = False) -> None:
         """Put the stand-ins in place of the real ones; `patch` is `monkeypatch.setattr` in a test."""
+        if not figures:
+            patch(comparing, "draw", lambda frame, folder: [])
         for name in ("choose", "train", "measure", "tabulate"):
             patch(cells, name, getattr(self, name))
         patch(cells, "check_recipe", lambda recipe, cache: None)

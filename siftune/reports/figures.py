@@ -91,7 +91,7 @@ def intervals(stem: Path, points: Sequence[Point], *, title: str, axis: str, zer
         axes.set_yticks(range(len(points)), [point.label for point in reversed(points)])
         axes.set_ylim(-0.6, len(points) - 0.4)
         axes.set_xlabel(axis)
-        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_title(title, loc="left", fontsize=11, pad=16)
         axes.grid(axis="y", visible=False)
         return save(figure, stem)
 
@@ -122,7 +122,7 @@ def grouped(
         axes.set_yticks(range(len(labels)), list(reversed(labels)))
         axes.set_ylim(-0.7, len(labels) - 0.3)
         axes.set_xlabel(axis)
-        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_title(title, loc="left", fontsize=11, pad=16)
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside lower center", ncols=min(5, len(series)), fontsize=8, frameon=False)
         return save(figure, stem)

@@ -22,7 +22,7 @@ from ..data.files import atomic_path, hash_bytes, hash_file, hash_json, json_val
 from ..data.formats import BadRow
 from ..data.load import load_pool
 from ..errors import UserError
-from ..models.checkpoint import find_folder, read_tokenizer
+from ..models.checkpoint import find_folder, quiet, read_tokenizer
 from ..records import Pool, Row
 from .spec import DEMO, Study
 
@@ -107,7 +107,8 @@ def prepare(study: Study, folder: Path) -> Data:
         if facts.get("key") == key and all(_same(folder / name, said) for name, said in facts["files"].items()):
             return Data(folder, facts)
         (folder / FACTS).unlink()
-    facts = _Drawing(study, folder).draw(pool, held)
+    with quiet():  # a row longer than the model's positions is cut, which the tokenizer cannot know
+        facts = _Drawing(study, folder).draw(pool, held)
     write_json(folder / FACTS, {"key": key, **facts})
     return Data(folder, {"key": key, **facts})
 
