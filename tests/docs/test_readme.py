@@ -58,7 +58,8 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest
         raise UnderstoodError
 
     targets = ("siftune.pipeline.select", "siftune.pipeline.recut", "siftune.plan.plan", "siftune.demo.story.run")
-    for target in (*targets, "siftune.loop.loop", "siftune.training.recipe.Recipe.read"):
+    others = ("siftune.loop.loop", "siftune.training.recipe.Recipe.read", "siftune.evaluate.Job.__init__")
+    for target in (*targets, *others):
         monkeypatch.setattr(target, stop)
     try:
         code = main(words)
