@@ -23,6 +23,8 @@ class ReportOptions(Everywhere):
     """Rows of the map at most (up to 20,000), drawn by --seed; 0 leaves it out."""
     rows: str | None = None
     """For a trainer's OUTPUT_DIR: the file of rows that it was trained on, so that the page can show them."""
+    figures: bool = False
+    """The page's charts as PNG and SVG too, for papers, in a folder beside the page: report.html, report-figures/."""
 
 
 def run(words: list[str]) -> int:
@@ -34,7 +36,7 @@ def run(words: list[str]) -> int:
         positional="run",
         examples=(
             "siftune report siftune-runs/daar-0a1b2c",
-            "siftune report siftune-runs/daar-0a1b2c --out daar.html",
+            "siftune report siftune-runs/daar-0a1b2c --out daar.html --figures",
             "siftune report trainer-output --rows selected.jsonl",
         ),
     )
@@ -51,6 +53,7 @@ def run(words: list[str]) -> int:
         options.out,
         map_rows=options.map_rows,
         rows=options.rows,
+        figures=options.figures,
         cache=options.cache,
         seed=options.seed,
     )
@@ -60,10 +63,15 @@ def run(words: list[str]) -> int:
 
 def tell(options: ReportOptions, done: Path) -> None:
     """What was made, where, and what to do with it."""
+    from ..reports.report import figures_beside
+
     size = done.stat().st_size
+    figures = str(figures_beside(done)) if options.figures else None
     if options.json:
-        print_json({"run": options.run, "report": str(done), "bytes": size})
+        print_json({"run": options.run, "report": str(done), "bytes": size, "figures": figures})
     elif options.quiet:
         print(done)
     else:
         print(f"{done}   one page, {size / 1e6:.1f} MB; open it in a browser, no network is needed")
+        if figures is not None:
+            print(f"{figures}   its charts as PNG and SVG")

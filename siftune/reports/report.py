@@ -5,13 +5,15 @@ Cost: seconds, and about one second per thousand rows for the map the first time
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..data.files import read_json
-from ..errors import UserError
+from ..errors import MissingExtra, UserError
 from . import page
 from .blocks import Page
 from .rows_file import MANIFEST, ROWS
+from .study import is_study
 from .training_run import is_training
 
 REPORT = "report.html"
@@ -29,13 +31,14 @@ def write(
     *,
     map_rows: int = MAP_ROWS,
     rows: str | None = None,
+    figures: bool = False,
     cache: str | Path | None = None,
     seed: int = 0,
 ) -> Path:
     """Write the page of a run to `out`, else to `report.html` in the run folder; returns its path.
 
-    `map_rows` bounds the map (0 leaves it out), `rows` is the file that a trainer's OUTPUT_DIR was trained on, `cache`
-    the run's cache folder; `seed` draws the rows that are shown of many. Raises `UserError` for a folder that holds no
+    `map_rows` bounds the map (0 leaves it out), `rows` is the file that a trainer's OUTPUT_DIR was trained on, `figures`
+    draws its charts as PNG and SVG too (into `figures_beside` the page), `cache` the run's cache folder; `seed` draws the rows that are shown of many. Raises `UserError` for a folder that holds no
     finished run, for options that make no sense, and where plotly, jinja2 or openTSNE is missing.
 
     >>> report.write("siftune-runs/daar-0a1b2c")
@@ -52,15 +55,35 @@ def write(
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; give the path of a file, such as {path / REPORT}")
     page.require(mapped=map_rows > 0 and made_of in ("selection", "demo"))
-    return page.save(page_of(folder, made_of, map_rows=map_rows, rows=rows, cache=cache, seed=seed), path)
+    if figures:
+        require_matplotlib()
+    made = page_of(folder, made_of, map_rows=map_rows, rows=rows, cache=cache, seed=seed)
+    if figures:
+        from .page_figures import draw
+
+        draw(made, figures_beside(path))
+    return page.save(made, path)
+
+
+def figures_beside(path: Path) -> Path:
+    """The folder of a page's figures."""
+    return path.with_name(f"{path.stem}-figures")
+
+
+def require_matplotlib() -> None:
+    """Raise `MissingExtra` where figures cannot be drawn, before anything is computed."""
+    if find_spec("matplotlib") is None:
+        raise MissingExtra("matplotlib", extra="report", needed_for="siftune report --figures")
 
 
 def kind_of(folder: Path) -> str:
-    """`selection`, `training` or `demo`. Raises `UserError` for a folder that holds none of them."""
+    """`selection`, `training`, `study` or `demo`. Raises `UserError` for a folder that holds none of them."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the run folder that siftune select printed")
     if (folder / DEMO / MANIFEST).is_file():
         return "demo"
+    if is_study(folder):
+        return "study"
     command = _command(folder)
     if command == "select" or (command is None and (folder / ROWS).is_file() and not is_training(folder)):
         return "selection"
@@ -84,10 +107,13 @@ def page_of(
 ) -> Page:
     """The page, not yet written."""
     from .selection import Wanted, selection_page
+    from .study import study_page
     from .training import training_page
 
     if made_of == "training":
         return training_page(folder, rows=rows, cache=cache, seed=seed)
+    if made_of == "study":
+        return study_page(folder)
     wanted = Wanted(map_rows=map_rows, cache=cache, seed=seed)
     if made_of == "selection":
         return selection_page(folder, wanted)

@@ -23,6 +23,8 @@ from .untrusted import visible
 
 POINTS = 60
 ROWS_A_SHARE = 32
+MOST_STACKED = 8
+"""Values that one can tell apart on top of each other; with more there is the table alone."""
 
 
 def training_page(folder: Path, *, rows: str | None, cache: str | Path | None, seed: int) -> Page:
@@ -223,7 +225,8 @@ def _kept(run: TrainingRun, ledger: Ledger, prefix: str) -> Section | None:
     blocks: list[Block] = []
     for number, labels in enumerate(run.behind.labels):
         of = np.where(ledger.row >= 0, labels.of[np.maximum(ledger.row, 0)], -1)
-        blocks.append(_over_time(labels, of, ledger, f"{prefix}kept-{number}"))
+        if len(labels.values) <= MOST_STACKED:
+            blocks.append(_over_time(labels, of, ledger, f"{prefix}kept-{number}"))
         sides = ("candidates", "kept")
         blocks.append(
             composition(labels.name, labels.values, of, ledger.kept, f"All steps, by {labels.name}", sides=sides)
@@ -242,7 +245,7 @@ def _over_time(labels: Labels, of_label: NDArray[Any], ledger: Ledger, key: str)
         made = {"as": "line", "name": value, "role": index, "stackgroup": "one", "x": steps}
         series.append(made | {"y": np.round(share, 4).tolist()})
     title = f"Kept rows by {labels.name}, over steps"
-    label = f"{title}: shares of {', '.join(labels.values[:8])}; the table below has the totals"
+    label = f"{title}: shares of {', '.join(labels.values)}; the table below has the totals"
     return Chart(name=key, title=title, label=label, data={"x": "step", "y": "", "yshare": True, "series": series})
 
 
