@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -116,6 +116,8 @@ class Job:
         if options.chat and not getattr(self.target.tokenizer, "chat_template", None):
             raise UserError(f"--chat needs a chat template, and model={options.model!r} has none; leave it out")
         self.asked = {task.name: _questions(task, options) for task in self.suite.tasks}
+        for task in self.suite.tasks:
+            check_metric(task, self.asked[task.name])
         self.encoded = (
             encode(
                 self.target.tokenizer,
@@ -213,6 +215,28 @@ def standing(task: SuiteTask, *, own: bool) -> str | None:
     return task.spec.own_metric if own else task.spec.hub_metric
 
 
+def check_metric(task: SuiteTask, asked: Any) -> None:
+    """Raise `UserError` where the suite wants a metric that the task does not give."""
+    if task.metric is None:
+        return
+    if hasattr(asked, "rows"):
+        given = asked.spec.metrics
+    else:
+        given = tuple(dict.fromkeys(name for part in asked.tasks.values() for name in part.aggregation()))
+    if task.metric.partition(",")[0] not in given:
+        raise UserError(f"task {task.name} of the suite gives no metric {task.metric}; give one of {', '.join(given)}")
+
+
+def named(wanted: str | None, given: Sequence[str]) -> str | None:
+    """The metric meant by a name: itself, else the first of its filters, else the first of all.
+
+    >>> named("exact_match", ["exact_match,strict-match", "exact_match,flexible-extract"])
+    'exact_match,strict-match'
+    """
+    fitting = [name for name in given if wanted in (name, name.partition(",")[0])]
+    return wanted if wanted in given else next(iter([*fitting, *given]), None)
+
+
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
@@ -284,8 +308,7 @@ def _ask(loaded: Loaded, task: SuiteTask, folder: Path, *, bars: bool) -> list[s
         loaded.harness_model, built, chat=job.options.chat, allow_code=job.options.allow_code, bars=bars
     )
     about = _about(task, asked) | {"questions": found.questions, "prompts_cut": found.prompts_cut}
-    if about["metric"] not in found.metrics:
-        about["metric"] = next(iter(found.metrics), None)
+    about["metric"] = named(about["metric"], list(found.metrics))
     metrics = {name: metric.__dict__ for name, metric in found.metrics.items()}
     names = [f"tasks/{file_name(task.name)}.json", f"samples/{file_name(task.name)}.jsonl"]
     make_folder(folder / "samples")

@@ -88,7 +88,7 @@ def held_out(
 ) -> dict[str, HeldOut]:
     """Loss and token accuracy of every domain's rows, in the order of `files` (name -> anything `load_pool` reads).
 
-    `max_rows` takes the first rows of each domain that can be read; `max_length` cuts a row on the right, in tokens, at
+    `max_rows` takes the first rows of each domain that can be measured; `max_length` cuts a row on the right, in tokens, at
     the model's own number of positions at most; `token_budget` is the tokens of a batch, padding counted, and bounds memory, not the result. The model is left as it
     was found (mode, gradients, random state); PEFT and compiled models are measured as they are. Raises `UserError`
     for files that cannot be read, for a text form the tokenizer lacks, and for a domain without a single usable row.
@@ -140,10 +140,12 @@ def _encode(
     for reason in pool.reasons.values():
         _count(skipped, reason)
     rows: list[tuple[list[int], list[int]]] = []
-    encoder, wanted = Encoder(tokenizer, text, max_length), pool.eligible[:max_rows]
+    encoder, eligible = Encoder(tokenizer, text, max_length), pool.eligible
     with quiet():  # transformers warns of rows longer than the model reads before they are cut
-        for start in range(0, len(wanted), ROWS_AT_ONCE):
-            for row in pool.read(wanted[start : start + ROWS_AT_ONCE].tolist()):
+        for start in range(0, len(eligible), ROWS_AT_ONCE):
+            for row in pool.read(eligible[start : start + ROWS_AT_ONCE].tolist()):
+                if len(rows) == max_rows:
+                    return Encoded(rows, skipped)
                 try:
                     found = encoder(row)
                     rows.append((found.input_ids, found.labels))

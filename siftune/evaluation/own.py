@@ -82,12 +82,11 @@ def _chosen(spec: TaskSpec, row_of: Callable[[Any], dict[str, Any]]) -> dict[str
         choices = row_of(doc)["choices"]
         return list(LETTERS[: len(choices)]) if spec.options == "letters" else choices
 
-    metrics = ("acc",) if spec.options == "letters" else ("acc", "acc_norm")
     return {
         "output_type": "multiple_choice",
         "doc_to_choice": options,
         "doc_to_target": lambda doc: row_of(doc)["answer"],
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in spec.metrics],
     }
 
 

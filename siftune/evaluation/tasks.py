@@ -106,6 +106,11 @@ class TaskSpec:
         return GRADES[self.grade][1] if self.grade is not None else str(self.metric)
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """Every metric of our own grading."""
+        return (self.own_metric,) if self.kind == "write" or self.options == "letters" else ("acc", "acc_norm")
+
+    @property
     def key(self) -> str:
         """Content hash of all that the YAML says."""
         return hash_json(dataclasses.asdict(self))

@@ -146,6 +146,9 @@ def test_files_are_domains_and_every_row_is_counted_or_has_a_reason(tmp_path: Pa
         count,
     )
     assert held_out(model, tokenizer, {"a": first}, text="prompt", max_length=128, max_rows=2)["a"].rows == 2
+    turned = written(tmp_path / "turned.jsonl", [long, *ROWS])
+    some = held_out(model, tokenizer, {"a": turned}, text="prompt", max_length=128, max_rows=2)["a"]
+    assert (some.rows, some.skipped) == (2, {"no answer tokens after truncation": 1})
     assert json.loads(json.dumps(found["a"].facts))["rows"] == len(ROWS)
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("lm_eval")
 from siftune import cli
 from siftune.demo.embedded import model_folder
 from siftune.errors import UserError
-from siftune.evaluate import EvaluateOptions, Job, evaluate, file_name
+from siftune.evaluate import EvaluateOptions, Job, evaluate, file_name, named
 from siftune.evaluation import harness
 from siftune.evaluation import target as target_module
 from siftune.evaluation.own import build_own, rendered
@@ -480,6 +480,14 @@ def test_every_name_that_our_tasks_have_in_the_harness_is_there() -> None:
     assert names <= set(lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False).all_tasks)
 
 
+@pytest.mark.usefixtures("theirs", "no_weights")
+def test_a_metric_that_a_task_does_not_give_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="task pair of the suite gives no metric f1; give one of acc, acc_norm"):
+        evaluate(model_folder(), str(suite(tmp_path / "s.yaml", "tasks: {pair: {metric: f1}}")))
+    with pytest.raises(UserError, match="task mmlu of the suite gives no metric acc_norm; give one of acc"):
+        evaluate(model_folder(), str(suite(tmp_path / "s.yaml", "tasks: {mmlu: {metric: acc_norm}}")), data=str(folder))
+
+
 # --- small things -----------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +499,14 @@ def test_an_average_is_plain_and_never_over_an_undefined_value() -> None:
         "stderr": None,
         "tasks": 2,
     }
+
+
+def test_a_metric_by_name_is_itself_or_the_first_of_its_filters() -> None:
+    assert named("a", ["b", "a,x", "a"]) == "a"
+    assert named("a", ["b", "a,x", "a,y"]) == "a,x"
+    assert named("a,y", ["b", "a,x", "a,y"]) == "a,y"
+    assert named(None, ["b", "a"]) == "b"
+    assert named("a", []) is None
 
 
 def test_names_become_files_of_their_own() -> None:
