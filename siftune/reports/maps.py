@@ -3,7 +3,7 @@
 What "alike" means depends on what is on the disk, and the page says which it is: the model's features h(x) of all rows
 (`--keep-features`), those of the probe set (what a DaaR run keeps), or the words of the rows' text (any other run).
 Distances across the map mean little, and sizes of clusters nothing. Positions are kept in the cache.
-Cost: about a second per thousand rows.
+Cost: most of a page's time, growing a little faster than the rows; the first time only.
 
 Axes: `M` rows of the map, `D` width.
 """

@@ -44,7 +44,7 @@ def overlap(runs: list[Selection]) -> list[Heat | Note]:
     for one, first in zip(runs, names, strict=True):
         shared.append([shared_rows(one.kept, other.kept) for other in runs])
         said.append([_sentence(one, first, other, second) for other, second in zip(runs, names, strict=True)])
-    chance = [float(run.kept.sum()) / max(1, len(run.scored)) for run in runs]
+    chance = [float(run.kept.sum()) / max(1, int(run.manifest.get("rows", {}).get("usable", len(run)))) for run in runs]
     blocks: list[Heat | Note] = [
         Heat(
             caption="Rows that two methods both chose, in percent of the smaller choice",

@@ -1,6 +1,6 @@
 """`siftune report RUN`: the one page of a run folder, whatever kind of run it holds. Reads files; loads no model.
 
-Cost: seconds, and about one second per thousand rows for the map the first time.
+Cost: seconds, and the map the first time (see maps).
 """
 
 from __future__ import annotations
