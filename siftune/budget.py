@@ -22,6 +22,9 @@ Floats = NDArray[np.float32] | NDArray[np.float64]
 Rows = NDArray[np.int64]
 Keep = int | float | str
 
+LONGEST = 100
+"""Characters of an amount at most."""
+
 
 @dataclass(frozen=True)
 class Amount:
@@ -65,6 +68,8 @@ def parse_keep(keep: Keep) -> Amount:
     if not isinstance(keep, str):
         raise wrong
     text = keep.strip()
+    if len(text) > LONGEST:
+        raise UserError(f"keep={text[:LONGEST]!r}... is no amount of anything; give a number of rows, or a share")
     if re.fullmatch(r"[+]?\d+", text):
         return parse_keep(int(text))
     number = r"(\d+(?:\.\d*)?|\.\d+)"

@@ -236,7 +236,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # nested too deeply, huge numbers
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if loaded is None:
         return {}

@@ -79,7 +79,10 @@ def _dataset(source: Any) -> Part:
 
 
 def _named(text: str, *, is_path: bool) -> list[Part]:
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # ~nobody: a name that begins with a tilde
+        path = Path(text)
     with plain_errors(text):
         try:
             mode = path.stat().st_mode

@@ -160,8 +160,15 @@ class StoredRows:
         return cast("NDArray[np.int64]", self._array("offsets"))
 
     def _array(self, name: str, *, mapped: bool = True) -> NDArray[Any]:
-        with plain_errors(self.folder):
-            return cast("NDArray[Any]", np.load(self.folder / f"{name}.npy", mmap_mode="r" if mapped else None))
+        try:
+            with plain_errors(self.folder):
+                return cast("NDArray[Any]", np.load(self.folder / f"{name}.npy", mmap_mode="r" if mapped else None))
+        except (ValueError, EOFError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{self.folder / name}.npy is damaged; delete {self.folder}, it will be made again"
+            ) from error
 
     @cached_property
     def _text(self) -> int:

@@ -141,7 +141,7 @@ def part_of(shards: Sequence[Shard], part: str | None) -> list[Shard]:
     """
     if part is None:
         return list(shards)
-    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", part)
+    match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", part)
     index, parts = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= index <= parts:
         raise UserError(f"shards={part!r} is not a part; give i/n with i from 1 to n, such as 2/4")

@@ -138,7 +138,7 @@ def _load(text: str, place: str) -> Mapping[str, Any]:
 
     try:
         said = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deeply, huge numbers
         raise UserError(f"{place} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(said, Mapping):
         raise UserError(f"{place} holds no mapping; write one `name: one sentence` a line")
