@@ -224,7 +224,7 @@ def _is_manifest(found: Any) -> bool:
     """Has it the parts that are read again? Files get damaged, and edited."""
     if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in ("config", "inputs")):
         return False
-    types = {"name": str, "key": str, "counts": dict, "files": dict, "computed_seconds": (int, float)}
+    types: dict[str, Any] = {"name": str, "key": str, "counts": dict, "files": dict, "computed_seconds": (int, float)}
     stages = found.get("stages")
     return isinstance(stages, list) and all(
         isinstance(stage, dict) and all(isinstance(stage.get(name), kind) for name, kind in types.items())
