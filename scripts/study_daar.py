@@ -193,7 +193,7 @@ def composition(runs: list[Run], true: np.ndarray[Any, Any]) -> str:
     return table(["true domain", *(f"run {number}" for number in range(len(runs)))], lines)
 
 
-def page(study: Ablations, runs: Runs, pool: Pool, true: np.ndarray[Any, Any], command: str, seconds: float) -> str:
+def page(study: Ablations, runs: Runs, pool: Pool, true: np.ndarray[Any, Any], command: str) -> str:
     """The whole page."""
     from benchmarks import machine
 
@@ -205,7 +205,7 @@ def page(study: Ablations, runs: Runs, pool: Pool, true: np.ndarray[Any, Any], c
 
 Written by `{command}`; nothing here is typed by hand. The discussion is in [README.md](README.md).
 
-{machine.describe()}; {seconds / 60:.0f} minutes, beside other jobs
+{machine.describe()}
 
 Pool: {len(pool):,} rows, a quarter of each of {", ".join(DOMAINS)}; at most {study.max_length} tokens of a row are read. Model:
 `{runs.model.name}`, {layers} layers of width {width}. Kept: {study.keep}. Each line: {len(study.seeds)} full runs (own seed rows,
@@ -233,7 +233,7 @@ def main() -> None:
     said = parser.parse_args()
     from siftune.data.load import load_pool
 
-    study, started = read_study(Ablations, said.study), time.perf_counter()
+    study = read_study(Ablations, said.study)
     for name in (*study.base, *study.sweeps):
         if name not in NAMES:
             raise SystemExit(f"{said.study} sweeps {name}, which is none of {', '.join(NAMES)}")
@@ -246,7 +246,7 @@ def main() -> None:
     true = np.array([DOMAINS.index(row["true_domain"]) for row in rows])
     runs = Runs(study, pool, said.data, said.model.resolve(), said.work)
     command = f"python scripts/study_daar.py docs/results/{said.study.name} --data POOLS --model {said.model.name}"
-    text = page(study, runs, pool, true, command, time.perf_counter() - started)
+    text = page(study, runs, pool, true, command)
     said.out.parent.mkdir(parents=True, exist_ok=True)
     said.out.write_text(text, encoding="utf-8")
 
