@@ -1,8 +1,8 @@
-"""Models whose weights lie in pieces on several processes (FSDP 1 and 2): the head whole, and passes in lock-step.
+"""Models whose weights lie in pieces on several processes (FSDP, ZeRO-3): the head whole, and passes in lock-step.
 
 A forward pass of such a model gathers weights from all processes, so all have to make equally many passes, also those
-with fewer candidates. The head comes whole with the FSDP unit it belongs to, as for a forward pass, and is copied.
-Cost: that unit's gathering and a copy of V*D numbers, once for a frozen head, once per optimiser step for a trained one.
+with fewer candidates. The head comes whole as for a forward pass (of FSDP the unit it belongs to, of ZeRO-3 its own
+weights), and is copied. Cost: that gathering and a copy of V*D numbers, once for a frozen head, once per optimiser step for a trained one.
 
 Axes: `V` vocabulary, `D` hidden width.
 """
@@ -22,11 +22,12 @@ from .hidden import Parts
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a module of the model is an FSDP unit. Never, where no process group was made."""
+    """Whether a module of the model is an FSDP unit, or a weight ZeRO-3's. Never, where no process group was made."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     first, second = _kinds()
-    return any(isinstance(module, (first, second)) for module in model.modules())
+    units = any(isinstance(module, (first, second)) for module in model.modules())
+    return units or any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 def most(number: int) -> int:
@@ -69,6 +70,11 @@ def _whole(parts: Parts) -> Iterator[None]:
         if isinstance(parts.called, first) and parts.called not in units:
             with first.summon_full_params(parts.called, recurse=False, writeback=False):
                 pass  # else the first unit to be asked takes itself for the outermost
+        pieces = [weight for weight in parts.head.parameters() if hasattr(weight, "ds_id")]
+        if pieces:
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(pieces))
         for unit in units:
             if isinstance(unit, first):
                 stack.enter_context(first.summon_full_params(unit, recurse=False, writeback=False))

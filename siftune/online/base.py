@@ -1,8 +1,9 @@
 """The contract of an online method: `score(model, batch)` changes no state, `select(model, batch)` does.
 
-A selection has four steps, so that the trainer hook can choose across several micro-batches (and, later, ranks):
+A selection has five steps, so that the trainer hook can choose across several micro-batches and ranks:
 
     measure   the forward pass: what each candidate says by itself (norms, a sketch, a loss); reads no memory
+    compare   measurements + memory, each candidate by itself (nothing, for most); ranks share this work out
     combine   measurements + memory -> RowScores
     choose    RowScores -> indices to keep
     commit    memory, counters and statistics take the kept rows in
@@ -100,12 +101,17 @@ class OnlineMethod(ABC):
         per optimiser step before scoring, with the step's learning rate; `score` and `select` call it themselves."""
         self._stale = self._moved = True
 
-    # --- the four steps -------------------------------------------------------------------------------------------
+    # --- the five steps -------------------------------------------------------------------------------------------
 
     @abstractmethod
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         """Look at the candidates with `model` as it stands. Changes no state; leaves training flags, RNG and
         gradients as they were."""
+
+    def compare(self, measured: Measured) -> Measured:
+        """The same candidates with more columns: what depends on a candidate and on the memory, and on no other
+        candidate. Changes no state. The default adds nothing; `combine` has to do without the columns, too."""
+        return measured
 
     @abstractmethod
     def combine(self, measured: Measured) -> RowScores:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -199,10 +199,18 @@ class UDS(OnlineMethod):
 
     # --- combine, choose, commit --------------------------------------------------------------------------------------
 
+    def compare(self, measured: Measured) -> Measured:
+        """One more column, `novelty` `(B,)` (float64): the mean distance to the memory."""
+        if "novelty" in measured.columns:
+            return measured
+        novelty = self._memory.distances(measured.columns["sketch"])
+        return replace(measured, columns={**measured.columns, "novelty": novelty})
+
     def combine(self, measured: Measured) -> RowScores:
         """Parts `intra`, `inter`, `alpha` (the α in use, the same for all rows) and `intra_error` where asked."""
+        measured = self.compare(measured)
         intra, sketch = measured.columns["intra"], measured.columns["sketch"]
-        inter = self._memory.distances(sketch) + self._within(sketch)
+        inter = measured.columns["novelty"] + self._within(sketch)
         alpha = torch.full_like(intra, self._alpha(intra, inter)).masked_fill(torch.isnan(intra), torch.nan)
         parts = {"intra": intra, "inter": inter, "alpha": alpha}
         if "intra_error" in measured.columns:

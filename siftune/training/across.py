@@ -5,8 +5,9 @@ step keep the same ones. Every rank measures its own candidates; what it measure
 combines, chooses and commits the same numbers, which keeps memories and counters equal everywhere. That it does is held:
 the choice at every step, the state at the first and every hundredth.
 
-Cost: the columns measured (for UDS 8 kB a candidate), gathered; the distances to the memory for all candidates, on every
-rank; the rows that change ranks (`siftune.training.redeal`). Four collective calls a step, six where rows move.
+Cost: the columns measured (for UDS 8 kB a candidate), gathered; the rows that change ranks (`siftune.training.redeal`).
+Comparing with the memory is shared out: each rank's own candidates. Four collective calls a step, two more for each choice
+of a method that compares, two more where rows move.
 
 Shapes: `C` candidates of all ranks in the step.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,9 +87,10 @@ def sift_together(
     kept: list[torch.Tensor] = []
     for seats in groups:
         parts = [told[rank][micro] for rank, micro in seats]
-        said, chosen = (
-            _choice(selector, parts, blanks=blanks) if unscored is None else _everything(parts, reason=unscored)
-        )
+        if unscored is None:
+            said, chosen = _choice(selector, _compared(selector, seats, parts, ranks), blanks=blanks)
+        else:
+            said, chosen = _everything(parts, reason=unscored)
         scores.append(said)
         kept.append(flags(chosen, len(said)))
         origins = _origins(seats, parts)
@@ -122,6 +124,29 @@ def _origins(seats: Sequence[Seat], parts: Sequence[_Told]) -> list[Origin]:
         for (rank, micro), part in zip(seats, parts, strict=True)
         for row in range(part.measured.rows)
     ]
+
+
+def _compared(selector: OnlineMethod, seats: Sequence[Seat], parts: Sequence[_Told], ranks: Ranks) -> Sequence[_Told]:
+    """The parts with the columns that `compare` adds: every rank compares its own candidates, and tells the others."""
+    if type(selector).compare is OnlineMethod.compare:
+        return parts
+    of_rank: dict[int, list[int]] = {rank: [] for rank in range(ranks.world)}
+    for index, (rank, _) in enumerate(seats):
+        of_rank[rank].append(index)
+    columns: dict[str, torch.Tensor] = {}
+    if of_rank[ranks.rank]:
+        mine = Measured.join([parts[index].measured for index in of_rank[ranks.rank]])
+        columns = {name: new for name, new in selector.compare(mine).columns.items() if name not in mine.columns}
+    result = list(parts)
+    for rank, message in enumerate(ranks.gather(pack(columns))):
+        given, _ = unpack(message)
+        at = 0
+        for index in of_rank[rank]:
+            measured = parts[index].measured
+            more = {name: values[at : at + measured.rows] for name, values in given.items()}
+            at += measured.rows
+            result[index] = replace(parts[index], measured=replace(measured, columns={**measured.columns, **more}))
+    return result
 
 
 def _choice(selector: OnlineMethod, parts: Sequence[_Told], *, blanks: bool) -> tuple[RowScores, torch.Tensor]:

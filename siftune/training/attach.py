@@ -203,10 +203,11 @@ class Attachment:
         """The model as the trainer runs it, autocast and adapters included. Of DDP (and of DeepSpeed up to ZeRO-2) its
         module, which has those too: DDP's own forward would exchange buffers, and ranks score in different numbers of
         chunks."""
-        model: torch.nn.Module = self.trainer.model_wrapped
+        model: Any = self.trainer.model_wrapped
         if isinstance(model, torch.nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
             model = model.module
-        return model
+        whole: torch.nn.Module = model
+        return whole
 
     def _learning_rate(self) -> float | None:
         """The one that the coming optimiser step will be taken with; of several groups the first, as the log has it."""

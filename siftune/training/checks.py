@@ -60,16 +60,13 @@ def together(trainer: Any, selector: Any) -> bool:
 
 def _sharded(trainer: Any, selector: OnlineMethod) -> None:
     """Models of which a process holds a part."""
-    if getattr(trainer, "is_deepspeed_enabled", False):
-        stage = getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", None)
-        if stage not in (0, 1, 2):
-            raise UserError(
-                f"DeepSpeed ZeRO stage {stage} shards the weights in a way that selection does not gather; use stage 2, "
-                "or FSDP"
-            )
-    elif getattr(trainer, "is_fsdp_enabled", False) and selector.whole_weights():
+    deepspeed = getattr(trainer, "is_deepspeed_enabled", False)
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None) if deepspeed else None
+    kind = "FSDP" if getattr(trainer, "is_fsdp_enabled", False) else ""
+    kind = "ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else kind
+    if kind and selector.whole_weights():
         raise UserError(
-            f"FSDP shards the weights, and {selector.name} takes gradients of single rows, which need them whole; use "
+            f"{kind} shards the weights, and {selector.name} takes gradients of single rows, which need them whole; use "
             "uds or maxloss, or plain DDP"
         )
 

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 def launch(folder: Path, world: int, program: str) -> subprocess.CompletedProcess[str]:
     """A test program on `world` processes of this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(ROOT / "tests" / program), str(folder)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False,

@@ -309,7 +309,7 @@ class TestRefusals:
         live.is_deepspeed_enabled = True
         plugin = SimpleNamespace(zero_stage=3)
         live.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-        self.refused(live, Random(keep=1), "DeepSpeed ZeRO stage 3 shards the weights")
+        self.refused(live, Greats(keep=1, validation=[]), "ZeRO-3 shards the weights, and greats takes gradients")
 
     def test_images(self, tmp_path: Path) -> None:
         live = trainer(tmp_path, data=Dataset.from_list([{"input_ids": [1], "labels": [1], "images": [0]}]))
