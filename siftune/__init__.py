@@ -41,6 +41,8 @@ _PUBLIC = {
     "attach": "siftune.training.attach",
     "detach": "siftune.training.attach",
     "reference_losses": "siftune.training.reference",
+    "Recipe": "siftune.training.recipe",
+    "build_trainer": "siftune.training.trainer",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
@@ -63,7 +65,9 @@ if TYPE_CHECKING:
     from .registry import register as register
     from .training.attach import attach as attach
     from .training.attach import detach as detach
+    from .training.recipe import Recipe as Recipe
     from .training.reference import reference_losses as reference_losses
+    from .training.trainer import build_trainer as build_trainer
 
 
 def __getattr__(name: str) -> Any:

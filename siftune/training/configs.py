@@ -21,6 +21,8 @@ _TOKENS = "rows become tokens by `text`"
 _REFUSED = {
     "output_dir": "the run folder holds it; give --run",
     "resume_from_checkpoint": "a run goes on by itself; run the same command again",
+    "save_only_model": "a run goes on from its checkpoints, which need the optimiser; raise save_steps to save space",
+    "auto_find_batch_size": "budgets are counted in batches; set per_device_train_batch_size",
     "seed": "write seed: beside sft",
     "model_init_kwargs": "write model_kwargs: beside sft",
     "dataset_kwargs": _TOKENS,

@@ -360,6 +360,7 @@ def test_quantization_is_checked(said: Callable[..., Recipe], monkeypatch: pytes
         ({"sft": {"max_steps": "many"}}, "sft.max_steps: 'many' is not a whole number"),
         ({"sft": {"lr_scheduler_type": "cosin"}}, "sft: .*cosin.* is not a valid SchedulerType"),
         ({"sft": {"output_dir": "x"}}, "sft.output_dir has no place in a recipe: the run folder holds it"),
+        ({"sft": {"save_only_model": True}}, "sft.save_only_model has no place in a recipe: a run goes on from its"),
         ({"sft": {"assistant_only_loss": True}}, "sft.assistant_only_loss has no place"),
         ({"sft": {"packing": True}, "online": {"method": "uds", "keep": 1}}, "sft.packing joins rows"),
         ({"sft": {"padding_free": True}}, "sft.padding_free joins rows"),
