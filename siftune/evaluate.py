@@ -95,6 +95,8 @@ class Job:
         from .evaluation.target import Target
 
         self.options = options
+        if options.out is not None and (not options.out.endswith(".json") or Path(options.out).is_dir()):
+            raise UserError(f"--out {options.out} is no .json file; give the path of one")
         if options.batch_size < 1:
             raise UserError(f"batch_size={options.batch_size} asks nothing; give at least 1")
         self.suite = _suite(options, suite)

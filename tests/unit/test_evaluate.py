@@ -338,6 +338,8 @@ def test_held_out_alone_needs_no_suite_and_no_harness(
     assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "results.json")
     assert cli.main(["evaluate", *words, "--run", str(tmp_path / "run")]) == 0
     assert "token accuracy" in capsys.readouterr().out
+    config = str(tmp_path / "run" / "config.yaml")
+    assert run_json(["--config", config, "--run", str(tmp_path / "run")], capsys)["held_out"] == found["held_out"]
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -381,6 +383,7 @@ def test_chat_puts_the_question_into_the_models_template(folder: Path, tmp_path:
         (["--held-out", "a=/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--held-out", "a"], "not a list of pairs"),
         (["--suite", "uds", "--batch-size", "0"], "batch_size=0"),
+        (["--suite", "uds", "--out", "x.parquet"], "--out x.parquet is no .json file"),
         (["--suit", "uds"], "did you mean --suite"),
         (["--suite", "uds", "--text", "chatty"], "one of auto, chat, prompt"),
     ],

@@ -158,7 +158,8 @@ def test_a_smaller_limit_draws_a_part_of_the_same_rows_and_a_seed_other_ones(fol
         return [row["question"] for row in rows]
 
     whole = drawn(None)
-    assert set(drawn(2)) < set(drawn(4)) < set(drawn(6)) < set(whole)
+    for seed in range(20):
+        assert set(drawn(2, seed)) < set(drawn(4, seed)) < set(drawn(6, seed)) < set(whole)
     assert drawn(4) == [row for row in whole if row in drawn(4)]
     assert drawn(100) == whole
     assert len({tuple(drawn(2, seed)) for seed in range(10)}) > 1
