@@ -63,21 +63,19 @@ def test_killed_again_and_again_it_ends_the_same_and_repeats_nothing(
     compare(read_study(str(path)), run=str(tmp_path / "whole"))
     draw, run, log = random.Random(3), tmp_path / "killed", tmp_path / "killed.log"
     kills = 0
-    for _ in range(12):
+    for attempt in range(3):
         process = start(path, run, log)
         goal = len(list(run.glob("cells/*/cell.json"))) + draw.randint(1, 3)
-        while process.poll() is None and len(list(run.glob("cells/*/cell.json"))) < goal:
+        while attempt < 2 and process.poll() is None and len(list(run.glob("cells/*/cell.json"))) < goal:
             time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.15))
-        if process.poll() is None:
+        if attempt < 2:
+            time.sleep(draw.uniform(0, 0.15))
             process.send_signal(signal.SIGKILL)
-            kills += 1
-        _, said = process.communicate(timeout=60)
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, said.decode()[-2000:]
+        _, said = process.communicate(timeout=250)
+        assert process.returncode in (0, -signal.SIGKILL), said.decode()[-2000:]
+        kills += process.returncode != 0
     assert process.returncode == 0
-    assert kills >= 2
+    assert kills == 2
     assert results(run) == results(tmp_path / "whole")
     calls = Counter(Fakes(log).calls)
     cells = {path.parent.name for path in run.glob("cells/*/cell.json")}
@@ -86,6 +84,32 @@ def test_killed_again_and_again_it_ends_the_same_and_repeats_nothing(
     assert all(calls[f"measure {name}"] >= 1 for name in cells)
     assert again <= kills  # at most the one piece that each kill hit
     assert not list(run.glob("cells/*/train/model"))
+
+
+@pytest.mark.slow
+def test_a_real_study_killed_once_ends_the_same(tmp_path: Path) -> None:
+    """Real selection, training and measuring of a model of a few thousand weights."""
+    pytest.importorskip("trl")
+    changes: dict[str, Any] = {"offline": ["random", {"name": "long", "method": "output-length"}], "seeds": [0]}
+    path = write_study(tmp_path, **changes)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(folder: Path) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", "siftune", "compare", str(path), "--run", str(folder), "--quiet"]
+        return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    whole, killed = run(tmp_path / "whole"), tmp_path / "killed"
+    assert whole.wait(250) == 0, whole.stderr.read().decode()[-2000:] if whole.stderr else ""
+    process = run(killed)
+    while process.poll() is None and not list(killed.glob("cells/*/cell.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    done = {one: one.stat().st_mtime_ns for one in killed.glob("cells/*/cell.json")}
+    assert len(done) == 1
+    assert run(killed).wait(250) == 0
+    assert {one: one.stat().st_mtime_ns for one in done} == done
+    assert results(killed) == results(tmp_path / "whole")
 
 
 def test_a_finished_study_runs_nothing(tmp_path: Path, fakes: Fakes) -> None:
@@ -147,14 +171,14 @@ def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
     for jobs in (1, 2):
         folder = tmp_path / str(jobs)
         folder.mkdir()
-        tasks = [Task(f"t{index}", partial(_write, folder, index), needs=(f"t{index - 1}",) if index % 2 else ())
-                 for index in range(6)]  # fmt: skip
+        tasks = [
+            Task(f"t{index}", partial(_write, folder, index), needs=(f"t{index - 1}",) if index % 2 else ())
+            for index in range(6)
+        ]
         tasks += [Task("bad", partial(_fail, "user")), Task("after", partial(_write, folder, 99), needs=("bad",)),
                   Task("worse", partial(_fail, "ours"))]  # fmt: skip
         heard: list[tuple[str, float]] = []
-        failures = run_tasks(
-            tasks, jobs=jobs, threads=1, told=lambda name, share, heard=heard: heard.append((name, share))
-        )
+        failures = run_tasks(tasks, jobs=jobs, threads=1, told=partial(_hear, heard))
         assert heard[-1][1] == 1.0
         assert [failure.name for failure in failures] == ["bad", "worse"]
         assert [failure.ours for failure in failures] == [False, True]
@@ -194,7 +218,7 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment, cwd=ROOT)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 200
     while len(list(tmp_path.glob("*.pid"))) < 2:
         assert time.monotonic() < limit
         assert parent.poll() is None
