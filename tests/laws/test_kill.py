@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults import said
 from tests.laws import killable
 from tests.tiny import save_tiny
 
@@ -151,6 +152,7 @@ def kills(bench: Bench, count: int, seed: int) -> list[str]:
         redone = sum(done[name]["shards_computed"] for name in FEATURE_STAGES if name not in finished(before))
         assert redone + shards == shards_in(run), "a finished shard was computed again"
     assert len(died) == count
+    said.count("SIGKILL in siftune select daar", count)
     return died
 
 

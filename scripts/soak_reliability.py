@@ -1,0 +1,138 @@
+"""Run the fault suite and write docs/reliability.md from its counts: what was killed, filled up, cut, fuzzed, attacked.
+
+    python scripts/soak_reliability.py                 the short suite, as in make test
+    python scripts/soak_reliability.py --soak          the long one too (hours; SIFTUNE_SOAK_ROWS lowers its rows)
+    python scripts/soak_reliability.py --write FILE    another page than docs/reliability.md
+    python scripts/soak_reliability.py --only EXPR     a part of it, by pytest's -k; nothing is written without --write
+
+A page is written only when every test passed. Every figure is a count that a test made, or a number that it measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SUITE = ("tests/faults", "tests/laws/test_kill.py")
+CHANGED = ("changed inputs", "second commands")
+GROUPS = (
+    ("Killed at random moments, run again: the same bytes, nothing finished done twice, no torn file", ("SIGKILL",)),
+    (
+        "Disks and files",
+        (
+            "full",
+            "files that may not",
+            "read-only",
+            "deleted",
+            "cache",
+            "stored",
+            "results",
+            "damaged",
+            "cut",
+            *CHANGED,
+        ),
+    ),
+    ("Fuzzed input: never a traceback, no row lost, counts add up", ("fuzzed",)),
+    ("Models that give NaN or infinities", ("rows with NaN", "models that give")),
+    ("Size", ("rows scored", "megabytes", "seconds of")),
+    ("Attacks", ("",)),
+)
+"""The page's tables, each with how the names of its counts begin; the last takes the rest."""
+
+HEAD = """# Reliability
+
+What was done to siftune, and held. The counts are those of the tests that ran (`tests/faults` and
+`tests/laws/test_kill.py`); every one of these tests passed, or this page would not have been written.
+
+"""
+MEANING = """
+## What is promised
+
+- A command that is killed, at any moment, and run again ends with the bytes of an undisturbed run. Finished stages are not
+  repeated; inside a scoring stage, finished shards (4,096 rows) are not.
+- A file has its final name only when it is whole. Temporaries of dead processes are removed by the next run.
+- The cache may be deleted, and files in it cut, emptied or flipped: what is unsound is computed again.
+- A worker process or Ray actor that dies is replaced and its shard tried again. Where a shard keeps failing, the rows that
+  are to blame are found and left out with a reason; every other row has the number it would have had without them.
+- What a user can mend is one sentence and exit code 2. Every row that drops out has a reason, and the counts add up.
+- Nothing that siftune reads can run code: safetensors, JSON, YAML (safe) and Parquet only; a model's own code never runs
+  unless `trust_remote_code` is asked for in Python. No secret of the environment is written anywhere.
+
+## What is not
+
+- Rows that the cache holds (`lines.bin`) are checked by size, not by content: a flipped bit inside a stored row is not
+  noticed. Stored scores and features are checked by content.
+- A row that crashes the process itself (a fault in a native library) stops `--workers 1`; with 2 workers or more it is
+  found and left out.
+- A file system that loses what was flushed to it, or whose `rename` is not atomic, is not tested.
+"""
+
+
+def run(only: str | None, *, soak: bool, counts: Path) -> float:
+    """The suite; returns its seconds. Exits with pytest's code when a test fails."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITE]
+    words += [] if soak else ["-m", "not soak"]
+    words += ["-k", only] if only else []
+    started = time.perf_counter()
+    environment = {**os.environ, "SIFTUNE_FAULT_COUNTS": str(counts)}
+    code = subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode
+    if code:
+        sys.exit(code)
+    return time.perf_counter() - started
+
+
+def gathered(counts: Path) -> Counter[str]:
+    """Every count, summed over the tests, in the order in which they first came."""
+    found: Counter[str] = Counter()
+    for line in counts.read_text(encoding="utf-8").splitlines():
+        what, number = json.loads(line)
+        found[what] += number
+    return found
+
+
+def table(found: Counter[str]) -> str:
+    """The counts in groups."""
+    left = sorted(found)
+    lines: list[str] = []
+    for title, beginnings in GROUPS:
+        own = [what for what in left if what.startswith(beginnings)]
+        left = [what for what in left if what not in own]
+        if own:
+            lines += ["", f"## {title}", "", "| what | how often |", "|---|---:|"]
+            lines += [f"| {what} | {found[what]:,} |" for what in own]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--soak", action="store_true")
+    parser.add_argument("--only")
+    parser.add_argument("--write", type=Path)
+    said = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder, "counts.jsonl")
+        counts.touch()
+        seconds = run(said.only, soak=said.soak, counts=counts)
+        found = gathered(counts)
+    page = said.write or (None if said.only else ROOT / "docs" / "reliability.md")
+    from benchmarks.machine import describe
+
+    command = "python scripts/soak_reliability.py" + (" --soak" if said.soak else "")
+    command += f" --only {said.only!r}" if said.only else ""
+    text = HEAD + f"`{command}` ({seconds / 60:.1f} minutes)\n\n{describe()}\n" + table(found) + MEANING
+    if page is not None:
+        page.write_text(text, encoding="utf-8")
+    print(text if page is None else page)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
