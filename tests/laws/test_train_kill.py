@@ -57,7 +57,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], Any
         (folder / f"{name}.yaml").write_text(json.dumps(said))  # JSON is YAML
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*killable.preload(), "siftune.tune", "siftune.training.trainer", "trl.trainer.sft_trainer"])
+    context.set_forkserver_preload(
+        [*killable.preload(), "siftune.tune", "siftune.training.trainer", "trl.trainer.sft_trainer"]
+    )
 
     def started(name: str, run: Path) -> Any:
         words = ["train", f"{name}.yaml", "--run", str(run), "--quiet", "--cache", str(folder / "cache")]
