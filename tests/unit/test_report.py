@@ -65,15 +65,20 @@ def test_the_page_is_one_file_that_fetches_nothing(run: Path, tmp_path: Path) ->
     )
 
 
-def test_rows_to_read_are_the_rows_they_are_called(run: Path, tmp_path: Path) -> None:
+def test_rows_to_read_are_the_rows_they_are_called(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siftune.reports.reading.EACH", 20)
     done = report.write(run, map_rows=0, cache=tmp_path / "cache")
     table = pq.read_table(run / "rows.parquet").to_pylist()
     views = {view["key"]: view["rows"] for view in data_of(done)["rows-to-read"]["views"]}
     best = sorted(table, key=lambda row: (-row["score"], row["row"]))
-    assert [row["row"] for row in views["high"]] == [row["row"] for row in best]
+    assert [row["row"] for row in views["high"]] == [row["row"] for row in best[:20]]
+    assert [row["rank"] for row in views["high"]] == list(range(1, 21))
+    assert [row["score"] for row in views["low"]] == [pytest.approx(row["score"]) for row in best[:-21:-1]]
     kept = [row["row"] for row in best if row["kept"]]
     others = [row["row"] for row in best if not row["kept"]]
-    assert {row["row"] for row in views["cut"]} == set(kept[-50:]) | set(others[:50])
+    assert [row["row"] for row in views["cut"]] == [
+        row["row"] for row in best if row["row"] in kept[-10:] + others[:10]
+    ]
     originals = rows_of(90)
     for row in views["draw"]:
         assert row["question"] == originals[row["row"]]["instruction"]

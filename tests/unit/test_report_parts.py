@@ -40,6 +40,20 @@ def test_visible_text_holds_no_unseen_character(text: str) -> None:
     ] or "[U+" in text
 
 
+def test_every_character_that_is_not_seen_is_named() -> None:
+    ranges = [
+        (0, 9),
+        (0x0B, 0x20),
+        (0x7F, 0xA0),
+        (0x200E, 0x2010),
+        (0x2028, 0x202F),
+        (0x2060, 0x2070),
+        (0xE0000, 0xE0080),
+    ]
+    for code in [code for low, high in ranges for code in range(low, high)] + [0x61C, 0x200B, 0xFEFF, 0xD800, 0xDFFF]:
+        assert visible(f"a{chr(code)}b") == f"a[U+{code:04X}]b"
+
+
 def test_visible_leaves_ordinary_text_alone() -> None:
     for text in ("line\n\ttab", "naïve – „quotes“", "日本語 한국어 العربية עברית", "👩‍🔬 family", "a\u200cb"):
         assert visible(text) == text
