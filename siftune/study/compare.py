@@ -222,13 +222,16 @@ def _saying(where: str, check: Callable[[], Any]) -> None:
 
 
 def _check_recipes(work: Work, arms: Sequence[Arm]) -> None:
-    """The recipe of every arm, by the classes that will read it."""
+    """The recipe of every arm, by the classes that will read it. The table of the reference model is not made yet: the
+    study's model stands for it here."""
+    table = work.data.places(work.study, work.study.seeds[0])["reference"]
     for arm in arms:
-        cell = Cell(arm, work.study.seeds[0])
-        _saying(
-            arm.label,
-            partial(pieces.check_recipe, recipe_of(work, cell.seed, train=work.data.pool, cell=cell), work.cache),
-        )
+        recipe = recipe_of(work, work.study.seeds[0], train=work.data.pool, cell=Cell(arm, work.study.seeds[0]))
+        if "online" in recipe:
+            recipe["online"] = {
+                name: recipe["model"] if value == table else value for name, value in recipe["online"].items()
+            }
+        _saying(arm.label, partial(pieces.check_recipe, recipe, work.cache))
 
 
 # --- work -------------------------------------------------------------------------------------------------------------
