@@ -223,13 +223,12 @@ def _agree(selector: OnlineMethod, kept: Sequence[torch.Tensor], ranks: Ranks, *
     digest = hashlib.blake2b(digest_size=7)
     for part in kept:
         digest.update(part.numpy().tobytes() + b"|")
-    steps = getattr(selector, "_together", 0)
     what = "kept other rows"
-    if scored and steps % EVERY == 0:
+    if scored and ranks.choices % EVERY == 0:
         digest.update(state_digest(selector))
         what += " or remember other ones"
     if scored:
-        selector._together = steps + 1  # type: ignore[attr-defined]
+        ranks.choices += 1
     found = ranks.numbers(int.from_bytes(digest.digest(), "little"))
     apart = [rank for rank, number in enumerate(found) if number != found[0]]
     if apart:

@@ -242,7 +242,7 @@ class Attachment:
             saved = state.read(self._resume, self.selector, rank=rank, world=args.world_size, together=self._together)
         self.selector.load_state_dict(saved.selector)
         self.meter.restart(saved.totals)
-        self._checked = False
+        self._checked, self._ranks = False, None
         if self.ledger is not None:
             self.ledger.forget_after(now.global_step)
             dataset = getattr(dataloader, "dataset", None)

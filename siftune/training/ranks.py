@@ -36,6 +36,8 @@ class Ranks:
     """Where tensors have to lie for the process group to send them."""
     received: int = 0
     """Bytes received so far, padding included."""
+    choices: int = 0
+    """Selections made together so far."""
 
     @staticmethod
     def current(device: torch.device | None = None) -> Ranks:

@@ -120,7 +120,7 @@ def _received(
     found: dict[Seat, tuple[Batch, list[int], bool]] = {}
     for rank, message in enumerate(ranks.gather(pack(tensors, note))):
         given, notes = unpack(message)
-        if rank == ranks.rank:
+        if rank == ranks.rank or not batches:
             continue
         for micro, said in notes.items():
             own = {name.partition("/")[2]: value for name, value in given.items() if name.partition("/")[0] == micro}

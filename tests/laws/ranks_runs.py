@@ -55,7 +55,12 @@ def made(folder: Path, name: str, world: int, **more: Any) -> Any:
     return live
 
 
-SAME = ["uds", "uds-sparse", "random", "counted", "maxgrad", "rho-loss"]
+SAME = {
+    1: ["uds", "uds-sparse", "random", "counted", "maxgrad", "rho-loss"],
+    2: ["uds", "uds-sparse", "random", "counted", "maxgrad", "rho-loss"],
+    4: ["uds", "uds-sparse", "random", "counted"],
+}
+"""Scenarios that each number of processes runs."""
 
 
 def run(folder: Path, name: str, world: int) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def ends_unevenly(folder: Path) -> None:
 
 def main(folder: Path, rank: int, world: int) -> None:
     """Everything that needs `world` processes."""
-    told = {name: run(folder / str(world), name, world) for name in SAME}
+    told = {name: run(folder / str(world), name, world) for name in SAME[world]}
     if rank == 0:
         (folder / str(world) / "told.json").write_text(json.dumps(told))
     if world != 2:
