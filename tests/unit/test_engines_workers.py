@@ -18,7 +18,7 @@ from siftune.engines import check_engine, gpus_for, make_engine
 from siftune.engines.course import MOST_POISONED, Done, Failed, course
 from siftune.engines.local import LocalEngine
 from siftune.engines.ray import room_for
-from siftune.engines.shard import math_threads
+from siftune.engines.shard import Work, math_threads
 from siftune.errors import UserError
 from siftune.models.store import Store
 from siftune.offline.base import SerialEngine, gather
@@ -150,6 +150,23 @@ def test_a_failure_of_rows_together_is_not_put_down_to_one() -> None:
 
     with pytest.raises(RuntimeError, match="too much at once"):
         drive()
+
+
+def test_shards_come_in_order_whoever_is_first(tmp_path: Path) -> None:
+    pool = pool_of(8 * 512, {10: "die:once"})
+    shards = [Shard(index, 512 * index, 512 * (index + 1)) for index in range(8)]
+    came = [shard for shard, _ in LocalEngine(workers=2).run(fresh(tmp_path / "o"), pool, shards, label="order")]
+    assert came == shards
+
+
+def test_an_attempt_without_some_rows_is_not_kept_as_the_shard(tmp_path: Path) -> None:
+    pool, store = pool_of(100), Store(tmp_path / "store")
+    work = Work(fresh(tmp_path / "task"), pool, store, threads=1)
+    shard = pool.shards()[0]
+    work.attempt(shard, {3: "left out"})
+    assert work.found(shard) is None
+    work.attempt(shard, {})
+    assert work.found(shard) is not None
 
 
 def test_a_task_with_a_journal_stays_in_this_process(tmp_path: Path) -> None:
