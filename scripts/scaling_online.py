@@ -117,9 +117,12 @@ def plan() -> str:
         f"| `score_tokens={CANDIDATES * TOKENS}`: all candidates at once, 1 pass | {weights / 1e9:,.0f} GB | "
         f"{weights / NETWORK[1]:.1f} s |",
         "",
+        f"Network speeds are assumptions. For comparison, the model, its gradients and Adam's state in full tuning, 16 bytes a "
+        f"weight over {RANKS} ranks, are {16 * WEIGHTS / RANKS / 1e9:.1f} GB a rank.",
+        "",
         "| each rank holds for selection | bytes |",
         "|---|---|",
-        f"| a copy of the head, V x D in bf16 | {copy / 1e9:.1f} GB |",
+        f"| a copy of the head, V x D in bf16 (FSDP 1 gathers float32: twice that) | {copy / 1e9:.1f} GB |",
         f"| its Gram matrix while it is formed, packed, float64 | {gram / 1e6:.0f} MB |",
         f"| the factor of it that is kept, float32 | {gram / 2e6:.0f} MB |",
         f"| the head's sketch, {SKETCH // 8} x D, float64 | {8 * SKETCH // 8 * WIDTH / 1e6:.0f} MB |",
