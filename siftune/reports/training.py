@@ -172,7 +172,7 @@ def _score_chart(
     count = len(steps)
     low, high = _middle(values, of, count)
     kept, rest = mean_of(values, of, ledger.kept, count), mean_of(values, of, ~ledger.kept, count)
-    if low == high:  # one number for all candidates of a step, such as the weight of a part
+    if _one_a_step(values, ledger.step):  # such as the weight of a part
         label = f"{name} over steps: at first {words.decimal(kept[0])}, at last {words.decimal(kept[-1])}"
         line = {"as": "line", "name": name, "role": "kept", "x": steps, "y": kept}
         return Chart(name=key, title=name, label=label, data={"x": "step", "y": "", "series": [line]}, half=half)
@@ -184,6 +184,15 @@ def _score_chart(
     ends = [words.decimal(value) for value in (kept[0], rest[0], kept[-1], rest[-1])]
     label = f"{name} over steps: at first {ends[0]} kept and {ends[1]} passed over, at last {ends[2]} and {ends[3]}"
     return Chart(name=key, title=name, label=label, data={"x": "step", "y": "", "series": series}, half=half)
+
+
+def _one_a_step(values: NDArray[np.float64], step: NDArray[np.int64]) -> bool:
+    """Do all candidates of each step have the same number?"""
+    known = ~np.isnan(values)
+    order = np.argsort(step[known], kind="stable")
+    sorted_values, sorted_steps = values[known][order], step[known][order]
+    same_step = sorted_steps[1:] == sorted_steps[:-1]
+    return bool((sorted_values[1:] == sorted_values[:-1])[same_step].all()) and bool(same_step.any())
 
 
 def _middle(

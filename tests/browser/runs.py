@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,4 +156,44 @@ def trained_run(folder: Path, *, steps: int = 30, candidates: int = 8, rows: int
     state = {"global_step": steps, "log_history": [*history, {"step": steps, "train_runtime": 12.5}]}
     (folder / "checkpoint-30").mkdir(parents=True)
     (folder / "checkpoint-30" / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+STUDY_VALUES = ("loss/maths", "loss/code", "loss/mean", "accuracy/maths")
+
+
+def study_cells() -> list[dict[str, Any]]:
+    """Three methods over three seeds; one value is missing."""
+    draw = np.random.default_rng(4)
+    lines = []
+    for label in ("full", "random", "daar"):
+        for seed in range(3):
+            numbers = {value: float(draw.random()) for value in STUDY_VALUES}
+            lines.append(
+                {
+                    "label": label,
+                    "group": None if label == "full" else "20%",
+                    "seed": seed,
+                    **numbers,
+                    "trained_rows": 160,
+                }
+                | {"train_seconds": 10.0, "measure_seconds": 2.0, "peak_memory_mb": 700, "judge_cost": None}
+            )
+    lines[-1]["loss/code"] = math.nan
+    return lines
+
+
+def study_run(folder: Path) -> Path:
+    """A study's folder with its tables."""
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(study_cells()), folder / "cells.parquet")
+    differences = [
+        {"group": "20%", "label": label, "baseline": "random", "value": value, "mean": mean, "sd": 0.1, "low": low}
+        | {"high": 2 * mean - low, "n": 3, "lower_is_better": value.startswith("loss")}
+        for label, mean, low in (("full", -0.2, -0.3), ("daar", 0.1, -0.1))
+        for value in STUDY_VALUES
+    ]
+    pq.write_table(pa.Table.from_pylist(differences), folder / "differences.parquet")
+    (folder / "study.json").write_text(json.dumps({"equal": "rows", "model": "m<script>"}))
+    (folder / "base.json").write_text(json.dumps({"values": {"loss/maths": 1.5, "loss/code": 2.5}}))
     return folder

@@ -11,7 +11,7 @@ import pytest
 from siftune.reports import report
 
 from .conftest import Tab
-from .runs import hostile_run, large_run, rows_of, selected, trained_run, write_jsonl
+from .runs import hostile_run, large_run, rows_of, selected, study_run, trained_run, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -198,6 +198,17 @@ def test_a_training_run(browser: Tab, tmp_path: Path) -> None:
     )
     assert drawn
     assert all(has for _, has in drawn), drawn
+
+
+def test_a_study(browser: Tab, tmp_path: Path) -> None:
+    browser.open(report.write(study_run(tmp_path / "study")), width=390)
+    assert browser.complaints() == []
+    assert browser.fetched() == []
+    assert browser.run("return document.documentElement.scrollWidth") <= 390
+    names = browser.run(
+        "return [...document.querySelectorAll('#measure-0-0-differences .ytick')].map((one) => one.textContent)"
+    )
+    assert sorted(names) == ["daar", "full"]
 
 
 def test_a_hostile_pool_runs_nothing_and_is_shown_as_text(browser: Tab, tmp_path: Path) -> None:

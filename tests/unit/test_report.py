@@ -105,7 +105,7 @@ def test_rows_left_out_are_there_with_their_reasons(pool: Path, tmp_path: Path) 
 
 def test_other_methods_on_the_same_pool_are_compared(pool: Path, run: Path, tmp_path: Path) -> None:
     other = selected(pool, tmp_path / "runs" / "two", "random", cache=tmp_path / "cache")
-    elsewhere = write_jsonl(tmp_path / "other.jsonl", rows_of(60, seed=5))
+    elsewhere = write_jsonl(tmp_path / "other.jsonl", rows_of(90, seed=5))
     selected(elsewhere, tmp_path / "runs" / "three", "random", cache=tmp_path / "cache")
     (tmp_path / "runs" / "four").mkdir()
     (tmp_path / "runs" / "four" / "manifest.json").write_text("{ broken")

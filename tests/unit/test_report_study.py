@@ -7,7 +7,6 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,54 +16,19 @@ import pytest
 from siftune import cli
 from siftune.errors import UserError
 from siftune.reports import report
-from tests.browser.runs import rows_of, selected, trained_run, write_jsonl
+from tests.browser.runs import rows_of, selected, study_cells, study_run, trained_run, write_jsonl
 
 pytest.importorskip("plotly", reason="the page needs plotly and jinja2 (the extra report)")
-
-VALUES = ("loss/maths", "loss/code", "loss/mean", "accuracy/maths")
-
-
-def cells() -> list[dict[str, Any]]:
-    """Three methods over three seeds; one value is missing."""
-    draw = np.random.default_rng(4)
-    lines = []
-    for label in ("full", "random", "daar"):
-        for seed in range(3):
-            numbers = {value: float(draw.random()) for value in VALUES}
-            lines.append(
-                {
-                    "label": label,
-                    "group": None if label == "full" else "20%",
-                    "seed": seed,
-                    **numbers,
-                    "trained_rows": 160,
-                }
-                | {"train_seconds": 10.0, "measure_seconds": 2.0, "peak_memory_mb": 700, "judge_cost": None}
-            )
-    lines[-1]["loss/code"] = math.nan
-    return lines
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    folder = tmp_path / "study"
-    folder.mkdir()
-    pq.write_table(pa.Table.from_pylist(cells()), folder / "cells.parquet")
-    differences = [
-        {"group": "20%", "label": label, "baseline": "random", "value": value, "mean": mean, "sd": 0.1, "low": low}
-        | {"high": 2 * mean - low, "n": 3, "lower_is_better": value.startswith("loss")}
-        for label, mean, low in (("full", -0.2, -0.3), ("daar", 0.1, -0.1))
-        for value in VALUES
-    ]
-    pq.write_table(pa.Table.from_pylist(differences), folder / "differences.parquet")
-    (folder / "study.json").write_text(json.dumps({"equal": "rows", "model": "m<script>"}))
-    (folder / "base.json").write_text(json.dumps({"values": {"loss/maths": 1.5, "loss/code": 2.5}}))
-    return folder
+    return study_run(tmp_path / "study")
 
 
 def test_a_study_shows_its_tables(study: Path) -> None:
     text = report.write(study).read_text(encoding="utf-8")
-    lines = [line for line in cells() if line["label"] == "random"]
+    lines = [line for line in study_cells() if line["label"] == "random"]
     for value in ("loss/maths", "loss/mean", "accuracy/maths"):
         numbers = [line[value] for line in lines]
         assert f"{np.mean(numbers):.3f} ± {np.std(numbers, ddof=1):.3f}" in text

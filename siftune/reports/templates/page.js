@@ -48,7 +48,9 @@ const seen = new IntersectionObserver((entries) => {
     for (const link of links) {
       if (link.hash === `#${entry.target.id}`) {
         link.setAttribute('aria-current', 'true');
-        link.parentElement.scrollTo({ left: link.offsetLeft - link.parentElement.offsetLeft - 40 });
+        const bar = link.parentElement;
+        const left = link.offsetLeft - bar.offsetLeft;
+        if (left < bar.scrollLeft || left + link.offsetWidth > bar.scrollLeft + bar.clientWidth - 32) bar.scrollTo({ left: left - 40 });
       }
       else link.removeAttribute('aria-current');
     }
