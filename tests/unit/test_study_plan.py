@@ -41,13 +41,19 @@ def walked(rows: int, batch: int, micro: int, steps: int, keep: Any) -> tuple[in
 @pytest.mark.parametrize("keep", [None, 2, "1/4"])
 @pytest.mark.parametrize("steps", [5, 20])
 def test_rows_and_steps_equal_a_walk(tmp_path: Path, rows: int, micro: int, keep: Any, steps: int) -> None:
-    online = ["regular"] if keep is None else [{"method": "random", "keep": keep}]
+    online = ["regular"] if keep is None else [{"method": "maxloss", "keep": keep}]
     found = study(tmp_path, sft={"gradient_accumulation_steps": micro, "max_steps": steps}, offline=["full"],
-                  online=online, baseline="full" if keep is None else "random")  # fmt: skip
+                  online=online, baseline="full" if keep is None else "maxloss")  # fmt: skip
     plan = plan_arm(found, arms_of(found)[0], rows=rows, mean_tokens=10.0)
     assert (plan.trained_rows, plan.steps) == walked(rows, 8, micro, steps, keep)
     assert plan.trained_tokens == 10 * plan.trained_rows
     assert plan.forward_tokens == plan.trained_tokens + (0 if keep is None else 10 * plan.read_rows)
+
+
+def test_a_method_that_looks_at_no_model_costs_no_scoring_pass(tmp_path: Path) -> None:
+    found = study(tmp_path, offline=["full"], online=[{"method": "random", "keep": 2}])
+    plan = plan_arm(found, arms_of(found)[0], rows=64, mean_tokens=10.0)
+    assert plan.forward_tokens == plan.trained_tokens == 160
 
 
 def test_epochs_give_the_trainers_number_of_steps(tmp_path: Path) -> None:
