@@ -157,6 +157,7 @@ def run_cell(work: Work, cell: Cell) -> None:
         rows = selection_folder(work, cell)
         chosen = work.data.pool if rows is None else rows / "selected.jsonl"
         recipe = recipe_of(work, cell.seed, train=chosen, cell=cell)
+        said = None if rows is None else read_json(rows / "manifest.json")
         started = perf_counter()
         model, manifest = train(work, recipe, folder / "train")
         trained = perf_counter()
@@ -169,9 +170,9 @@ def run_cell(work: Work, cell: Cell) -> None:
                 "values": values,
                 "tokens": dict(manifest["tokens"]),
                 "train_loss": manifest.get("train_loss"),
-                "selection": None if rows is None else _selection(read_json(rows / "manifest.json")),
-                "times": {"train": _seconds(manifest, trained - started), "measure": round(perf_counter() - trained, 3),
-                          "peak_memory_mb": manifest.get("peak_memory_mb")},
+                "selection": None if said is None else _selection(said),
+                "times": {"choose": None if said is None else _choosing(said), "train": _seconds(manifest, trained - started),
+                          "measure": round(perf_counter() - trained, 3), "peak_memory_mb": manifest.get("peak_memory_mb")},
             },
         )  # fmt: skip
         _drop_model(folder / "train", work.study)
@@ -205,10 +206,20 @@ def recipe_of(work: Work, seed: int, *, train: Path, cell: Cell | None = None) -
 
 
 def _selection(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a selection's manifest says of rows and of a judge's cost; and its computing time."""
+    """What a selection's manifest says of rows and of a judge's cost."""
     judge = manifest.get("info", {}).get("judge")
-    facts = {"rows": manifest["rows"]["kept"], "judge": judge}
-    return facts | {"seconds": round(sum(stage["computed_seconds"] for stage in manifest.get("stages", [])), 3)}
+    if judge is not None:  # what was asked in this very run depends on what the cache held
+        judge = {
+            name: value
+            for name, value in judge.items()
+            if name not in ("asked_now", "found_in_journal", "cost_now", "replies")
+        }
+    return {"rows": manifest["rows"]["kept"], "judge": judge}
+
+
+def _choosing(manifest: Mapping[str, Any]) -> float:
+    """Seconds in which a selection was computed, whenever that was."""
+    return round(float(sum(stage["computed_seconds"] for stage in manifest.get("stages", []))), 3)
 
 
 def _training(manifest: Mapping[str, Any]) -> dict[str, Any]:

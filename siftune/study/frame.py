@@ -73,11 +73,9 @@ class Frame:
         return mean_of([one.facts["tokens"].get(name) or 0 for one in self.done if one.cell.arm == arm])
 
     def time(self, arm: Arm, name: str) -> Mean:
-        """`train`, `measure`, `peak_memory_mb` of an arm over the seeds; of `choose`, the selection's computing time."""
-        if name == "choose":
-            return mean_of([one.facts["selection"]["seconds"] for one in self.done
-                            if one.cell.arm == arm and one.facts.get("selection")])  # fmt: skip
-        return mean_of([one.facts["times"].get(name) or 0 for one in self.done if one.cell.arm == arm])
+        """`choose`, `train`, `measure`, `peak_memory_mb` of an arm, over the seeds that have one."""
+        found = [one.facts["times"].get(name) for one in self.done if one.cell.arm == arm]
+        return mean_of([value for value in found if value is not None])
 
     def compared(self, group: str) -> list[Compared]:
         """Every arm of a group but the baseline, every value."""
