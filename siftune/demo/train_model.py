@@ -24,6 +24,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..data.files import read_json, write_json
 from . import corpus, prompts
 from .embedded import MODEL
 
@@ -149,11 +150,13 @@ def train(out: Path, *, steps: int, rows: int, length: int, rate: float, vocabul
     sampled.do_sample, sampled.temperature, sampled.top_p = True, 0.9, 0.95
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    said = read_json(out / "tokenizer_config.json")  # the name that transformers 4 knows, too
+    write_json(out / "tokenizer_config.json", said | {"tokenizer_class": "PreTrainedTokenizerFast"})
     (out / "model.safetensors").chmod(0o644)  # written as 0600, and others must read it
-    said = {"steps": steps, "rows": rows, "length": length, "rate": rate, "vocabulary": vocabulary, "seed": seed}
+    settings = {"steps": steps, "rows": rows, "length": length, "rate": rate, "vocabulary": vocabulary, "seed": seed}
     log = {
         "command": "python -m siftune.demo.train_model "
-        + " ".join(f"--{name} {value}" for name, value in said.items()),
+        + " ".join(f"--{name} {value}" for name, value in settings.items()),
         "data": "siftune.demo.corpus (pool part) and siftune.demo.prompts, nothing else",
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": steps * rows * length,

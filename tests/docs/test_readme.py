@@ -1,6 +1,6 @@
 """Documented commands run: every `siftune` line in a bash block of the README and of docs/cli.md, in order, on a small pool.
 
-A line marked `# needs a hub model` is only read, as are the lines of the other pages. Python blocks that load a pool run.
+A line marked `# needs a hub model` or `# takes minutes` is only read, as are the lines of the other pages. Python blocks that load a pool run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from tests.tiny import save_tiny
 ROOT = Path(__file__).resolve().parents[2]
 RUN = [ROOT / "README.md", ROOT / "docs" / "cli.md"]
 READ = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page not in RUN]
-HUB = "# needs a hub model"
+READ_ONLY = ("# needs a hub model", "# takes minutes")
+RECIPE = "model: ./model\ntrain: selected.jsonl\nsft: {max_steps: 2, per_device_train_batch_size: 8, max_length: 64}\n"
 POOL_ROWS = 600
 
 
@@ -34,14 +35,16 @@ def commands(page: Path) -> list[tuple[list[str], bool]]:
         for line in block.replace("\\\n", " ").splitlines():
             line = line.removeprefix("$ ").strip()
             if line.startswith("siftune ") and "..." not in line and "…" not in line:
-                found.append((shlex.split(line, comments=True)[1:], HUB not in line))
+                found.append((shlex.split(line, comments=True)[1:], not any(mark in line for mark in READ_ONLY)))
     return found
 
 
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as the pages take it for granted: pool.jsonl, seeds.jsonl and ./model."""
+    """A folder as the pages take it for granted: pool.jsonl, seeds.jsonl, recipe.yaml, examples/ and ./model."""
     corpus.write(tmp_path, count=POOL_ROWS, per_domain=5, seed=1)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     save_tiny(tmp_path / "model")
     monkeypatch.setattr("siftune.records.SHARD_ROWS", POOL_ROWS // 2)  # so that a small pool has two parts
     monkeypatch.chdir(tmp_path)
@@ -59,7 +62,7 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     targets = ("siftune.pipeline.select", "siftune.pipeline.recut", "siftune.plan.plan", "siftune.demo.story.run")
     others = ("siftune.loop.loop", "siftune.training.recipe.Recipe.read", "siftune.evaluate.Job.__init__")
-    others += ("siftune.reports.report.write",)
+    others += ("siftune.reports.report.write", "siftune.study.compare.compare")
     for target in (*targets, *others):
         monkeypatch.setattr(target, stop)
     try:

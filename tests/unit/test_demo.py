@@ -146,6 +146,10 @@ def test_a_few_steps_of_training_lower_the_loss(tmp_path: Path) -> None:
     log = train_model.train(tmp_path, steps=6, rows=2, length=64, rate=3e-3, vocabulary=400, seed=1)
     assert log["losses"][-1]["loss"] < log["uniform_loss"]
     assert {path.name for path in tmp_path.iterdir()} >= set(embedded.FILES)
+    for folder in (tmp_path, embedded.model_folder()):  # transformers 4 knows no newer name
+        assert (
+            json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+        )
 
 
 # --- what the demo says -----------------------------------------------------------------------------------------------
