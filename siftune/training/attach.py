@@ -196,6 +196,11 @@ class Attachment:
             return sifted, sifted
         if self._ranks is None:
             self._ranks = Ranks.current(device)
+            if self._ranks.world != self.trainer.args.world_size:
+                raise UserError(
+                    f"{self.trainer.args.world_size} processes train and torch.distributed joins {self._ranks.world} of them, "
+                    'so they cannot choose together; pass scope="local" to the selector'
+                )
         both = sift_together(self.selector, self._model(), candidates, ranks=self._ranks, unscored=unscored, **how)
         return both.everyone, both.everyone.of(both.mine)
 

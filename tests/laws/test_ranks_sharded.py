@@ -31,6 +31,6 @@ def test_sharded_equals_whole(found: dict[str, Any], name: str) -> None:
     assert many["kept"] == one["kept"]
     assert any(len(set(step) & {0, 1, 2, 3, 8, 9, 10, 11}) not in (0, len(step)) for step in many["kept"])
     for ours, theirs in zip(many["totals"], one["totals"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+        assert ours == pytest.approx(theirs, rel=2e-4, nan_ok=True)
     assert many["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert len(set(one["losses"])) == len(one["losses"])

@@ -302,6 +302,13 @@ class TestRefusals:
             live.args.average_tokens_across_devices = False
             self.refused(live, Random(keep="1/8"), "is 4 rows for 8 micro-batches")
 
+    def test_processes_that_no_group_joins(self, tmp_path: Path) -> None:
+        live = trainer(tmp_path)
+        with mock.patch.object(type(live.args), "world_size", 2):
+            attach(live, Random(keep=2), quiet=True)
+            with pytest.raises(UserError, match="2 processes train and torch.distributed joins 1 of them"):
+                live.train()
+
     def test_sharded_models(self, tmp_path: Path) -> None:
         live = trainer(tmp_path)
         live.is_fsdp_enabled = True
