@@ -306,7 +306,7 @@ class TestRefusals:
         live = trainer(tmp_path)
         with mock.patch.object(type(live.args), "world_size", 2):
             attach(live, Random(keep=2), quiet=True)
-            with pytest.raises(UserError, match="2 processes train and torch.distributed joins 1 of them"):
+            with pytest.raises(UserError, match=r"2 processes train and torch.distributed joins 1 of them"):
                 live.train()
 
     def test_sharded_models(self, tmp_path: Path) -> None:

@@ -240,6 +240,18 @@ class TestState:
         with pytest.raises(UserError, match="saved with the selector uds, and drifting is attached"):
             state.read(tmp_path, Drifting(keep=1))
 
+    def test_ranks_that_chose_together_serve_any_number_and_alone_only_theirs(self, tmp_path: Path) -> None:
+        state.write(tmp_path / "together", Drifting(keep=1, scope="global"), {}, step=7, world=4)
+        for world in (1, 2):
+            saved = state.read(tmp_path / "together", Drifting(keep=1), world=world, together=True)
+            assert saved.selector["note"] == "any plain value"
+        for rank in (0, 1):
+            state.write(tmp_path / "alone", Drifting(keep=1, scope="local"), {}, step=7, rank=rank, world=2)
+        state.read(tmp_path / "alone", Drifting(keep=1), rank=1, world=2)
+        for now in ({"world": 2, "together": True}, {"world": 1}, {"world": 3}):
+            with pytest.raises(UserError, match='resume with 2 processes and scope="local"'):
+                state.read(tmp_path / "alone", Drifting(keep=1), **now)  # type: ignore[arg-type]
+
     def test_true_means_the_newest_complete_checkpoint(self, tmp_path: Path) -> None:
         folder = str(tmp_path)
         assert state.checkpoint_to_resume(True, folder, allow_fresh=False) is True
