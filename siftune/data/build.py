@@ -99,6 +99,14 @@ def later_duplicates(ids: NDArray[np.uint8]) -> NDArray[np.int64]:
     return pairs[np.argsort(pairs[:, 0])]
 
 
+def save(path: Path, values: NDArray[Any]) -> None:
+    """As `np.save`, which on a full disk raises an error without its number."""
+    values = np.ascontiguousarray(values)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+        file.write(values.data if values.size else b"")
+
+
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -163,10 +171,10 @@ class Writer:
         """Write the rest; `meta.json` comes last. Returns the digest of all that was stored."""
         self.close()
         ids = np.frombuffer(self.ids, dtype=np.uint8).reshape(-1, _ID_BYTES)
-        np.save(self.folder / "ids.npy", ids)
-        np.save(self.folder / "lines.npy", np.frombuffer(self.lines, dtype=np.int64))
-        np.save(self.folder / "offsets.npy", np.frombuffer(self.offsets, dtype=np.int64))
-        np.save(self.folder / "duplicates.npy", later_duplicates(ids))
+        save(self.folder / "ids.npy", ids)
+        save(self.folder / "lines.npy", np.frombuffer(self.lines, dtype=np.int64))
+        save(self.folder / "offsets.npy", np.frombuffer(self.offsets, dtype=np.int64))
+        save(self.folder / "duplicates.npy", later_duplicates(ids))
         write_json(self.folder / "reasons.json", {str(row): reason for row, reason in self.reasons.items()})
         sizes = {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
         digest = hashlib.blake2b(digest_size=_ID_BYTES)

@@ -50,23 +50,24 @@ def mount(place: Path, kilobytes: int, *more: str) -> list[str]:
     return ["mount", "-t", "tmpfs", "-o", ",".join([f"size={kilobytes}k", *more]), "none", str(place)]
 
 
-MORE = [pytest.param(size, marks=pytest.mark.soak) for size in range(40, 420, 20)]
+MORE = [pytest.param(size, marks=pytest.mark.soak) for size in range(24, 120, 4)]
 
 
-@pytest.mark.parametrize("kilobytes", [16, 130, *MORE])
+@pytest.mark.parametrize("kilobytes", [16, 60, *MORE])
 def test_a_full_disk_is_one_sentence_and_the_rerun_goes_on(folder: Path, tmp_path: Path, kilobytes: int) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, kilobytes):
         words = inter(folder, disk / "run", disk / "cache")
         first = siftune(words)
-        if kilobytes < 200 or first.code:
+        full = kilobytes <= 60 or first.code != 0
+        if full:
             assert "disk is full" in refused(first)
         no_torn_files(disk)
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert siftune(words).code == 0
         as_undisturbed(folder, disk / "run")
         no_torn_files(disk)
-        count("full disks (small file systems)")
+        count("full disks (small file systems)", int(full))
 
 
 SMALL_FILES = """
@@ -125,7 +126,7 @@ DAMAGES = ("cut", "emptied", "removed")
 
 def test_files_of_the_cache_may_be_damaged(folder: Path, tmp_path: Path) -> None:
     for index, damage in enumerate(DAMAGES):
-        damage_cache(folder, tmp_path, damage, files_below(folder / "cache")[index::4])
+        damage_cache(folder, tmp_path, damage, files_below(folder / "cache")[index::3])
 
 
 @pytest.mark.soak
@@ -137,7 +138,7 @@ def test_every_file_of_the_cache_may_be_damaged(folder: Path, tmp_path: Path, da
 def damage_cache(folder: Path, tmp_path: Path, damage: str, damaged: list[Path]) -> None:
     """A selection with each of these files of a finished cache damaged, one at a time."""
     draw = random.Random(damage)
-    assert len(damaged) >= 3
+    assert damaged
     for original in damaged:
         index = f"{damage}-{damaged.index(original)}"
         cache = tmp_path / f"cache-{index}"
