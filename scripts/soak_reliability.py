@@ -60,12 +60,13 @@ MEANING = """
 - A command that is killed, at any moment, and run again ends with the bytes of an undisturbed run. Finished stages are not
   repeated; inside a scoring stage, finished shards (4,096 rows) are not.
 - A file has its final name only when it is whole. Temporaries of dead processes are removed by the next run.
-- The cache may be deleted, and files in it cut, emptied or flipped: what is unsound is computed again.
+- The cache may be deleted, and files in it cut or emptied (stored scores and features: flipped, too): what is unsound is
+  computed again.
 - A worker process or Ray actor that dies is replaced and its shard tried again. Where a shard keeps failing, the rows that
   are to blame are found and left out with a reason; every other row has the number it would have had without them.
 - What a user can mend is one sentence and exit code 2. Every row that drops out has a reason, and the counts add up.
-- Nothing that siftune reads can run code: safetensors, JSON, YAML (safe) and Parquet only; a model's own code never runs
-  unless `trust_remote_code` is asked for in Python. No secret of the environment is written anywhere.
+- Nothing that siftune reads can run code: no pickle is opened, YAML is read safely, arrays hold no objects; a model's own
+  code never runs unless `trust_remote_code` is asked for in Python. No secret of the environment is written anywhere.
 
 ## What is not
 
