@@ -32,7 +32,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak --ignore=tests/faults --ignore=tests/laws/test_kill.py
+	$(BIN)/python scripts/soak_reliability.py --soak
 
 # torch first and by its exact pin: a CPU build where one is to be had.
 $(READY): pyproject.toml constraints.txt

@@ -7,7 +7,23 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = "seven owls count stars over a quiet hill while rivers turn blue stones into sand".split()
+WORDS = [
+    "seven",
+    "owls",
+    "count",
+    "stars",
+    "over",
+    "a",
+    "quiet",
+    "hill",
+    "while",
+    "rivers",
+    "turn",
+    "blue",
+    "stones",
+    "into",
+    "sand",
+]
 
 
 def alpaca(count: int, *, seed: int = 0) -> list[dict[str, Any]]:

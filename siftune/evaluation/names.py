@@ -18,7 +18,7 @@ def read_mapping(path: Path, *, what: str) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # no UTF-8, nested too deeply, huge numbers
         raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{what} {path} holds a {type(loaded).__name__}; write one `key: value` a line")

@@ -132,7 +132,7 @@ def parse_yaml(text: str, where: str) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deeply, huge numbers
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
