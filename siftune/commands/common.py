@@ -52,3 +52,21 @@ def which_method(words: list[str], command: str = "select") -> tuple[str | None,
             f"siftune {command} needs a method before its options: one of {known}; see siftune {command} --help"
         )
     return registry.find("offline", str(named)).name, words
+
+
+MAP_ROWS = 5000
+"""Rows of the map on the page that a command writes at its end: seconds, whatever the pool's size."""
+
+
+def page_line(run: str | Path, *, cache: str | None = None, seed: int = 0) -> str:
+    """Write the page of a finished run into its folder, and say so in a line for "next"; or say why there is none.
+
+    The run is finished whatever becomes of its page, so nothing that goes wrong here ends the command.
+    """
+    from ..reports import report
+
+    try:
+        path = report.write(run, map_rows=MAP_ROWS, cache=cache, seed=seed)
+    except UserError as error:
+        return f"siftune report {run}   a page to look at ({error})"
+    return f"{path}   the page of this run, to open in a browser"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import Command
 from ..config import Everywhere, options_of
 from ..errors import UserError
-from .common import print_json, read
+from .common import page_line, print_json, read
 
 if TYPE_CHECKING:
     from ..study.compare import Outcome
@@ -218,4 +218,5 @@ def _show(study: Study, done: Outcome) -> None:
     print(f"{done.ran} cells ran now, {len(frame.done)} are finished -> {done.page}")
     print(f"  {done.folder}/table.md, figures/   the tables; differences by method and domain, tokens against loss")
     print(f"  {done.folder}/cells.parquet, differences.parquet   every number")
+    print(f"  {page_line(done.folder)}")
     print(f"next: read {done.page}; more seeds join with --run {done.folder} --set seeds=[...]")

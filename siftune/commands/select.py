@@ -8,7 +8,7 @@ from typing import Any
 from .. import registry
 from ..arguments import Command
 from ..config import Cutting, Everywhere, Option, Reading, Running, SelectOptions, options_of
-from .common import own_options, print_json, read, which_method
+from .common import own_options, page_line, print_json, read, which_method
 
 EXAMPLES = {
     "model": "./model",
@@ -126,6 +126,7 @@ def _selected(options: SelectOptions, done: Any) -> int:
         from ..terminal import show_selection
 
         following = [
+            page_line(done.folder, cache=options.cache, seed=options.seed),
             f"siftune keep {done.folder} --keep 10% --out ten-percent.jsonl   another budget, without the model",
             f"{done.folder}/rows.parquet   every row's score, reason and pseudo-domain",
             f"{done.folder}/manifest.json   what was done, with which versions and inputs",

@@ -11,7 +11,7 @@ from ..budget import Keep
 from ..config import options_of
 from ..errors import UserError
 from ..tune import TuneOptions
-from .common import print_json, read
+from .common import page_line, print_json, read
 
 
 @dataclass(kw_only=True)
@@ -188,6 +188,8 @@ def _summary(shown: Any, done: Any, options: TuneOptions) -> None:
         shown.print(table("", ("held out", "loss", "token accuracy", "rows", "tokens"), found, numbers=(1, 2, 3, 4)))
     shown.print()
     show_stages(shown, manifest)
+    page = page_line(done.folder, cache=options.cache)
     shown.print("\nnext:")
+    shown.print(f"  {page}")
     shown.print(f"  {done.model}/README.md   the model card: which rows, chosen how")
     shown.print(f"  siftune evaluate {done.model}   the papers' task sets, or held-out loss")

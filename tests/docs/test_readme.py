@@ -62,7 +62,7 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     targets = ("siftune.pipeline.select", "siftune.pipeline.recut", "siftune.plan.plan", "siftune.demo.story.run")
     others = ("siftune.loop.loop", "siftune.training.recipe.Recipe.read", "siftune.evaluate.Job.__init__")
-    others += ("siftune.reports.report.write", "siftune.study.compare.compare")
+    others += ("siftune.reports.report.write", "siftune.study.spec.read_study")
     for target in (*targets, *others):
         monkeypatch.setattr(target, stop)
     try:

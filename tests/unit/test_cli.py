@@ -13,7 +13,7 @@ from siftune import registry
 from siftune.arguments import Command
 from siftune.cli import COMMANDS, main
 from siftune.config import Cutting, Everywhere, SelectOptions, options_of, pairs
-from siftune.errors import UserError
+from siftune.errors import MissingExtra, UserError
 from siftune.pipeline import Budget
 
 ROW = {"instruction": "add 1 and 2", "input": "", "output": "3"}
@@ -239,3 +239,29 @@ def test_every_option_of_everywhere_is_on_every_command(capsys: pytest.CaptureFi
 )
 def test_budgets(said: dict[str, object], rule: dict[str, object]) -> None:
     assert Budget.read(Cutting(**said)).rule == rule  # type: ignore[arg-type]
+
+
+def test_a_finished_selection_leaves_its_page_and_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    assert said(capsys, "select", "length", "pool.jsonl", "--run", "r")[0] == 0
+    page = here / "r" / "report.html"
+    assert "<html" in page.read_text()[:200]
+    page.unlink()
+    code, out, _ = said(capsys, "select", "length", "pool.jsonl", "--run", "r")
+    assert code == 0
+    assert "r/report.html   the page of this run" in out
+    assert page.is_file()
+
+
+def test_a_page_that_cannot_be_made_does_not_fail_the_run(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> Path:
+        raise MissingExtra("plotly", extra="report", needed_for="siftune report")
+
+    monkeypatch.setattr("siftune.reports.report.write", missing)
+    code, out, _ = said(capsys, "select", "length", "pool.jsonl", "--run", "r")
+    assert code == 0
+    assert "siftune report r   a page to look at (siftune report needs plotly" in " ".join(out.split(" "))
+    assert "pip install 'siftune[report]'" in out
+    assert (here / "r" / "selected.jsonl").is_file()
