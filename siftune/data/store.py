@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -175,9 +175,9 @@ class StoredRows:
         with plain_errors(self.folder):
             return os.open(self.folder / "lines.bin", os.O_RDONLY)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound here: at exit `os` may be gone already
         if "_text" in self.__dict__:
-            os.close(self.__dict__["_text"])
+            close(self.__dict__["_text"])
 
     def _bytes(self, row: int) -> bytes:
         start, stop = int(self._offsets[row]), int(self._offsets[row + 1])
