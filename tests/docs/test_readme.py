@@ -1,12 +1,14 @@
 """Documented commands run: every `siftune` line in a bash block of the README and of docs/cli.md, in order, on a small pool.
 
-A line marked `# needs a hub model` or `# takes minutes` is only read, as are the lines of the other pages. Python blocks that load a pool run.
+A line marked `# needs a hub model` or `# takes minutes` is only read, as are the lines of the other pages (but for the
+tutorial, see `test_tutorial`). Python blocks that load a pool run.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,6 @@ from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = [ROOT / "README.md", ROOT / "docs" / "cli.md"]
-READ = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page not in RUN]
 READ_ONLY = ("# needs a hub model", "# takes minutes")
 RECIPE = "model: ./model\ntrain: selected.jsonl\nsft: {max_steps: 2, per_device_train_batch_size: 8, max_length: 64}\n"
 POOL_ROWS = 600
@@ -39,13 +40,24 @@ def commands(page: Path) -> list[tuple[list[str], bool]]:
     return found
 
 
+READ = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page not in RUN and commands(page)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the pages take it for granted: pool.jsonl, seeds.jsonl, recipe.yaml and ./model."""
+    folder = tmp_path_factory.mktemp("made")
+    corpus.write(folder, count=POOL_ROWS, per_domain=5, seed=1)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    save_tiny(folder / "model")
+    return folder
+
+
 @pytest.fixture
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as the pages take it for granted: pool.jsonl, seeds.jsonl, recipe.yaml, examples/ and ./model."""
-    corpus.write(tmp_path, count=POOL_ROWS, per_domain=5, seed=1)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+def prepared(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, with examples/, to work in."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    save_tiny(tmp_path / "model")
     monkeypatch.setattr("siftune.records.SHARD_ROWS", POOL_ROWS // 2)  # so that a small pool has two parts
     monkeypatch.chdir(tmp_path)
     return tmp_path
