@@ -9,8 +9,10 @@ The data's way, top to bottom (a folder imports only from those above it):
     offline/     score the pool once (DaaR and what it is compared with)
     online/      score every batch (UDS and what it is compared with)
     training/    the hook on a live Trainer, the ledger, integrations
+    evaluation/  lm-eval suites, task files, held-out loss
+    reports/     figures, and the one page of a run
     demo/        embedded corpus and tiny model
-    config, pipeline, commands/, cli
+    config, pipeline, tune, evaluate, study/, commands/, cli
 
 Public names are resolved on first use, so `import siftune` loads neither torch nor transformers.
 """

@@ -54,6 +54,30 @@ def which_method(words: list[str], command: str = "select") -> tuple[str | None,
     return registry.find("offline", str(named)).name, words
 
 
+def split_set(words: Sequence[str], *, example: str) -> tuple[list[str], dict[str, str]]:
+    """The words without `--set KEY=VALUE`, of which there may be many, and what they set, as text.
+
+    Values may hold commas and brackets, so they are no list of the command line. Raises `UserError`.
+    """
+    rest: list[str] = []
+    said: dict[str, str] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if word == "--set":
+            pair = left.pop(0) if left and not left[0].startswith("--") else ""
+        elif word.startswith("--set="):
+            pair = word.removeprefix("--set=")
+        else:
+            rest.append(word)
+            continue
+        key, separator, value = pair.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--set {pair or '(nothing)'} is no KEY=VALUE; write --set {example}")
+        said[key.strip()] = value
+    return rest, said
+
+
 MAP_ROWS = 5000
 """Rows of the map on the page that a command writes at its end: seconds, whatever the pool's size."""
 

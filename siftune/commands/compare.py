@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import Command
 from ..config import Everywhere, options_of
 from ..errors import UserError
-from .common import page_line, print_json, read
+from .common import page_line, print_json, read, split_set
 
 if TYPE_CHECKING:
     from ..study.compare import Outcome
@@ -57,7 +57,7 @@ def command() -> Command:
 
 
 def run(words: list[str]) -> int:
-    said, words = _settings(words)
+    words, said = split_set(words, example="data=./pools")
     values = read(command(), words)
     if values is None:
         return 0
@@ -90,24 +90,6 @@ def run(words: list[str]) -> int:
     else:
         _show(study, done)
     return 0
-
-
-def _settings(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Every `--set KEY=VALUE` whose value may hold commas or brackets, and the other words."""
-    said: dict[str, str] = {}
-    rest: list[str] = []
-    waiting = list(words)
-    while waiting:
-        word = waiting.pop(0)
-        if word != "--set" and not word.startswith("--set="):
-            rest.append(word)
-            continue
-        text = word.removeprefix("--set=") if word != "--set" else (waiting.pop(0) if waiting else "")
-        name, separator, value = text.partition("=")
-        if not separator or not name.strip():
-            raise UserError(f"--set {text!r} is no KEY=VALUE; write --set data=./pools")
-        said[name.strip()] = value
-    return said, rest
 
 
 def _parsed(said: Mapping[str, str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..budget import Keep
 from ..config import options_of
 from ..errors import UserError
 from ..tune import TuneOptions
-from .common import page_line, print_json, read
+from .common import page_line, print_json, read, split_set
 
 
 @dataclass(kw_only=True)
@@ -84,29 +84,11 @@ def run(words: list[str]) -> int:
 
 
 def settings(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words without `--set KEY=VALUE`, of which there may be many, and what they set; values are YAML."""
+    """The words without `--set KEY=VALUE`, and what they set; values are YAML."""
     from ..training.recipe import parse_yaml
 
-    rest: list[str] = []
-    said: dict[str, Any] = {}
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        if word != "--set" and not word.startswith("--set="):
-            rest.append(word)
-            continue
-        pair = (
-            word.partition("=")[2]
-            if word.startswith("--set=")
-            else left.pop(0)
-            if left and not left[0].startswith("--")
-            else ""
-        )
-        key, separator, value = pair.partition("=")
-        if not separator or not key.strip():
-            raise UserError(f"--set {pair or '(nothing)'} is no KEY=VALUE; write --set sft.learning_rate=1e-4")
-        said[key.strip()] = parse_yaml(value, f"--set {pair}")
-    return rest, said
+    rest, said = split_set(words, example="sft.learning_rate=1e-4")
+    return rest, {key: parse_yaml(value, f"--set {key}={value}") for key, value in said.items()}
 
 
 def named(values: Mapping[str, Any], command: str) -> str:
