@@ -3,24 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
-from pathlib import Path
 
-
-def processor() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.lower().startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from siftune.machine import cores, processor
 
 
 def describe() -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import datetime
 import math
 import os
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.files import atomic_path
+from ..machine import cores, processor
 from ..reports import figures
 from ..reports.figures import Point
 from ..run import versions
@@ -110,26 +110,13 @@ def machine(study: Study) -> str:
     """Processor, accelerator, versions, date. Never a host name."""
     import torch
 
-    parts = [_processor(), f"{_cores()} cores"]
+    parts = [processor(), f"{cores()} cores"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     parts += [
         f"{name} {number}" for name, number in versions().items() if name in ("python", "torch", "transformers", "trl")
     ]
     return "; ".join([*parts, datetime.datetime.now(tz=datetime.UTC).date().isoformat()])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.lower().startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
