@@ -1,7 +1,7 @@
-"""Documented commands run: every `siftune` line in a bash block of the README and of docs/cli.md, in order, on a small pool.
+"""Documented commands run: every `siftune` line in a bash block of the README and of every page, in order, on a small pool.
 
-A line marked `# needs a hub model` or `# takes minutes` is only read, as are the lines of the other pages (but for the
-tutorial, see `test_tutorial`). Python blocks that load a pool run.
+A line marked `# needs a ...` (a hub model, a server, a cluster, your files) or `# takes minutes` is only read by the real
+command line; the tutorial has a test of its own. The README's Python blocks that load a pool run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from siftune.demo import corpus
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = [ROOT / "README.md", ROOT / "docs" / "cli.md"]
-READ_ONLY = ("# needs a hub model", "# takes minutes")
+READ_ONLY = re.compile(r"#.*\b(needs|takes minutes)\b")
 RECIPE = "model: ./model\ntrain: selected.jsonl\nsft: {max_steps: 2, per_device_train_batch_size: 8, max_length: 64}\n"
 POOL_ROWS = 600
 
@@ -36,18 +35,22 @@ def commands(page: Path) -> list[tuple[list[str], bool]]:
         for line in block.replace("\\\n", " ").splitlines():
             line = line.removeprefix("$ ").strip()
             if line.startswith("siftune ") and "..." not in line and "…" not in line:
-                found.append((shlex.split(line, comments=True)[1:], not any(mark in line for mark in READ_ONLY)))
+                found.append((shlex.split(line, comments=True)[1:], READ_ONLY.search(line) is None))
     return found
 
 
-READ = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page not in RUN and commands(page)]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if commands(page)]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the pages take it for granted: pool.jsonl, seeds.jsonl, recipe.yaml and ./model."""
+    """A folder as the pages take it for granted: a pool, seeds, chosen and held-out rows, recipe.yaml and ./model."""
     folder = tmp_path_factory.mktemp("made")
-    corpus.write(folder, count=POOL_ROWS, per_domain=5, seed=1)
+    corpus.write(folder, count=POOL_ROWS, per_domain=5, held=40, seed=1)
+    rows = (folder / "pool.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "selected.jsonl").write_text("".join(rows[:60]), encoding="utf-8")
+    for name in ("held-out", "m", "c"):
+        shutil.copyfile(folder / "held_out.jsonl", folder / f"{name}.jsonl")
     (folder / "recipe.yaml").write_text(RECIPE)
     save_tiny(folder / "model")
     return folder
@@ -85,14 +88,12 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_run(
     page: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = commands(page)
-    assert found, f"{page.name} shows no command"
-    for words, runs in found:
-        if runs:
+    for words, runs in commands(page):
+        if runs and page.stem != "tutorial":  # test_tutorial runs those
             code = main(words)
             assert code == 0, f"siftune {shlex.join(words)}: {capsys.readouterr().err}"
         else:
@@ -100,12 +101,10 @@ def test_commands_run(
                 understood(words, patched, capsys)
 
 
-@pytest.mark.parametrize("page", READ, ids=lambda page: str(page.relative_to(ROOT)))
-def test_other_pages_commands_are_understood(
-    page: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for words, _ in commands(page):
-        understood(words, monkeypatch, capsys)
+def test_most_commands_really_run() -> None:
+    runs = [runs for page in PAGES for _, runs in commands(page)]
+    assert len(runs) > 50
+    assert sum(runs) > 0.6 * len(runs)
 
 
 @pytest.mark.slow
