@@ -14,6 +14,9 @@ from ..arguments import Command, HelpWanted
 from ..config import PARTS, Option, options_of, read_yaml
 from ..errors import UserError
 
+SEEDS = 2**32
+"""Seeds below it are sound for every library underneath."""
+
 
 def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
     """The options' values; None when help was asked for and printed."""
@@ -22,6 +25,9 @@ def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
     except HelpWanted:
         print(command.help(), end="")
         return None
+    seed = values.get("seed")
+    if seed is not None and not 0 <= seed < SEEDS:
+        raise UserError(f"--seed {str(seed)[:20]} is not from 0 to {SEEDS - 1}; give another")
     if values.get("cache"):  # also for what has no argument of its own
         os.environ["SIFTUNE_CACHE"] = str(Path(values["cache"]).expanduser().absolute())
     return values
