@@ -123,7 +123,7 @@ class Fakes:
             f"accuracy/{name}": draw.random() for name in names
         }
 
-    def tabulate(self, recipe: Mapping[str, Any], model: Path, table: Path) -> None:
+    def tabulate(self, work: Any, recipe: Mapping[str, Any], model: Path, table: Path) -> None:
         self.note("tabulate")
         table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text("a table")

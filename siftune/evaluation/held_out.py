@@ -35,8 +35,6 @@ from ..records import Pool
 from ..training.text import IGNORED, Encoder, check_text
 
 Files = Mapping[str, str | Path | Sequence[str | Path]]
-ROWS_AT_ONCE = 256
-"""Rows of a pool whose texts are in memory at a time; only their token ids stay."""
 NOT_FINITE = "loss not finite"
 
 
@@ -140,17 +138,14 @@ def _encode(
     for reason in pool.reasons.values():
         _count(skipped, reason)
     rows: list[tuple[list[int], list[int]]] = []
-    encoder, eligible = Encoder(tokenizer, text, max_length), pool.eligible
     with quiet():  # transformers warns of rows longer than the model reads before they are cut
-        for start in range(0, len(eligible), ROWS_AT_ONCE):
-            for row in pool.read(eligible[start : start + ROWS_AT_ONCE].tolist()):
-                if len(rows) == max_rows:
-                    return Encoded(rows, skipped)
-                try:
-                    found = encoder(row)
-                    rows.append((found.input_ids, found.labels))
-                except BadRow as bad:
-                    _count(skipped, str(bad))
+        for _, found in Encoder(tokenizer, text, max_length).over(pool, pool.eligible.tolist()):
+            if len(rows) == max_rows:
+                break
+            if isinstance(found, BadRow):
+                _count(skipped, str(found))
+            else:
+                rows.append((found.input_ids, found.labels))
     if not rows:
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         raise UserError(f"held-out {name}: none of the rows of {source} can be measured ({why}); mend the file")

@@ -123,21 +123,17 @@ def run_reference(work: Work) -> None:
             return
         recipe = recipe_of(work, work.study.seeds[0], train=Path(work.data.places(work.study, 0)["rest"]))
         model, manifest = train(work, recipe, folder / "train")
-        tabulate(recipe | {"train": str(work.data.pool)}, model, table)
+        tabulate(work, recipe | {"train": str(work.data.pool)}, model, table)
         write_json(folder / "reference.json", {"training": _training(manifest)})
         _drop_model(folder / "train", work.study)
 
 
-def tabulate(recipe: Mapping[str, Any], model: Path, table: Path) -> None:
+def tabulate(work: Work, recipe: Mapping[str, Any], model: Path, table: Path) -> None:
     """The table of losses under `model` of every row that `recipe` would train on."""
-    from ..training.merge import load_tuned
+    from ..score_reference import score_reference
     from ..training.recipe import Recipe
-    from ..training.reference import reference_losses
-    from ..training.trainer import build_trainer
 
-    trainer = build_trainer(Recipe.read(recipe), str(table.parent / "trainer"))
-    reference_losses(trainer, load_tuned(model).to(trainer.args.device).eval(), out=table)
-    shutil.rmtree(table.parent / "trainer", ignore_errors=True)
+    score_reference(Recipe.read(recipe), str(model), out=table, cache=work.cache)
 
 
 def run_base(work: Work) -> None:

@@ -30,8 +30,6 @@ VERSION = 1
 FACTS = "data.json"
 DEMO_ROWS = 6000
 DEMO_HELD_OUT = 800
-BLOCK = 256
-"""Rows tokenised at once."""
 
 
 @dataclass(frozen=True)
@@ -232,20 +230,15 @@ class _Drawing:
 
     def _usable(self, pool: Pool, order: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """(row, tokens, learnt tokens) of the rows that can be trained on, in order, tokenised as they are asked for."""
-        from ..training.text import answer_tokens, check_text
+        from ..training.text import Encoder, check_text
 
         check_text(self.study.text, self.tokenizer, model=self.study.model, format=pool.format)
-        for start in range(0, len(order), BLOCK):
-            block = list(order[start : start + BLOCK])
-            for position, row in zip(block, pool.read(block), strict=True):
-                try:
-                    ids, labels = answer_tokens(
-                        row, self.tokenizer, text=self.study.text, max_length=self.study.max_length
-                    )
-                except BadRow as error:
-                    self.unusable[str(error).split(":")[0]] += 1
-                    continue
-                yield position, len(ids), sum(label != -100 for label in labels)
+        encoder = Encoder(self.tokenizer, self.study.text, self.study.max_length)
+        for position, found in encoder.over(pool, order):
+            if isinstance(found, BadRow):
+                self.unusable[str(found).split(":")[0]] += 1
+            else:
+                yield position, len(found.input_ids), found.learnt
 
     def _why(self) -> str:
         return ", ".join(f"{reason}: {count}" for reason, count in self.unusable.items()) or "it is empty"

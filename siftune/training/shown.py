@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerCallback
 
-
-class Progress(Protocol):
-    """A bar, as `siftune.terminal` has one."""
-
-    def start(self, label: str, total: int) -> None: ...
-    def advance(self, rows: int) -> None: ...
-    def close(self) -> None: ...
+from ..engines.shard import Progress
 
 
 class Shown(TrainerCallback):

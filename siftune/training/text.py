@@ -15,20 +15,21 @@ Shapes: `T` tokens of a row.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from ..data.formats import BadRow
 from ..errors import UserError
-from ..records import Row
+from ..records import Pool, Row
 
 Text = Literal["auto", "chat", "prompt"]
 FORMS = ("auto", "chat", "prompt")
 VERSION = 1
 """Part of a tokenised data set's cache key: raised whenever the tokens of any row change."""
 IGNORED = -100
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,16 @@ class Encoder:
                 f"max_length is {self.max_length}"
             )
         return Tokens(kept, labels, whole > self.max_length)
+
+    def over(self, pool: Pool, positions: Sequence[int]) -> Iterator[tuple[int, Tokens | BadRow]]:
+        """Every row at `positions`, in that order, as its tokens or the reason that it has none; read as it is asked for."""
+        for start in range(0, len(positions), ROWS_AT_ONCE):
+            some = [int(position) for position in positions[start : start + ROWS_AT_ONCE]]
+            for position, row in zip(some, pool.read(some), strict=True):
+                try:
+                    yield position, self(row)
+                except BadRow as bad:
+                    yield position, bad
 
     def _is_chat(self, row: Row) -> bool:
         if self.text != "auto":

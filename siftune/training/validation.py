@@ -18,7 +18,6 @@ from .text import Encoder, check_text
 
 UNCUT = 2**31
 """`max_length` of a trainer that has none."""
-ROWS_AT_ONCE = 256
 
 
 def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None:
@@ -43,14 +42,11 @@ def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None
     encode = Encoder(tokenizer, selector.validation_text, getattr(trainer.args, "max_length", None) or UNCUT)
     rows: list[dict[str, list[int]]] = []
     lost: Counter[str] = Counter()
-    for start in range(0, len(pool), ROWS_AT_ONCE):
-        for row in pool.read(range(start, min(start + ROWS_AT_ONCE, len(pool)))):
-            try:
-                tokens = encode(row)
-            except BadRow as bad:
-                lost[str(bad).partition(":")[0]] += 1
-            else:
-                rows.append({"input_ids": tokens.input_ids, "labels": tokens.labels})
+    for _, found in encode.over(pool, range(len(pool))):
+        if isinstance(found, BadRow):
+            lost[str(found).partition(":")[0]] += 1
+        else:
+            rows.append({"input_ids": found.input_ids, "labels": found.labels})
     why = "; ".join(f"{count} x {reason}" for reason, count in lost.most_common())
     if not rows:
         raise UserError(f"validation={file!r} holds no row to learn from ({why}); give rows with answers")
