@@ -53,7 +53,7 @@ def score_reference(
     if score_tokens < 1:
         raise UserError(f"--score-tokens {score_tokens} reads nothing; give at least 1")
     from .models.checkpoint import find_folder
-    from .training.merge import load_tuned
+    from .training.merge import load_tuned, model_key
     from .training.trainer import prepare
 
     folder = find_folder(reference, None)
@@ -65,19 +65,6 @@ def score_reference(
         told(f"loss of {prepared.rows.meta['rows']:,} rows under {reference}")
         _make(path, key, prepared, load_tuned(folder), score_tokens)
     return Scored(path, prepared.rows.meta["rows"], False)
-
-
-def model_key(folder: Path) -> str:
-    """Content hash of a model's or an adapter's files, and of an adapter's base."""
-    from .models.backbone import Backbone
-    from .models.chat import content_key
-    from .training.merge import ADAPTER, is_adapter
-
-    if not is_adapter(folder):
-        return content_key(Backbone(str(folder), layer=1))
-    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-    own = {path.name: hash_file(path) for path in sorted(folder.glob("adapter_*"))}
-    return hash_json([own, content_key(Backbone(str(base), layer=1))])
 
 
 def _finished(path: Path, key: str) -> bool:

@@ -150,18 +150,17 @@ def tune(
 
 def _inputs(prepared: Prepared) -> dict[str, str]:
     """Content hashes of all that is read: rows, weights, and files that the selector names."""
-    from .models.backbone import Backbone
-    from .models.chat import content_key
+    from .training.merge import model_key
 
     recipe = prepared.recipe
-    found = {"train": prepared.pool.fingerprint, "model": content_key(Backbone(str(prepared.folder), layer=1))}
+    found = {"train": prepared.pool.fingerprint, "model": model_key(prepared.folder)}
     found |= {f"eval {name}": pool.fingerprint for name, pool in prepared.held_out.items()}
     for name, value in (recipe.online or {}).items():
         path = Path(value).expanduser() if isinstance(value, (str, Path)) else None
         if path is not None and path.is_file():
             found[f"online {name}"] = hash_file(path)
         elif path is not None and (path / "config.json").is_file():
-            found[f"online {name}"] = content_key(Backbone(str(path), layer=1))
+            found[f"online {name}"] = model_key(path)
     return found
 
 

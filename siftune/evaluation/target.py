@@ -8,7 +8,6 @@ base that the adapter names. Cost of the checks: headers and configurations; the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +21,8 @@ from ..models import chat
 from ..models.backbone import Backbone, DType
 from ..models.checkpoint import find_folder, quiet
 from ..models.lm import CausalLM
+from ..training.merge import ADAPTER, ADAPTER_WEIGHTS, PREFIX, adapted, is_adapter, tensor_shapes
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 DEFAULT_LENGTH = 2048
 """Tokens of a prompt and its answer where the model's configuration does not say."""
 
@@ -52,12 +49,12 @@ class Target:
         Raises `UserError` for what is no causal language model, and for an adapter of another base.
         """
         folder = Path(model).expanduser()
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        if is_adapter(folder):
             if adapter is not None:
                 raise UserError(
                     f"model={str(model)!r} is an adapter itself; give its base as the model, or no --adapter"
                 )
-            base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+            base = read_json(folder / ADAPTER).get("base_model_name_or_path")
             if not base:
                 raise UserError(f"adapter {folder} names no base model; give the base as the model and it as --adapter")
             model, adapter = str(base), folder
@@ -94,7 +91,7 @@ class Target:
         """Content hash of all weights, configuration, tokenizer, types and versions."""
         parts = [chat.content_key(self.files)]
         if self.adapter is not None:
-            parts += [hash_file(self.adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+            parts += [hash_file(self.adapter / name) for name in (ADAPTER, ADAPTER_WEIGHTS)]
         return hash_json(parts)
 
     def load(self) -> torch.nn.Module:
@@ -102,25 +99,7 @@ class Target:
         network: Any = self.lm.parts.causal
         if self.adapter is None:
             return network  # type: ignore[no-any-return]
-        from peft import PeftModel
-
-        untie(network, tensor_shapes(self.adapter / ADAPTER_WEIGHTS))
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tied weights, which are not tied any more
-            network = PeftModel.from_pretrained(network, str(self.adapter)).merge_and_unload()
-        return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
-
-
-def untie(network: Any, adapter: Mapping[str, tuple[int, ...]]) -> None:
-    """Give head and embeddings a weight each, where they share one and the adapter changes either: merged into the
-    shared weight, a change of the one would be a change of the other."""
-    head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
-        return
-    names = [name for name, module in network.named_modules() if module is head or module is embeddings]
-    if any(name.removeprefix(PREFIX).startswith(f"{module}.") for name in adapter for module in names):
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        network.config.tie_word_embeddings = False
+        return adapted(network, self.adapter).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 # --- does the adapter belong to the base? -----------------------------------------------------------------------------
@@ -135,7 +114,7 @@ def _adapter_folder(adapter: str) -> Path:
         folder = find_folder(adapter, None)
     except UserError as error:
         raise UserError(str(error).replace("model=", "adapter=", 1)) from error
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+    for name in (ADAPTER, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"adapter={adapter!r} holds no {name}; give the folder that PEFT's save_pretrained wrote")
     return folder
@@ -143,7 +122,7 @@ def _adapter_folder(adapter: str) -> Path:
 
 def check_adapter(adapter: Path, base: Backbone) -> None:
     """Raise `UserError` unless the adapter's shapes and the base it names fit; warn where that cannot be told."""
-    named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    named = read_json(adapter / ADAPTER).get("base_model_name_or_path")
     said = f"adapter {adapter} was trained on {named or 'a base it does not name'}"
     if (misfit := _misfit(tensor_shapes(adapter / ADAPTER_WEIGHTS), _skeleton(base))) is not None:
         raise UserError(f"{said}, and does not fit {base.model}: {misfit}; give the base it was trained on")
@@ -159,17 +138,6 @@ def check_adapter(adapter: Path, base: Backbone) -> None:
         if not here.is_dir():  # two names of the hub
             raise UserError(f"{said}, not on {base.model}; give {named} as the model")
         warnings.warn(f"{said}; its shapes fit {base.model}, and whether it is the same cannot be told", stacklevel=2)
-
-
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes in a safetensors file's header, by name. Raises `UserError` where it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as stored:
-            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no safetensors file ({error}); save the adapter again") from error
 
 
 def _skeleton(base: Backbone) -> torch.nn.Module:

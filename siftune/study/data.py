@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.files import atomic_path, hash_bytes, hash_file, hash_json, json_value, read_json, write_json
+from ..data.files import atomic_path, hash_file, hash_json, json_value, read_json, write_json
 from ..data.formats import BadRow
 from ..data.load import load_pool
 from ..errors import UserError
@@ -82,13 +82,10 @@ def model_folder(study: Study) -> Path:
 
 
 def model_key(study: Study) -> str:
-    """Content hash of the model's configuration, tokenizer and weights (size and first MiB of each file)."""
-    folder = model_folder(study)
-    seen = []
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")):
-        with path.open("rb") as handle:
-            seen.append([path.name, path.stat().st_size, hash_bytes(handle.read(1 << 20))])
-    return hash_json(seen)
+    """Content hash of the model's configuration, tokenizer and weights."""
+    from ..training.merge import model_key as key
+
+    return key(model_folder(study))
 
 
 def prepare(study: Study, folder: Path) -> Data:

@@ -5,15 +5,24 @@ Cost: the base's weights in memory, once.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..data.files import read_json, remove, temporary_beside
+import torch
+
+from ..data.files import hash_file, hash_json, read_json, remove, temporary_beside
 from ..errors import MissingExtra, UserError
+from ..models.backbone import Backbone
+from ..models.chat import content_key
 from ..models.checkpoint import quiet
 
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -34,15 +43,54 @@ def load_tuned(folder: Path, *, dtype: str = "auto") -> Any:
                 return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
             if find_spec("peft") is None:
                 raise MissingExtra("peft", extra="train", needed_for=f"the adapter {folder}")
-            from peft import PeftModel
-
             base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-            network = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
-            return PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
+            return adapted(AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True), folder)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def adapted(network: Any, adapter: Path) -> Any:
+    """`network` with the adapter folded into its weights; head and embeddings that share one get one each where needed."""
+    from peft import PeftModel
+
+    untie(network, tensor_shapes(adapter / ADAPTER_WEIGHTS))
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights, which are not tied any more
+        return PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
+
+
+def untie(network: Any, adapter: Mapping[str, tuple[int, ...]]) -> None:
+    """Give head and embeddings a weight each, where they share one and the adapter changes either: merged into the
+    shared weight, a change of the one would be a change of the other."""
+    head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return
+    names = [name for name, module in network.named_modules() if module is head or module is embeddings]
+    if any(name.removeprefix(PREFIX).startswith(f"{module}.") for name in adapter for module in names):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        network.config.tie_word_embeddings = False
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes in a safetensors file's header, by name. Raises `UserError` where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no safetensors file ({error}); save the adapter again") from error
+
+
+def model_key(folder: Path) -> str:
+    """Content hash of a model's or an adapter's files, and of an adapter's base."""
+    if not is_adapter(folder):
+        return content_key(Backbone(str(folder), layer=1))
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    own = {path.name: hash_file(path) for path in sorted(folder.glob("adapter_*"))}
+    return hash_json([own, content_key(Backbone(str(base), layer=1))])
 
 
 def merge(adapter: Path, out: Path) -> Path:

@@ -25,13 +25,12 @@ from ..online.reference import TABLES
 from ..records import Pool
 from .configs import lora_config, quantization_config, sft_config
 from .identity import random_state_kept
+from .merge import ADAPTER, is_adapter
 from .recipe import Recipe
 from .rows import TrainingRows, tokenizer_key, training_rows
 from .selector import selector_of
 from .tally import Tally
 from .text import check_text
-
-ADAPTER = "adapter_config.json"
 
 
 def build_trainer(recipe: Recipe, output_dir: str | Path) -> Any:
@@ -176,7 +175,7 @@ def check_sections(recipe: Recipe) -> None:
 def model_folder(model: str) -> Path:
     """The model's folder. Raises `UserError`, also for one that holds an adapter alone."""
     folder = find_folder(model, None)
-    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         from ..data.files import read_json
 
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")

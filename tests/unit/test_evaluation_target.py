@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from siftune.errors import UserError
 from siftune.evaluation import target as target_module
 from siftune.evaluation.target import Target
+from siftune.training.merge import load_tuned, merge
 from tests.tiny import save_tiny, tiny_model
 
 peft = pytest.importorskip("peft")
@@ -81,6 +83,20 @@ def test_a_head_that_shares_its_weight_is_changed_alone(tmp_path: Path, names: t
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
     assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == (names == ("q_proj",))
+
+
+@pytest.mark.parametrize("names", [("lm_head",), ("q_proj",)])
+def test_a_tuned_model_is_merged_likewise_and_so_is_the_folder_that_is_written(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    base = save_tiny(tmp_path / "base", tie_word_embeddings=True)
+    folder = adapter(tmp_path / "a", base, names=names, tie_word_embeddings=True)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    expected = peft.PeftModel.from_pretrained(tiny_model(tie_word_embeddings=True), str(folder)).eval()
+    ids = torch.arange(5, 25)[None]
+    for merged in (load_tuned(folder), load_tuned(merge(folder, tmp_path / "merged"))):
+        with torch.no_grad():
+            torch.testing.assert_close(merged.eval()(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("no_weights")
