@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .budget import Keep
+from .data.files import parse_yaml
 from .errors import UserError
 
 PARTS = ("engine", "store", "cache")
@@ -230,13 +231,11 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
 
 def read_yaml(path: str) -> dict[str, Any]:
     """A configuration file as a mapping of option names; hyphens and underscores are the same. Raises `UserError`."""
-    import yaml
-
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = parse_yaml(Path(path).read_text(encoding="utf-8"), f"--config {path}")
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # nested too deeply, huge numbers
+    except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if loaded is None:
         return {}

@@ -7,19 +7,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.files import parse_yaml
 from ..errors import UserError
 
 
 def read_mapping(path: Path, *, what: str) -> dict[str, Any]:
     """A YAML file's keys and values. Raises `UserError` where it is missing, no YAML, or holds something else."""
-    import yaml
-
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(path.read_text(encoding="utf-8"), f"{what} {path}")
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # no UTF-8, nested too deeply, huge numbers
-        raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{what} {path} holds a {type(loaded).__name__}; write one `key: value` a line")
     return {str(name): value for name, value in loaded.items()}

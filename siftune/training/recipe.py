@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..data.files import parse_yaml as safe_yaml
 from ..errors import UserError
 from .given import nearest
 from .text import FORMS
@@ -130,10 +131,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
     exponent = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deeply, huge numbers
-        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    return safe_yaml(text, where, loader=Loader)
 
 
 def presets() -> list[str]:

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ...data.files import parse_yaml
 from ...errors import UserError
 
 THRESHOLD = 0.85
@@ -134,12 +135,7 @@ def read_descriptions(source: DomainSource | None = None) -> Descriptions:
 
 
 def _load(text: str, place: str) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        said = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deeply, huge numbers
-        raise UserError(f"{place} is not YAML: {' '.join(str(error).split())}") from error
+    said = parse_yaml(text, place)
     if not isinstance(said, Mapping):
         raise UserError(f"{place} holds no mapping; write one `name: one sentence` a line")
     return said
