@@ -107,7 +107,8 @@ class PoolMap {
     });
     place.on('plotly_unhover', () => { tip.hidden = true; });
     place.on('plotly_click', ({ points }) => this.part('card').replaceChildren(...this.about(points[0].customdata)));
-    addEventListener('scroll', () => { tip.hidden = true; }, { passive: true });
+    // plotly must know, or the next movement over the same dot would be no news to it
+    addEventListener('scroll', () => { if (!tip.hidden) Plotly.Fx.unhover(place); }, { passive: true });
   }
 
   about(index) {
