@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SUITE = ("tests/faults", "tests/laws/test_kill.py")
+SERVERS = ("server", "judged", "cli_judged", "cli_generator", "daar_stage_one")
+SUITE = ("tests/faults", "tests/laws/test_kill.py", *(f"tests/unit/test_{name}.py" for name in SERVERS))
 CHANGED = ("changed inputs", "second commands")
 GROUPS = (
     ("Killed at random moments, run again: the same bytes, nothing finished done twice, no torn file", ("SIGKILL",)),
@@ -41,6 +42,10 @@ GROUPS = (
             *CHANGED,
         ),
     ),
+    (
+        "Generators and judges behind a server that misbehaves: what passes is asked again, no reply is paid twice",
+        ("server",),
+    ),
     ("Fuzzed input: never a traceback, no row lost, counts add up", ("fuzzed",)),
     ("Models that give NaN or infinities", ("rows with NaN", "models that give")),
     ("Size", ("rows scored", "megabytes", "seconds of")),
@@ -50,8 +55,8 @@ GROUPS = (
 
 HEAD = """# Reliability
 
-What was done to siftune, and held. The counts are those of the tests that ran (`tests/faults` and
-`tests/laws/test_kill.py`); every one of these tests passed, or this page would not have been written.
+What was done to siftune, and held. The counts are those of the tests that ran (`tests/faults`, `tests/laws/test_kill.py`,
+and those of `tests/unit` that meet a server); every one of these tests passed, or this page would not have been written.
 
 """
 MEANING = """

@@ -11,6 +11,16 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.faults.said import count
+
+MISBEHAVIOUR = {
+    "garbage": "replies that are no JSON",
+    "html": "replies that are a web page",
+    "empty": "replies without a choice",
+    "half": "replies cut in the middle",
+    "drop": "dropped connections",
+    "hang": "requests that hung",
+}
 Behaviour = str | tuple[str, Any]
 
 
@@ -74,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _behave(self, step: Behaviour, body: dict[str, Any], said: str) -> None:
         name, value = step if isinstance(step, tuple) else (step, None)
+        if name != "answer":
+            count(f"server: {MISBEHAVIOUR.get(name, f'status {name}')}")
         if name.isdigit():
             told = {} if value is None else {"Retry-After": str(value)}
             shown = f"status {name} for you with {self.headers.get('Authorization')}"  # careless servers echo the key
