@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import itertools
 import textwrap
@@ -22,7 +21,7 @@ from typing import Any, Literal
 
 from .budget import Keep
 from .data.files import parse_yaml
-from .errors import UserError
+from .errors import UserError, did_you_mean
 
 PARTS = ("engine", "store", "cache")
 """Fields of a method that the pipeline hands in; never an option."""
@@ -253,9 +252,7 @@ def write_yaml(config: Mapping[str, Any]) -> str:
 
 def unknown(said: str, known: Sequence[str], *, what: str, where: str) -> UserError:
     """The error for a name nobody knows: repeats it and names the nearest known one."""
-    nearest = difflib.get_close_matches(said, known, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"see {where} --help"
-    return UserError(f"{where} has no {what} {said}; {hint}")
+    return UserError(f"{where} has no {what} {said}; {did_you_mean(said, known, otherwise=f'see {where} --help')}")
 
 
 def pairs(said: Any) -> Any:

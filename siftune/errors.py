@@ -6,6 +6,9 @@ anything else is our fault, exits with 1 and shows where.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input or usage: one sentence that names the value and the way out.
@@ -22,3 +25,17 @@ class MissingExtra(UserError, ImportError):
 
     def __init__(self, package: str, *, extra: str, needed_for: str) -> None:
         super().__init__(f"{needed_for} needs {package}, which is not installed; run: pip install 'siftune[{extra}]'")
+
+
+def did_you_mean(said: str, known: Iterable[str], *, otherwise: str = "") -> str:
+    """The way out for a name nobody knows: the nearest known one, or `otherwise`.
+
+    >>> did_you_mean("gsm8", ["gsm8k", "mmlu"])
+    'did you mean gsm8k?'
+    """
+    known = list(known)
+    near = [
+        *difflib.get_close_matches(said, known, n=1, cutoff=0.5),
+        *difflib.get_close_matches(said.lower(), known, n=1),
+    ]
+    return f"did you mean {near[0]}?" if near else otherwise

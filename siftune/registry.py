@@ -4,13 +4,12 @@ siftune` loads no torch. The contract suite walks this table; a method joins by 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 
 Side = Literal["offline", "online"]
 
@@ -59,9 +58,8 @@ def find(side: Side, name: str) -> Entry:
     if (side, name) in _METHODS:
         return _METHODS[side, name]
     known = [entry.name for entry in methods(side)]
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    raise UserError(f"there is no {side} method {name!r}; known: {', '.join(known)}{hint}")
+    hint = did_you_mean(name, known, otherwise="siftune methods tells them apart")
+    raise UserError(f"there is no {side} method {name!r}; known: {', '.join(known)}; {hint}")
 
 
 _DAAR = "DaaR, arXiv 2502.04380"

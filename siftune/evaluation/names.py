@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..data.files import parse_yaml
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 
 
 def read_mapping(path: Path, *, what: str) -> dict[str, Any]:
@@ -39,5 +38,4 @@ def nearest(said: str, known: Iterable[str]) -> str:
     'did you mean gsm8k?'
     """
     known = list(known)
-    close = difflib.get_close_matches(said.lower(), known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    return did_you_mean(said, known, otherwise=f"known are {', '.join(known)}")

@@ -8,21 +8,18 @@ own fields, so that no list of theirs is copied.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 
 
 def nearest(said: str, known: Sequence[str]) -> str:
     """The way out for a name nobody knows, to be put behind the sentence."""
-    found = difflib.get_close_matches(said, list(known), n=1, cutoff=0.5)
-    if found:
-        return f"; did you mean {found[0]}?"
-    return f"; known: {', '.join(known)}" if len(known) < 30 else "; its documentation lists them all"
+    listed = f"known: {', '.join(known)}" if len(known) < 30 else "its documentation lists them all"
+    return f"; {did_you_mean(said, known, otherwise=listed)}"
 
 
 def fitting(cls: type[Any], given: Mapping[str, Any], *, section: str) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from .. import registry
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..online.base import OnlineMethod
 
 
@@ -26,9 +25,8 @@ def selector_of(options: Mapping[str, Any], *, seed: int | None = None, section:
     known = [field.name for field in dataclasses.fields(method) if field.init]
     for name in wanted:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{section}: {name} is no option of {method.name}; known: {', '.join(known)}{hint}")
+            hint = did_you_mean(name, known, otherwise=f"known: {', '.join(known)}")
+            raise UserError(f"{section}: {name} is no option of {method.name}; {hint}")
     if "keep" not in wanted and method.name != "regular":
         raise UserError(f"{section}: {method.name} needs keep, the rows to train on, such as keep: 1/8")
     for field in dataclasses.fields(method):

@@ -6,7 +6,6 @@ user's file names domains of its own. Reading is strict: an unknown key names th
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.files import parse_yaml
-from ...errors import UserError
+from ...errors import UserError, did_you_mean
 
 THRESHOLD = 0.85
 """tau where a domain gives none: the paper's (0.90 for its mathematics)."""
@@ -193,6 +192,5 @@ def check_keys(said: Mapping[str, Any], known: Sequence[str], place: str) -> Non
     """Raise `UserError` for a key that is not known, naming the nearest one."""
     for key in said:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+            hint = did_you_mean(str(key), known, otherwise=f"known are {', '.join(known)}")
             raise UserError(f"{place} has an unknown key {key!r}; {hint}")
