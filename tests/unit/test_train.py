@@ -350,6 +350,29 @@ def test_quantization_is_checked(said: Callable[..., Recipe], monkeypatch: pytes
         prepare(said(quantization={"load_in_4bit": True}, peft=LORA))
 
 
+def test_a_base_of_four_bits_is_scored_and_its_adapter_trained(said: Callable[..., Recipe], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    wide = save_tiny(tmp_path / "wide", layers=2, width=64)  # its kernels want multiples of 32
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    more = {
+        "model": str(wide),
+        "quantization": four,
+        "peft": LORA,
+        "eval": {"own": "pool.jsonl"},
+        "online": {"method": "uds", "keep": 2},
+    }
+    held = build_trainer(said(**more), "out").model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    assert type(held).__name__ == "Linear4bit"
+    done = run(said(**more))
+    assert {name: done.manifest["tokens"][name] for name in ("candidates", "trained_rows")} == {
+        "candidates": 12,
+        "trained_rows": 6,
+    }
+    assert (done.model / "adapter_config.json").is_file()
+    assert 0 < done.manifest["info"]["held_out"]["own"]["loss"] < 20
+    assert run(said(**more), "again").manifest["train_loss"] == done.manifest["train_loss"]
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 
