@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -110,10 +111,11 @@ def _adjusted(study: Study, options: CompareOptions) -> Study:
 
 
 def _shown(options: CompareOptions, said: Mapping[str, str]) -> str:
-    """The command for the page, absolute paths by their last part."""
+    """The command for the page, files and folders by their last part: a published page tells nothing of a machine."""
     words = ["siftune", "compare", Path(str(options.study)).name]
     for name, value in {**options.set, **said}.items():
-        words += ["--set", f"{name}={Path(value).name if Path(value).is_absolute() else value}"]
+        place = os.path.isabs(value) or os.path.exists(value)  # Path.exists raises for a long list
+        words += ["--set", f"{name}={Path(value).name if place else value}"]
     words += [
         word
         for name in ("jobs", "threads")

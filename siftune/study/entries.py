@@ -19,7 +19,7 @@ from ..errors import UserError
 Side = Literal["offline", "online"]
 NONE: Mapping[Side, str] = {"offline": "full", "online": "regular"}
 """What stands for no selection."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{,59}")  # two of them and a seed name one folder
 PLACE = re.compile(r"\{(\w+)\}")
 PLACES = ("model", "pool", "rest", "seeds", "validation", "reference")
 """What a method's settings may ask for in braces: files and folders that the study makes or knows."""
@@ -91,8 +91,7 @@ def _entry(said: Any, side: Side, where: str) -> Entry:
         raise UserError(f"{where}: {side} has an entry without a method ({dict(said)!r}); write `method: NAME`")
     method = str(name if method is None else method)
     name = str(method if name is None else name)
-    if not NAME.fullmatch(name):
-        raise UserError(f"{where}: {side} name {name!r} names folders too; use letters, digits, dots, dashes")
+    check_name(name, where=f"{where}: {side} name")
     candidates = settings.pop("candidates", None) if side == "online" else None
     if candidates is not None and (isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1):
         raise UserError(f"{where}: online {name} has candidates={candidates!r}; give a number of rows, 1 or more")
@@ -155,3 +154,9 @@ def fill(value: Any, values: Mapping[str, str]) -> Any:
     if isinstance(value, Mapping):
         return {name: fill(inner, values) for name, inner in value.items()}
     return [fill(inner, values) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def check_name(name: str, *, where: str) -> None:
+    """Raise `UserError` for a name that no folder can have."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"{where} {name[:80]!r} names folders too; use at most 60 letters, digits, dots, dashes")

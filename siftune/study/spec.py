@@ -8,6 +8,7 @@ the YAML (and the recipe's, where it is a path).
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..budget import Keep, parse_keep
 from ..config import unknown
 from ..errors import UserError
 from ..training.recipe import merged, parse_yaml, read_preset, read_recipe_yaml
-from .entries import NONE, Entry, fill, read_entries, texts
+from .entries import NONE, Entry, check_name, fill, read_entries, texts
 
 DEMO = "demo"
 """As `model`, `pool` or `held_out`: the embedded model and corpus."""
@@ -183,7 +184,9 @@ def _checked(said: dict[str, Any], path: str) -> Study:
     for key in ("model", "recipe", "pool"):
         if not said.get(key):
             raise UserError(f"{path} lacks {key}; give it in the file, or with --set {key}=VALUE")
-    made: dict[str, Any] = {**said, "name": str(said.get("name") or Path(path).stem)}
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip("._-")[:60]
+    made: dict[str, Any] = {**said, "name": str(said.get("name") or stem or "study")}
+    check_name(made["name"], where=f"{path}: name:")
     made["model"] = str(said["model"])
     made["pool"] = _sources(said["pool"], "pool", path)
     made["held_out"] = _sources(said.get("held_out") or {}, "held_out", path)

@@ -239,6 +239,18 @@ def test_a_page_can_be_published_with_its_figures(tmp_path: Path, monkeypatch: p
         assert (tmp_path / "docs" / "figures" / f"page-{name}.svg").is_file()
 
 
+def test_the_pages_command_names_files_and_not_a_machines_folders(
+    tmp_path: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(tmp_path / "rows", seeds=[0])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    sets = ["model=../rows/model", "rows=48", f"offline=[random, {' ' * 300}length]"]
+    assert main(["compare", str(path), "--run", "run", *(word for one in sets for word in ("--set", one))]) == 0
+    said = (tmp_path / "here" / "run" / "study.md").read_text()
+    assert "siftune compare study.yaml --set model=model --set rows=48 --set 'offline=[random,  " in said
+
+
 def test_the_reference_is_made_once_for_every_cell_that_asks(tmp_path: Path, fakes: Fakes) -> None:
     compare(read_study(str(write_study(tmp_path, **USES_ALL))), run=str(tmp_path / "run"))
     assert fakes.calls.count("tabulate") == 1

@@ -35,6 +35,8 @@ def refused(folder: Path, **changes: Any) -> str:
         ({"offline": [{"method": "output-length", "rewrd": 1}]}, "has no setting rewrd"),
         ({"offline": ["full", "random", "random"]}, "two entries named random"),
         ({"offline": [{"method": "random", "name": "a/b"}]}, "letters, digits"),
+        ({"offline": [{"method": "random", "name": "long" * 99}]}, "at most 60 letters"),
+        ({"name": "../elsewhere"}, "name: '../elsewhere' names folders too"),
         ({"offline": [{"name": "full", "keep": 3}]}, "full selects nothing and takes no keep"),
         ({"baseline": "uds"}, "baseline 'uds' is none of its cells (full, random, long)"),
         ({"seeds": []}, "must be a list of whole numbers"),
