@@ -128,8 +128,17 @@ def grouped(
         return save(figure, stem)
 
 
-def scatter(stem: Path, points: Sequence[tuple[Point, Point]], *, title: str, across: str, upward: str) -> list[Path]:
-    """One marker per (x, y) pair of points of the same label, with whiskers where y has an interval, and its name."""
+def scatter(
+    stem: Path,
+    points: Sequence[tuple[Point, Point]],
+    *,
+    title: str,
+    across: str,
+    upward: str,
+    outside: Sequence[tuple[Point, Point]] = (),
+) -> list[Path]:
+    """One marker per (x, y) pair of points of the same label, with whiskers where y has an interval, and its name at the
+    right edge. Pairs `outside`, which would press all others together, are said in words."""
     with drawing(7.0, 4.6) as figure:
         axes = figure.add_subplot()
         for index, (x, y) in enumerate(points):
@@ -137,10 +146,45 @@ def scatter(stem: Path, points: Sequence[tuple[Point, Point]], *, title: str, ac
             if not math.isnan(y.low):
                 axes.plot([x.value, x.value], [y.low, y.high], color=colour, linewidth=1)
             axes.plot(x.value, y.value, marker=marker, linestyle="", color=colour, label=x.label, markersize=6)
-            axes.annotate(x.label, (x.value, y.value), xytext=(5, 4), textcoords="offset points", fontsize=7)
         axes.set_xlabel(across)
         axes.set_ylabel(upward)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.set_title(title, loc="left", fontsize=11)
+        words = [f"{x.label} at {x.value:,.0f}, {y.value:.3f}" for x, y in outside]
+        axes.set_title(
+            "\n".join([title, *(["not drawn: " + "; ".join(words)] if words else [])]), loc="left", fontsize=11
+        )
         axes.margins(x=0.12)
+        low, high = axes.get_ylim()
+        ordered = sorted(points, key=lambda pair: pair[1].value)
+        heights = spread([(y.value - low) / (high - low) for _, y in ordered], gap=0.042)
+        for (x, y), height in zip(ordered, heights, strict=True):
+            axes.annotate(
+                x.label,
+                (x.value, y.value),
+                xytext=(1.03, height),
+                textcoords="axes fraction",
+                fontsize=7,
+                va="center",
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 4},
+            )
         return save(figure, stem)
+
+
+def spread(heights: Sequence[float], *, gap: float) -> list[float]:
+    """Ascending heights moved apart until `gap` lies between neighbours, as little as may be, their middle kept.
+
+    >>> spread([0.5, 0.5, 0.9], gap=0.1)
+    [0.45, 0.55, 0.9]
+    """
+    groups: list[list[float]] = []  # [sum of the heights' own middles, how many]
+    for height in heights:
+        groups.append([height, 1])
+        while len(groups) > 1 and _edge(groups[-2], gap, +1) + gap > _edge(groups[-1], gap, -1):
+            total, count = groups.pop()
+            groups[-1] = [groups[-1][0] + total, groups[-1][1] + count]
+    return [round(_edge(group, gap, -1) + gap * place, 6) for group in groups for place in range(int(group[1]))]
+
+
+def _edge(group: Sequence[float], gap: float, side: int) -> float:
+    total, count = group
+    return total / count + side * gap * (count - 1) / 2

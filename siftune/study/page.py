@@ -188,10 +188,14 @@ def _domains(compared: Sequence[Compared], value: str, stem: Path) -> list[Path]
 
 
 def _tokens(frame: Frame, group: str, value: str, stem: Path) -> list[Path]:
-    points = []
+    points: list[tuple[Point, Point]] = []
+    outside: list[tuple[Point, Point]] = []
     for arm in frame.arms:
         if arm.group in (group, None) and (mean := frame.mean(arm, value)).n:
             x = Point(arm.label, frame.tokens(arm, "trained_tokens").mean)
-            points.append((x, Point(arm.label, mean.mean, mean.mean - mean.sd, mean.mean + mean.sd)))
+            y = Point(arm.label, mean.mean, mean.mean - mean.sd, mean.mean + mean.sd)
+            (outside if arm.plain else points).append((x, y))
     title = "What was trained, and what came of it (mean ± sd over the seeds)"
-    return figures.scatter(stem, points, title=title, across="trained tokens", upward=_axis(value))
+    if not points:  # nothing was selected anywhere
+        points, outside = outside, points
+    return figures.scatter(stem, points, title=title, across="trained tokens", upward=_axis(value), outside=outside)

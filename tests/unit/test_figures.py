@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,18 @@ def test_without_matplotlib_it_is_one_sentence(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra, match="pip install"):
         figures.intervals(tmp_path / "x", POINTS, title="t", axis="x")
+
+
+def test_names_beside_a_scatter_never_touch_and_move_as_little_as_they_can() -> None:
+    assert figures.spread([0.5, 0.5, 0.9], gap=0.1) == [0.45, 0.55, 0.9]
+    assert figures.spread([0.1, 0.3], gap=0.1) == [0.1, 0.3]
+    crowded = figures.spread(sorted([0.2, 0.21, 0.22, 0.3, 0.31, 0.8]), gap=0.05)
+    assert all(b - a >= 0.05 - 1e-6 for a, b in pairwise(crowded))
+    assert sum(crowded) == pytest.approx(0.2 + 0.21 + 0.22 + 0.3 + 0.31 + 0.8)
+
+
+def test_what_stands_outside_of_the_budget_is_said_in_words(tmp_path: Path) -> None:
+    far = [(Point("full", 4e5), Point("full", 3.2))]
+    pairs = [(Point("a", 8e4), Point("a", 3.6)), (Point("b", 9e4), Point("b", 3.7))]
+    svg = figures.scatter(tmp_path / "x", pairs, title="t", across="x", upward="y", outside=far)[0].read_text()
+    assert "not drawn: full at 400,000, 3.200" in svg
