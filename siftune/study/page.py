@@ -18,6 +18,7 @@ from ..reports import figures
 from ..reports.figures import Point
 from ..run import versions
 from .cells import groups_of, slug
+from .composition import composition_table
 from .entries import Entry
 from .frame import Compared, Frame, lower_is_better, main_value
 from .spec import Study
@@ -37,6 +38,7 @@ def write_page(frame: Frame, path: Path, drawn: Sequence[Path], *, command: str,
         *(f"Note: {note}" for note in notes),
         tables(frame).strip(),
         *(["## Figures", *pictures] if pictures else []),
+        *_composition(frame),
         "## Cost",
         "Means over the seeds. A selection that seeds share is counted once for each; its seconds are those of its first "
         "run, and rows in the cache cost nothing again. Tokens forward: of the scoring pass and of the training pass.",
@@ -46,6 +48,14 @@ def write_page(frame: Frame, path: Path, drawn: Sequence[Path], *, command: str,
     ]
     with atomic_path(path) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _composition(frame: Frame) -> list[str]:
+    table = composition_table(frame)
+    if table is None:
+        return []
+    said = "Rows by domain, a row counted as often as it was trained; means over the seeds."
+    return ["## What was trained on", said, table]
 
 
 def setting(frame: Frame) -> str:

@@ -1,0 +1,86 @@
+"""What each cell trained on: rows by domain, and how many of them were different ones, read from what its run left.
+
+A cell that trains on every row it is given has them in `train/rows.parquet`; one that chooses inside batches has each
+candidate in `train/siftune/selection.parquet`. Nothing is said of a cell whose rows cannot be told: plain training that
+ended inside an epoch, or a run folder that was cleared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from .cell import selection_folder
+from .frame import Done, Frame
+from .statistics import mean_of
+from .tables import markdown
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The rows that one cell trained on."""
+
+    domains: Counter[str]
+    """Rows by domain, a row counted as often as it was trained."""
+    different: int
+
+
+def trained(frame: Frame, done: Done) -> Trained | None:
+    """From the files of a finished cell; None where they do not say.
+
+    >>> trained(frame, frame.done[0]).domains
+    Counter({'coding': 308, 'common_sense': 234, 'mathematics': 149, 'reasoning': 109})
+    """
+    run = frame.work.folder / "cells" / done.cell.name / "train"
+    given = run / "rows.parquet"
+    if not given.is_file():
+        return None
+    table = pq.read_table(given, columns=["row", "position"]).drop_null()
+    row_of = np.empty(len(table), dtype=np.int64)
+    row_of[table["position"].to_numpy()] = table["row"].to_numpy()
+    positions = _positions(run, len(row_of), int(done.facts["tokens"]["trained_rows"]))
+    if positions is None:
+        return None
+    chosen = selection_folder(frame.work, done.cell)
+    labels = _labels(frame.work.data.pool if chosen is None else chosen / "selected.jsonl", frame.work.study.label)
+    return Trained(Counter(labels[row] for row in row_of[positions]), len(np.unique(positions)))
+
+
+def _positions(run: Path, rows: int, count: int) -> NDArray[np.int64] | None:
+    """The place in the training set of every trained row."""
+    ledger = run / "siftune" / "selection.parquet"
+    if ledger.is_file():
+        table = pq.read_table(ledger, columns=["row", "kept"])
+        kept = table.filter(table["kept"])["row"]
+        return None if kept.null_count else kept.to_numpy().astype(np.int64)
+    if not rows or count % rows:
+        return None
+    return np.tile(np.arange(rows, dtype=np.int64), count // rows)
+
+
+def _labels(path: Path, label: str) -> list[str]:
+    """The domain of every line. A line without one is a row of a pool that is not labelled."""
+    with path.open(encoding="utf-8") as lines:
+        return [str(json.loads(line).get(label, "none")) for line in lines if line.strip()]
+
+
+def composition_table(frame: Frame) -> str | None:
+    """Markdown: a line per arm, means over the seeds; None where no cell can be told."""
+    domains = list(frame.work.data.facts["domains"])
+    lines = []
+    for arm in frame.arms:
+        cells = [one for one in frame.done if one.cell.arm == arm]
+        told = [found for one in cells if (found := trained(frame, one)) is not None]
+        if not told:
+            continue
+        rows = [f"{mean_of([float(one.domains[name]) for one in told]).mean:,.0f}" for name in domains]
+        different = mean_of([float(one.different) for one in told]).mean
+        tokens = frame.tokens(arm, "trained_tokens").mean / frame.tokens(arm, "trained_rows").mean
+        lines.append([arm.label, *rows, f"{different:,.0f}", f"{tokens:.1f}"])
+    return markdown(["method", *domains, "different rows", "tokens a row"], lines) if lines else None
