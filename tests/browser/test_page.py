@@ -115,27 +115,41 @@ def dot_at(browser: Tab, index: int) -> tuple[float, float]:
     return x, y
 
 
-def test_pointing_at_a_dot_shows_its_row(browser: Tab, page: Path) -> None:
-    def mouse(kind: str, x: float, y: float) -> None:
-        event = {"type": kind, "x": x, "y": y, "button": "none" if kind == "mouseMoved" else "left", "clickCount": 1}
-        browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+def mouse(browser: Tab, kind: str, x: float, y: float) -> None:
+    event = {"type": kind, "x": x, "y": y, "button": "none" if kind == "mouseMoved" else "left", "clickCount": 1}
+    browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
 
-    def pointed() -> bool:
-        # as a hand does: a movement that arrives while the map is still being laid out points at nothing, the next one does
-        x, y = dot_at(browser, 0)
-        mouse("mouseMoved", x + 1, y)
-        mouse("mouseMoved", x, y)
-        time.sleep(0.2)
-        return bool(browser.run("return !document.getElementById('tip').hidden"))
 
+def tip_is_shown(browser: Tab) -> bool:
+    return bool(browser.run("return !document.getElementById('tip').hidden"))
+
+
+def pointed(browser: Tab) -> bool:
+    """Move over the first dot, once; is its tip shown? Scrolling to the map may hide it after the movement: move again."""
+    x, y = dot_at(browser, 0)
+    mouse(browser, "mouseMoved", x + 1, y)
+    mouse(browser, "mouseMoved", x, y)
+    time.sleep(0.2)
+    return tip_is_shown(browser)
+
+
+def test_the_tip_is_there_after_a_scroll_that_leaves_the_pointer_over_its_dot(browser: Tab, page: Path) -> None:
     browser.open(page)
-    browser.wait(pointed)
+    browser.wait(lambda: pointed(browser))
+    browser.run("scrollBy({top: 3, behavior: 'instant'})")
+    time.sleep(0.5)
+    browser.wait(lambda: pointed(browser))
+
+
+def test_pointing_at_a_dot_shows_its_row(browser: Tab, page: Path) -> None:
+    browser.open(page)
+    browser.wait(lambda: pointed(browser))
     tip = browser.run("return document.getElementById('tip').innerText")
     assert "Question" in tip
     assert "row " in tip
     x, y = dot_at(browser, 0)
-    mouse("mousePressed", x, y)
-    mouse("mouseReleased", x, y)
+    mouse(browser, "mousePressed", x, y)
+    mouse(browser, "mouseReleased", x, y)
     card = browser.wait(lambda: browser.run("return document.querySelector('.card .text')?.innerText"))
     assert card in tip
 
