@@ -7,9 +7,12 @@ ended inside an epoch, or a run folder that was cleared.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +34,10 @@ class Trained:
     different: int
 
 
-def trained(frame: Frame, done: Done) -> Trained | None:
-    """From the files of a finished cell; None where they do not say.
+def trained(frame: Frame, done: Done, labels_of: Callable[[Path], list[str]]) -> Trained | None:
+    """From the files of a finished cell; None where they do not say. `labels_of` is the domain of every line of a file.
 
-    >>> trained(frame, frame.done[0]).domains
+    >>> trained(frame, frame.done[0], labels_of).domains
     Counter({'coding': 308, 'common_sense': 234, 'mathematics': 149, 'reasoning': 109})
     """
     run = frame.work.folder / "cells" / done.cell.name / "train"
@@ -48,7 +51,7 @@ def trained(frame: Frame, done: Done) -> Trained | None:
     if positions is None:
         return None
     chosen = selection_folder(frame.work, done.cell)
-    labels = _labels(frame.work.data.pool if chosen is None else chosen / "selected.jsonl", frame.work.study.label)
+    labels = labels_of(frame.work.data.pool if chosen is None else chosen / "selected.jsonl")
     return Trained(Counter(labels[row] for row in row_of[positions]), len(np.unique(positions)))
 
 
@@ -73,10 +76,11 @@ def _labels(path: Path, label: str) -> list[str]:
 def composition_table(frame: Frame) -> str | None:
     """Markdown: a line per arm, means over the seeds; None where no cell can be told."""
     domains = list(frame.work.data.facts["domains"])
+    labels_of = functools.cache(partial(_labels, label=frame.work.study.label))  # most cells share a file
     lines = []
     for arm in frame.arms:
         cells = [one for one in frame.done if one.cell.arm == arm]
-        told = [found for one in cells if (found := trained(frame, one)) is not None]
+        told = [found for one in cells if (found := trained(frame, one, labels_of)) is not None]
         if not told:
             continue
         rows = [f"{mean_of([float(one.domains[name]) for one in told]).mean:,.0f}" for name in domains]
