@@ -34,8 +34,6 @@ def did_you_mean(said: str, known: Iterable[str], *, otherwise: str = "") -> str
     'did you mean gsm8k?'
     """
     known = list(known)
-    near = [
-        *difflib.get_close_matches(said, known, n=1, cutoff=0.5),
-        *difflib.get_close_matches(said.lower(), known, n=1),
-    ]
+    near = difflib.get_close_matches(said, known, n=1, cutoff=0.5)  # so that `rank` finds rank_pattern
+    near = near or difflib.get_close_matches(said.lower(), known, n=1)
     return f"did you mean {near[0]}?" if near else otherwise

@@ -25,8 +25,8 @@ def selector_of(options: Mapping[str, Any], *, seed: int | None = None, section:
     known = [field.name for field in dataclasses.fields(method) if field.init]
     for name in wanted:
         if name not in known:
-            hint = did_you_mean(name, known, otherwise=f"known: {', '.join(known)}")
-            raise UserError(f"{section}: {name} is no option of {method.name}; {hint}")
+            hint = did_you_mean(name, known, otherwise="leave it out")
+            raise UserError(f"{section}: {name} is no option of {method.name}; known: {', '.join(known)}; {hint}")
     if "keep" not in wanted and method.name != "regular":
         raise UserError(f"{section}: {method.name} needs keep, the rows to train on, such as keep: 1/8")
     for field in dataclasses.fields(method):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def test_names_beside_a_scatter_never_touch_and_move_as_little_as_they_can() -> 
     assert figures.spread([0.5, 0.5, 0.9], gap=0.1) == [0.45, 0.55, 0.9]
     assert figures.spread([0.1, 0.3], gap=0.1) == [0.1, 0.3]
     crowded = figures.spread(sorted([0.2, 0.21, 0.22, 0.3, 0.31, 0.8]), gap=0.05)
-    assert all(b - a >= 0.05 - 1e-6 for a, b in pairwise(crowded))
+    assert all(b - a >= 0.05 - 1e-6 for a, b in itertools.pairwise(crowded))
     assert sum(crowded) == pytest.approx(0.2 + 0.21 + 0.22 + 0.3 + 0.31 + 0.8)
 
 
