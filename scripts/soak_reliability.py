@@ -2,6 +2,8 @@
 
     python scripts/soak_reliability.py                 the short suite, as in make test
     python scripts/soak_reliability.py --soak          the long one too (hours; SIFTUNE_SOAK_ROWS lowers its rows)
+    python scripts/soak_reliability.py --into FOLDER   keep the counts of every file of tests there: run again, a file
+                                                       that passed is not repeated
     python scripts/soak_reliability.py --write FILE    another page than docs/reliability.md
     python scripts/soak_reliability.py --only EXPR     a part of it, by pytest's -k; nothing is written without --write
 
@@ -24,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SERVERS = ("server", "judged", "cli_judged", "cli_generator", "daar_stage_one")
 SUITE = ("tests/faults", "tests/laws/test_kill.py", *(f"tests/unit/test_{name}.py" for name in SERVERS))
+SECONDS = "seconds of the file"
+NOTHING_RAN = 5  # pytest's exit code
 CHANGED = ("changed inputs", "second commands")
 GROUPS = (
     ("Killed at random moments, run again: the same bytes, nothing finished done twice, no torn file", ("SIGKILL",)),
@@ -83,25 +87,38 @@ MEANING = """
 """
 
 
-def run(only: str | None, *, soak: bool, counts: Path) -> float:
-    """The suite; returns its seconds. Exits with pytest's code when a test fails."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITE]
+def test_files() -> list[Path]:
+    """The files of the suite, relative to the repository."""
+    return [path.relative_to(ROOT) for one in SUITE for path in sorted((ROOT / one).glob("test_*.py")) or [ROOT / one]]
+
+
+def run(tests: Path, only: str | None, *, soak: bool, into: Path) -> Path:
+    """One file of the suite: its counts and its seconds, kept in `into`. Exits with pytest's code when a test fails."""
+    kept = into / f"{tests.stem}{'-soak' if soak else ''}.jsonl"
+    if kept.exists():
+        return kept
+    counts = into / f"{tests.stem}.part"
+    counts.write_text("", encoding="utf-8")
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
     words += [] if soak else ["-m", "not soak"]
     words += ["-k", only] if only else []
     started = time.perf_counter()
     environment = {**os.environ, "SIFTUNE_FAULT_COUNTS": str(counts)}
     code = subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode
-    if code:
+    if code and not (only and code == NOTHING_RAN):
         sys.exit(code)
-    return time.perf_counter() - started
+    with open(counts, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps([SECONDS, time.perf_counter() - started]) + "\n")
+    return counts.rename(kept)
 
 
-def gathered(counts: Path) -> Counter[str]:
-    """Every count, summed over the tests, in the order in which they first came."""
+def gathered(kept: list[Path]) -> Counter[str]:
+    """Every count, summed over the tests."""
     found: Counter[str] = Counter()
-    for line in counts.read_text(encoding="utf-8").splitlines():
-        what, number = json.loads(line)
-        found[what] += number
+    for path in kept:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            what, number = json.loads(line)
+            found[what] += number
     return found
 
 
@@ -122,13 +139,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--soak", action="store_true")
     parser.add_argument("--only")
+    parser.add_argument("--into", type=Path)
     parser.add_argument("--write", type=Path)
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        counts = Path(folder, "counts.jsonl")
-        counts.touch()
-        seconds = run(said.only, soak=said.soak, counts=counts)
-        found = gathered(counts)
+        into = said.into or Path(folder)
+        into.mkdir(parents=True, exist_ok=True)
+        found = gathered([run(tests, said.only, soak=said.soak, into=into) for tests in test_files()])
+    seconds = found.pop(SECONDS)
     page = said.write or (None if said.only else ROOT / "docs" / "reliability.md")
     from benchmarks.machine import describe
 
