@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -21,9 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scaling_page import put
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-PAGE = ROOT / "docs" / "scaling.md"
 MARKS = ("<!-- offline plan: scripts/scaling_offline.py -->", "<!-- end of offline plan -->")
 
 # Qwen2.5-7B's published configuration: width, query heads' and key-value heads' widths, MLP width.
@@ -125,14 +125,10 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         text = plan(measure(said.rows, Path(folder)), said.rows)
-    if not said.write:
-        print(text)  # noqa: T201
-        return
-    page = PAGE.read_text(encoding="utf-8")
-    between = re.compile(re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1]), re.DOTALL)
-    assert between.search(page), f"{PAGE} lacks the marks"
-    whole = f"{MARKS[0]}\n{text}\n{MARKS[1]}"
-    PAGE.write_text(between.sub(lambda _: whole, page), encoding="utf-8")
+    if said.write:
+        put(text, MARKS)
+    else:
+        sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

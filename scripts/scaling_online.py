@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from scaling_page import put
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,7 +29,6 @@ from siftune.online.uds import UDS  # noqa: E402
 from siftune.training.across import _message, _read, _Told  # noqa: E402
 from siftune.training.ranks import pack  # noqa: E402
 
-PAGE = ROOT / "docs" / "scaling.md"
 MARKS = ("<!-- online plan: scripts/scaling_online.py -->", "<!-- end of online plan -->")
 
 # Llama-3.1-70B's published configuration: width, vocabulary, weights.
@@ -141,13 +140,12 @@ def plan() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the plan into docs/scaling.md")
+    said = parser.parse_args()
     text = plan()
-    if not parser.parse_args().write:
+    if said.write:
+        put(text, MARKS)
+    else:
         sys.stdout.write(text + "\n")
-        return
-    page = PAGE.read_text(encoding="utf-8")
-    between = re.compile(re.escape(MARKS[0]) + ".*" + re.escape(MARKS[1]), re.DOTALL)
-    PAGE.write_text(between.sub(lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", page), encoding="utf-8")
 
 
 if __name__ == "__main__":
