@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import Option, pairs, read_yaml, unknown
+from .config import Option, pairs, read_config, unknown
 from .errors import UserError
 
 
@@ -122,7 +122,7 @@ class Command:
     # --- configuration files --------------------------------------------------------------------------------------
 
     def _config(self, path: str) -> dict[str, Any]:
-        config = {name: value for name, value in read_yaml(path).items() if name not in self.fixed}
+        config = {name: value for name, value in read_config(path).items() if name not in self.fixed}
         known = [option.name for option in self.options if option.name != "config"]
         for name, value in config.items():
             if name not in known:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .budget import Keep
-from .data.files import parse_yaml
+from .data.yaml_files import read_yaml
 from .errors import UserError, did_you_mean
 
 PARTS = ("engine", "store", "cache")
@@ -228,19 +228,10 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
     return notes
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_config(path: str) -> dict[str, Any]:
     """A configuration file as a mapping of option names; hyphens and underscores are the same. Raises `UserError`."""
-    try:
-        loaded = parse_yaml(Path(path).read_text(encoding="utf-8"), f"--config {path}")
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UserError(f"--config {path} holds a {type(loaded).__name__}; write one `option: value` a line")
-    return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    said = read_yaml(path, what="--config", write="write one `option: value` a line")
+    return {key.replace("-", "_"): value for key, value in said.items()}
 
 
 def write_yaml(config: Mapping[str, Any]) -> str:

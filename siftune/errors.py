@@ -27,8 +27,8 @@ class MissingExtra(UserError, ImportError):
         super().__init__(f"{needed_for} needs {package}, which is not installed; run: pip install 'siftune[{extra}]'")
 
 
-def did_you_mean(said: str, known: Iterable[str], *, otherwise: str = "") -> str:
-    """The way out for a name nobody knows: the nearest known one, or `otherwise`.
+def did_you_mean(said: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
+    """The way out for a name nobody knows: the nearest known one, else `otherwise`, else all that are known.
 
     >>> did_you_mean("gsm8", ["gsm8k", "mmlu"])
     'did you mean gsm8k?'
@@ -36,4 +36,17 @@ def did_you_mean(said: str, known: Iterable[str], *, otherwise: str = "") -> str
     known = list(known)
     near = difflib.get_close_matches(said, known, n=1, cutoff=0.5)  # so that `rank` finds rank_pattern
     near = near or difflib.get_close_matches(said.lower(), known, n=1)
-    return f"did you mean {near[0]}?" if near else otherwise
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known: {', '.join(known)}" if otherwise is None else otherwise
+
+
+def check_keys(said: Iterable[object], known: Iterable[str], where: str) -> None:
+    """Raise `UserError` for a key that is not known, naming the nearest that is.
+
+    >>> check_keys({"shots": 5}, ["shots", "limit"], "suite daar")
+    """
+    known = list(known)
+    for key in said:
+        if key not in known:
+            raise UserError(f"{where} has an unknown key {key!r}; {did_you_mean(str(key), known)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import registry
 from ..arguments import Command, HelpWanted
-from ..config import PARTS, Option, options_of, read_yaml
+from ..config import PARTS, Option, options_of, read_config
 from ..errors import UserError
 
 SEEDS = 2**32
@@ -51,7 +51,7 @@ def which_method(words: list[str], command: str = "select") -> tuple[str | None,
         return None, words
     paths = [word.partition("=")[2] for word in words if word.startswith("--config=")]
     paths += [after for word, after in itertools.pairwise(words) if word == "--config"]
-    named = read_yaml(paths[-1]).get("method") if paths else None
+    named = read_config(paths[-1]).get("method") if paths else None
     if named is None:
         known = ", ".join(entry.name for entry in registry.methods("offline"))
         raise UserError(

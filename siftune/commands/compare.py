@@ -95,7 +95,7 @@ def run(words: list[str]) -> int:
 
 def _parsed(said: Mapping[str, str]) -> dict[str, Any]:
     """Values as YAML reads them."""
-    from ..training.recipe import parse_yaml
+    from ..data.yaml_files import parse_yaml
 
     return {name: parse_yaml(value, f"--set {name}") for name, value in said.items()}
 

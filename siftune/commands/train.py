@@ -85,7 +85,7 @@ def run(words: list[str]) -> int:
 
 def settings(words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """The words without `--set KEY=VALUE`, and what they set; values are YAML."""
-    from ..training.recipe import parse_yaml
+    from ..data.yaml_files import parse_yaml
 
     rest, said = split_set(words, example="sft.learning_rate=1e-4")
     return rest, {key: parse_yaml(value, f"--set {key}={value}") for key, value in said.items()}
@@ -102,7 +102,7 @@ def named(values: Mapping[str, Any], command: str) -> str:
 
 def overrides(values: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     """What the command line sets in the recipe: its own options last."""
-    from ..training.recipe import parse_yaml
+    from ..data.yaml_files import parse_yaml
 
     found: dict[str, Any] = {}
     if values.get("online") is not None:  # first, so that --set can give the new method its own fields

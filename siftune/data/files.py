@@ -224,20 +224,6 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not a JSON file ({error}); mend or remove it") from error
 
 
-def parse_yaml(text: str, where: str, *, loader: Any = None) -> Any:
-    """One YAML value, by PyYAML's safe loader or `loader`, a safe one too. Raises `UserError` that opens with `where`.
-
-    >>> parse_yaml("keep: 20%", "config.yaml")
-    {'keep': '20%'}
-    """
-    import yaml
-
-    try:
-        return yaml.load(text, loader or yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deeply, huge numbers
-        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
-
-
 def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as readable JSON, atomically; NaN and infinities become null.
 

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import MissingExtra, UserError
-from .names import nearest
+from ..errors import MissingExtra, UserError, did_you_mean
 
 PLAIN_FILTER = "none"
 """The harness's name for no filter; left out of a metric's name."""
@@ -86,7 +85,7 @@ def check_known(name: str, *, own: Sequence[str]) -> None:
 
 
 def _close(name: str, known: Sequence[str]) -> str:
-    said = nearest(name, known)
+    said = did_you_mean(name, known)
     return said if said.startswith("did") else "list them with: lm-eval ls tasks"
 
 

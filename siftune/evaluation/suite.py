@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import UserError
-from .names import check_keys, nearest, read_mapping
+from ..data.yaml_files import read_yaml
+from ..errors import UserError, check_keys, did_you_mean
 from .tasks import TaskSpec, own_tasks, read_task
 
 SUITES = Path(__file__).parent / "suites"
@@ -64,10 +64,10 @@ class Suite:
         path = shipped.get(str(said), Path(said))
         if str(said) not in shipped and path.suffix not in (".yaml", ".yml"):
             known = [*sorted(shipped), HELD_OUT]
-            raise UserError(f"suite {said} is not known; {nearest(str(said), known)}, or the path of a .yaml file")
-        made = read_mapping(path, what="suite")
+            raise UserError(f"suite {said} is not known; {did_you_mean(str(said), known)}, or the path of a .yaml file")
+        made = read_yaml(path, what="suite")
         where = f"suite {path.stem}"
-        check_keys(made, ("name", "about", "tasks", "held_out"), where=where)
+        check_keys(made, ("name", "about", "tasks", "held_out"), where)
         tasks = _tasks(made.get("tasks") or {}, path, where)
         held = made.get("held_out") or {}
         if not isinstance(held, dict):
@@ -82,7 +82,7 @@ class Suite:
         known = [task.name for task in self.tasks]
         for name in names:
             if name not in known:
-                raise UserError(f"suite {self.name} has no task {name} to skip; {nearest(name, known)}")
+                raise UserError(f"suite {self.name} has no task {name} to skip; {did_you_mean(name, known)}")
         return replace(self, tasks=tuple(task for task in self.tasks if task.name not in names))
 
     def limited(self, limit: int | None) -> Self:
@@ -123,7 +123,7 @@ def _task(name: str, options: Any, path: Path, where: str) -> SuiteTask:
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise UserError(f"{where}: {options!r} is no mapping; write {{shots: 5, limit: 100}}")
-    check_keys(options, ("shots", "limit", "metric", "average", "task"), where=where)
+    check_keys(options, ("shots", "limit", "metric", "average", "task"), where)
     for key, least in (("shots", 0), ("limit", 1)):
         value = options.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):

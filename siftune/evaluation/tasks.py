@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ..data.files import hash_file, hash_json
-from ..errors import UserError
+from ..data.yaml_files import read_yaml
+from ..errors import UserError, check_keys
 from .grading import GRADES
-from .names import check_keys, read_mapping
 
 TASKS = Path(__file__).parent / "tasks"
 LETTERS = "ABCDEFGHIJ"
@@ -118,9 +118,9 @@ class TaskSpec:
 
 def read_task(path: Path) -> TaskSpec:
     """The task of a YAML file. Raises `UserError` for a key or a value that a task does not have."""
-    said = read_mapping(path, what="task")
+    said = read_yaml(path, what="task")
     known = [item.name for item in dataclasses.fields(TaskSpec) if item.name != "name"]
-    check_keys(said, known, where=f"task {path}")
+    check_keys(said, known, f"task {path}")
     if "kind" not in said:
         raise UserError(f"task {path} has no kind; give write or choose")
     made: dict[str, Any] = {name: tuple(value) if name in ("shots", "stop") else value for name, value in said.items()}

@@ -16,14 +16,17 @@ from typing import Any, Literal
 
 from ..budget import Keep, parse_keep
 from ..config import unknown
+from ..data.yaml_files import read_yaml
 from ..errors import UserError
-from ..training.recipe import merged, parse_yaml, read_preset, read_recipe_yaml
+from ..training.recipe import merged, read_preset, read_recipe_file
 from .entries import NONE, Entry, check_name, fill, read_entries, texts
 
 DEMO = "demo"
 """As `model`, `pool` or `held_out`: the embedded model and corpus."""
 OWN_KEYS = ("model", "train", "eval", "seed", "online", "stop_at", "max_rows", "format", "columns", "on_bad_row")
 """Keys of a recipe that the study fills in itself."""
+LEAST = "write model:, pool:, recipe: and held_out: at least"
+"""The way out for a file that holds none of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ def read_study(path: str, changes: Mapping[str, Any] | None = None) -> Study:
     >>> read_study("study.yaml", {"data": "./pools", "seeds": [0, 1]}).seeds
     (0, 1)
     """
-    said = {name.replace("-", "_"): value for name, value in _yaml(path).items()}
+    said = {name.replace("-", "_"): value for name, value in read_yaml(path, what="the study", write=LEAST).items()}
     known = [item.name for item in dataclasses.fields(Study)]
     for key in said:
         if key not in known:
@@ -124,21 +127,9 @@ def read_study(path: str, changes: Mapping[str, Any] | None = None) -> Study:
             _change(said, key, value, known, list(variables), path)
     said.pop("variables", None)
     if isinstance(said.get("recipe"), str):
-        said["recipe"] = read_recipe_yaml(Path(fill(said["recipe"], _said(variables))))
+        said["recipe"] = read_recipe_file(fill(said["recipe"], _said(variables)))
     _no_empty_variable(said, variables, path)
     return _checked(fill(said, _said(variables)) | {"variables": variables}, path)
-
-
-def _yaml(path: str) -> dict[str, Any]:
-    try:
-        loaded = parse_yaml(Path(path).read_text(encoding="utf-8"), path)
-    except OSError as error:
-        raise UserError(f"the study {path} cannot be read: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the study {path} is not UTF-8 text; save it as UTF-8") from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"the study {path} holds no keys; write model:, pool:, recipe: and held_out: at least")
-    return {str(name): value for name, value in loaded.items()}
 
 
 def _said(variables: Mapping[str, Any]) -> dict[str, str]:

@@ -10,14 +10,13 @@ Values are read as YAML 1.2 reads numbers: `5e-5` is one. Paths are relative to 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..data.files import parse_yaml as safe_yaml
+from ..data.yaml_files import parse_yaml, read_yaml
 from ..errors import UserError
 from .given import nearest
 from .text import FORMS
@@ -82,7 +81,7 @@ class Recipe:
         type, and a missing `model` or `train`.
         """
         where = str(said) if isinstance(said, (str, Path)) else "the recipe"
-        given = read_recipe_yaml(Path(said)) if isinstance(said, (str, Path)) else dict(said)
+        given = read_recipe_file(said) if isinstance(said, (str, Path)) else dict(said)
         given = {str(key): value for key, value in given.items() if key not in PASSED_OVER}
         for key, value in (overrides or {}).items():
             given = _overridden(given, key.split("."), value, key)
@@ -109,29 +108,9 @@ class Recipe:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_recipe_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping. Raises `UserError`."""
-    try:
-        loaded = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise UserError(f"the recipe {path} cannot be read: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the recipe {path} is not UTF-8 text; save it as UTF-8") from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"the recipe {path} holds no keys; write model: and train: at least, one `key: value` a line")
-    return loaded
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """One YAML value, safely, with `5e-5` as the number it is. Raises `UserError`."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    exponent = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
-    return safe_yaml(text, where, loader=Loader)
+def read_recipe_file(path: str | Path) -> dict[str, Any]:
+    """The keys of a recipe's file. Raises `UserError`."""
+    return read_yaml(path, what="the recipe", write="write model: and train: at least, one `key: value` a line")
 
 
 def presets() -> list[str]:

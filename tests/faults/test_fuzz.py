@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from siftune.budget import parse_keep
-from siftune.config import read_yaml
+from siftune.config import read_config
 from siftune.errors import UserError
 from tests.faults.said import Said, add_up, count, refused, siftune
 
@@ -223,6 +223,6 @@ def test_any_bytes_as_yaml_are_a_mapping_or_one_sentence(data: bytes, tmp_path: 
     path = tmp_path / "any.yaml"
     path.write_bytes(data)
     try:
-        assert isinstance(read_yaml(str(path)), dict)
+        assert isinstance(read_config(str(path)), dict)
     except UserError as error:
         assert "any.yaml" in str(error)  # noqa: PT017

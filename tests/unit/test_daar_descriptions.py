@@ -55,7 +55,7 @@ def test_fill_is_one_pass() -> None:
     ("text", "said"),
     [
         ("law: Only one.", "holds 1 domain; give at least 2"),
-        ("- law\n- music", "holds no mapping"),
+        ("- law\n- music", "holds a list"),
         ("law: [", "is not YAML"),
         ("law:\nmusic: Notes.", "gives the domain 'law' no description"),
         ("law: {descripton: x}\nmusic: y", "domain law has an unknown key 'descripton'; did you mean description?"),
@@ -76,7 +76,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, text: str, said: str) -> None
 
 
 def test_an_absent_file_is_one_sentence() -> None:
-    with pytest.raises(UserError, match=r"domains nowhere.yaml cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"domains nowhere.yaml cannot be read: No such file"):
         read_descriptions("nowhere.yaml")
 
 

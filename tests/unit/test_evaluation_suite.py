@@ -73,7 +73,7 @@ def test_a_suite_of_the_users_holds_tasks_of_three_kinds_and_files(tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("tasks: {gsm8k: {shot: 5}}", "has no key shot; did you mean shots"),
+        ("tasks: {gsm8k: {shot: 5}}", "has an unknown key 'shot'; did you mean shots"),
         ("tasks: {gsm8k: {shots: -1}}", "shots: -1 is no number of shots"),
         ("tasks: {gsm8k: {limit: 0}}", "limit: 0 is no number of limit"),
         ("tasks: {gsm8k: {limit: true}}", "limit: True"),
@@ -81,7 +81,7 @@ def test_a_suite_of_the_users_holds_tasks_of_three_kinds_and_files(tmp_path: Pat
         ("tasks: {gsm8k: 5}", "5 is no mapping"),
         ("tasks: 5", "tasks is a int"),
         ("held_out: 5", "held_out is a int"),
-        ("task: {gsm8k: null}", "has no key task; did you mean tasks"),
+        ("task: {gsm8k: null}", "has an unknown key 'task'; did you mean tasks"),
         ("about: nothing", "neither tasks nor held_out"),
         ("- a", "holds a list"),
         ("tasks: [", "is not YAML"),
@@ -127,7 +127,7 @@ GOOD = "kind: write\nfile: rows\nfields: {answer: text}\nprompt: 'Q'\ngrade: las
         (("{answer: text}", "{question: text}"), "reads answer; name it under fields"),
         (("prompt: 'Q'", "prompt: ''"), "has no prompt"),
         (("kind: write\n", ""), "has no kind"),
-        (("file: rows", "fil: rows"), "has no key fil; did you mean file"),
+        (("file: rows", "fil: rows"), "has an unknown key 'fil'; did you mean file"),
         (("kind: write", "kind: choose"), "fields need choices"),
         (("grade: last_number", "grade: last_number\noptions: words"), "options: words"),
     ],

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from siftune.data.yaml_files import parse_yaml
 from siftune.errors import UserError
 from siftune.training.given import fitting
-from siftune.training.recipe import Recipe, merged, parse_yaml, presets
+from siftune.training.recipe import Recipe, merged, presets
 
 BASE: dict[str, Any] = {"model": "./model", "train": "rows.jsonl"}
 
@@ -129,7 +130,7 @@ def test_overrides_that_cannot_be_set_are_told() -> None:
 
 def test_files_that_are_no_recipe_are_told(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    for content, why in ((b"- a", "holds no keys"), (b"a: [", "is not YAML"), (b"\xff\xfe\xfa", "is not UTF-8")):
+    for content, why in ((b"- a", "holds a list"), (b"a: [", "is not YAML"), (b"\xff\xfe\xfa", "is not UTF-8")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=why):
             Recipe.read(path)

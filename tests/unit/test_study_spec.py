@@ -79,7 +79,7 @@ def test_no_file_and_no_yaml(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not YAML"):
         read_study(str(tmp_path / "bad.yaml"))
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(UserError, match="holds no keys"):
+    with pytest.raises(UserError, match="holds a list"):
         read_study(str(tmp_path / "list.yaml"))
 
 

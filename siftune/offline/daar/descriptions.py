@@ -14,8 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...data.files import parse_yaml
-from ...errors import UserError, did_you_mean
+from ...data.yaml_files import parse_yaml, read_yaml
+from ...errors import UserError, check_keys
 
 THRESHOLD = 0.85
 """tau where a domain gives none: the paper's (0.90 for its mathematics)."""
@@ -110,7 +110,7 @@ def read_descriptions(source: DomainSource | None = None) -> Descriptions:
     >>> read_descriptions({"law": "Questions of law.", "music": "Musical notation."}).names
     ('law', 'music')
     """
-    shipped = _load(resources.files(__package__).joinpath("domains.yaml").read_text("utf-8"), "domains.yaml")
+    shipped = parse_yaml(resources.files(__package__).joinpath("domains.yaml").read_text("utf-8"), "domains.yaml")
     default = Wording(**shipped["prompts"])
     if source is None:
         return Descriptions(_domains(shipped["domains"], "domains.yaml"), default)
@@ -118,11 +118,7 @@ def read_descriptions(source: DomainSource | None = None) -> Descriptions:
         said, place = source, "domains"
     else:
         place = f"domains {source}"
-        try:
-            said = _load(Path(source).expanduser().read_text(encoding="utf-8"), place)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise UserError(f"{place} cannot be read ({reason}); give a YAML file of `name: one sentence`") from error
+        said = read_yaml(Path(source).expanduser(), what="domains", write="write one `name: one sentence` a line")
     if not any(isinstance(said.get(part), Mapping) for part in PARTS):
         return Descriptions(_domains(said, place), default)
     check_keys(said, PARTS, place)
@@ -131,13 +127,6 @@ def read_descriptions(source: DomainSource | None = None) -> Descriptions:
         raise UserError(f"{place}: settings holds no mapping; write one `name: value` a line")
     domains = _domains(said["domains"], place) if "domains" in said else _domains(shipped["domains"], "domains.yaml")
     return Descriptions(domains, _wording(said.get("prompts"), default, place), dict(settings))
-
-
-def _load(text: str, place: str) -> Mapping[str, Any]:
-    said = parse_yaml(text, place)
-    if not isinstance(said, Mapping):
-        raise UserError(f"{place} holds no mapping; write one `name: one sentence` a line")
-    return said
 
 
 def _domains(said: Any, place: str) -> tuple[Domain, ...]:
@@ -186,11 +175,3 @@ def _wording(said: Any, default: Wording, place: str) -> Wording:
         if absent := [word for word in NEEDED.get(name, ()) if word not in words]:
             raise UserError(f"{place}: the prompt {name} lacks {{{absent[0]}}}; put it in")
     return Wording(**{**{name: getattr(default, name) for name in PROMPTS}, **said})
-
-
-def check_keys(said: Mapping[str, Any], known: Sequence[str], place: str) -> None:
-    """Raise `UserError` for a key that is not known, naming the nearest one."""
-    for key in said:
-        if key not in known:
-            hint = did_you_mean(str(key), known, otherwise=f"known are {', '.join(known)}")
-            raise UserError(f"{place} has an unknown key {key!r}; {hint}")

@@ -17,12 +17,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...data.formats import text_of
-from ...errors import UserError
+from ...errors import UserError, check_keys
 from ...models.generate import Generator, Message, Reply, Request
 from ...records import Row
 from ..draw import number
 from .acceptance import Candidate, Embed, Kept, Space, units
-from .descriptions import THRESHOLD, Descriptions, Domain, check_keys
+from .descriptions import THRESHOLD, Descriptions, Domain
 from .parsing import parse_rows
 from .written import Rejected, Written
 

@@ -1,0 +1,54 @@
+"""YAML, read safely in one way everywhere: recipes, studies, suites, configurations, domain sentences."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+_EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+
+
+@functools.cache
+def _loader() -> Any:
+    """PyYAML's safe loader; YAML 1.1 would read `5e-5`, the way in which learning rates are written, as text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    return Loader
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """One YAML value, safely, with `5e-5` as the number it is. Raises `UserError` that opens with `where`.
+
+    >>> parse_yaml("keep: 20%\\nlearning_rate: 5e-5", "config.yaml")
+    {'keep': '20%', 'learning_rate': 5e-05}
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, _loader())
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deeply, huge numbers
+        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(path: str | Path, *, what: str, write: str = "write one `key: value` a line") -> dict[str, Any]:
+    """The mapping that a YAML file holds; `{}` for an empty one. Raises `UserError` where it is missing or holds something else.
+
+    `what` names the kind of file, as in "the recipe"; `write` is the advice for a file that holds no keys.
+    """
+    try:
+        loaded = parse_yaml(Path(path).read_text(encoding="utf-8"), f"{what} {path}")
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text; save it as UTF-8") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise UserError(f"{what} {path} holds a {type(loaded).__name__}; {write}")
+    return {str(name): value for name, value in (loaded or {}).items()}
