@@ -12,7 +12,7 @@ The data's way, top to bottom (a folder imports only from those above it):
     evaluation/  lm-eval suites, task files, held-out loss
     reports/     figures, and the one page of a run
     demo/        embedded corpus and tiny model
-    config, pipeline, tune, evaluate, study/, commands/, cli
+    config, job, cut, pipeline, tune, evaluate, study/, commands/, cli
 
 Public names are resolved on first use, so `import siftune` loads neither torch nor transformers.
 """

@@ -21,7 +21,7 @@ from .data.files import atomic_path, hash_json, read_json, write_json
 from .errors import UserError
 from .evaluation.results import Results, averaged, facts, markdown
 from .evaluation.suite import Suite, SuiteTask
-from .pipeline import RUNS, plain
+from .job import RUNS, plain
 from .run import RunFolder, identity, make_folder
 
 RESULTS, TABLE = "results.json", "table.md"

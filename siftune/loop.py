@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import Running, SelectOptions
+from .cut import check_out
 from .data.files import FolderLock, atomic_path, hash_file, hash_json, read_json, write_json
 from .errors import UserError
-from .pipeline import RUNS, Selection, check_out, plain, select
+from .job import RUNS, plain
+from .pipeline import Selection, select
 from .records import Pool
 
 if TYPE_CHECKING:

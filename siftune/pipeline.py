@@ -1,29 +1,25 @@
 """From a pool file to a chosen file: load, fit, score, cut, each a stage of a run folder that is never done twice.
 
-`select` is what `siftune select` runs, `recut` what `siftune keep` runs. Everything the user can get wrong (options,
-rows, budget, seeds, model folder) is checked before a weight is loaded. Cost beyond the method's own: one pass over
-the pool for its index, one for rows.parquet, one over the chosen rows.
+`select` is what `siftune select` runs, `recut` what `siftune keep` runs; `job.py` checks what was asked before a weight is
+loaded. Cost beyond the method's own: one pass over the pool for its index, one for rows.parquet, one over the chosen rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import registry
-from .budget import parse_keep
-from .config import PARTS, KeepOptions, Reading, SelectOptions, unknown
-from .data.files import atomic_path, cache_folder, hash_file, hash_json
-from .engines import check_engine
+from .config import KeepOptions, Reading, SelectOptions
+from .cut import Budget, check_out, copy_out
+from .data.files import cache_folder, hash_file, hash_json
 from .errors import UserError
+from .job import Job, features_of, inputs_of, plain, prepare, read_pool, run_folder
 from .offline.base import OfflineMethod
 from .records import Pool, Scores, Subset
 from .run import CONFIG, RunFolder, identity, peak_memory_mb, read_manifest
@@ -31,71 +27,6 @@ from .stored import ROWS, SCORES, SELECTED, counted, read_scores, write_rows, wr
 
 if TYPE_CHECKING:
     from .engines.shard import Progress
-
-DEFAULT_KEEP = "20%"
-"""DaaR's budget: 8,000 of 40,000 rows."""
-RUNS = Path("siftune-runs")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A budget as the user said it, checked: what `Scores.keep` takes."""
-
-    rule: Mapping[str, Any]
-    order: Literal["original", "score"] = "original"
-
-    @classmethod
-    def read(cls, options: Any) -> Budget:
-        """From `--keep`, `--tokens`, `--quota` and `--target-mix`. Raises `UserError` when they do not go together."""
-        said = {name: getattr(options, name) for name in ("keep", "tokens", "quota")}
-        given = [name for name, value in said.items() if value is not None]
-        if len(given) > 1:
-            raise UserError(f"--{given[0]} and --{given[1]} are two budgets; give one of them")
-        rule: dict[str, Any] = {}
-        if "tokens" in given:
-            if options.tokens < 1:
-                raise UserError(f"--tokens {options.tokens} keeps nothing; give at least 1")
-            rule["tokens"] = options.tokens
-        elif "quota" in given:
-            for amount in options.quota.values():
-                parse_keep(amount)
-            if options.target_mix is not None:
-                raise UserError("--quota and --target-mix are two budgets; give one of them")
-            rule["quota"] = dict(options.quota)
-        else:
-            keep = DEFAULT_KEEP if said["keep"] is None else said["keep"]
-            amount = parse_keep(keep)
-            rule |= {"count": amount.count} if amount.fraction is None else {"fraction": amount.fraction}
-        if options.target_mix is not None:
-            rule["target_mix"] = dict(options.target_mix)
-        return cls(rule, options.order)
-
-    def check(self, pool: Pool, domains: tuple[str, ...], *, labels: bool = False) -> None:
-        """Refuse what the pool or the domains (`()` for none) cannot meet; `labels` are domains without p(domain | row)."""
-        usable = len(pool) - len(pool.reasons)
-        if self.rule.get("count", 0) > usable:
-            raise UserError(f"--keep {self.rule['count']} exceeds the {usable} usable rows of the pool; lower it")
-        if "fraction" in self.rule and parse_keep(float(self.rule["fraction"])).rows(usable) < 1:
-            raise UserError(
-                f"--keep {self.rule['fraction']:g} of {usable} usable rows is less than one row; raise it or give a "
-                "number of rows"
-            )
-        for name in ("quota", "target_mix"):
-            for domain in self.rule.get(name, {}):
-                flag = "--" + name.replace("_", "-")
-                if not domains:
-                    raise UserError(f"{flag} needs domains, and this method has none; use daar, or give --keep alone")
-                if labels and name == "target_mix":
-                    raise UserError(f"{flag} needs p(domain | row), and this method has labels; use daar, or --quota")
-                if domain not in domains and not (name == "quota" and domain == "*"):
-                    raise UserError(f"{flag} names the domain {domain!r}, which is not one of {', '.join(domains)}")
-
-    def cut(self, scores: Scores) -> Subset:
-        """The rows kept. Raises `UserError` when none is."""
-        subset = scores.keep(**self.rule)
-        if not len(subset):
-            raise UserError(f"the budget {dict(self.rule)} keeps no row of this pool; raise it")
-        return subset
 
 
 @dataclass(frozen=True)
@@ -109,20 +40,6 @@ class Selection:
     """Where the chosen rows are; None for a dry run and for one part of n."""
     subset: Subset | None = None
     pool: Pool | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """A selection that has been checked and can run."""
-
-    method: OfflineMethod
-    pool: Pool
-    options: SelectOptions
-    budget: Budget
-    config: Mapping[str, Any]
-    """The run's identity as said: written to config.yaml."""
-    load_seconds: float
-    progress: Progress | None = field(default=None)
 
 
 def select(
@@ -153,145 +70,6 @@ def select(
         return _write(run, job, scores, key)
 
 
-def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, progress: Progress | None = None) -> Job:
-    """Check all that can be checked without a model's weights, reading the pool on the way."""
-    budget = Budget.read(options)
-    check_out(options.out)
-    check_engine(options)
-    method = build(name, options.seed, settings)
-    started = perf_counter()
-    pool = read_pool(options)
-    seconds = perf_counter() - started
-    method.cache = options.cache
-    domains, labels = check_method(method), labels_of(method, pool)
-    budget.check(pool, domains or labels, labels=bool(labels))
-    if options.shards is not None:
-        from .engines.shard import part_of
-
-        part_of(pool.shards(), options.shards)
-    return Job(method, pool, options, budget, resolved(name, options, method), seconds, progress)
-
-
-def read_pool(options: Reading) -> Pool:
-    """The pool of `--pool` and its reading options."""
-    from .data.load import load_pool
-
-    if not options.pool:
-        raise UserError("no pool was given; name a file, a folder, a glob or a hub id after the method")
-    return load_pool(
-        options.pool[0] if len(options.pool) == 1 else list(options.pool),
-        columns=options.columns,
-        on_bad_row=options.on_bad_row,
-        duplicates=options.duplicates,
-        format=options.format,
-        cache=getattr(options, "cache", None),
-    )
-
-
-def build(name: str, seed: int, settings: Mapping[str, Any]) -> OfflineMethod:
-    """The method by name, with its settings. Raises `UserError` for a setting it does not have."""
-    cls = registry.find("offline", name).load()
-    fields = {item.name: item for item in dataclasses.fields(cls) if item.init}
-    for setting in settings:
-        if setting not in fields or setting in PARTS:
-            raise unknown(setting, list(fields), what="setting", where=f"method {name}")
-    given = {"seed": seed, **settings} if "seed" in fields else dict(settings)
-    for setting, item in fields.items():
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and given.get(setting) is None:
-            raise UserError(f"siftune select {name} needs --{setting.replace('_', '-')}; see its --help")
-    method = cls(**given)
-    assert isinstance(method, OfflineMethod), cls
-    return method
-
-
-def check_method(method: OfflineMethod) -> tuple[str, ...]:
-    """Check settings, seeds and model folder without a weight; the method's domains, `()` where it has none.
-
-    A method may offer `check()`, which raises `UserError` and returns what holds its `domains`, and `feature_task`,
-    whose `backbone` knows the model's configuration and tokenizer.
-    """
-    check: Callable[[], Any] | None = getattr(method, "check", None)
-    checked = check() if check is not None else None
-    if backbone := getattr(_features(method), "backbone", None):
-        _ = backbone.config, backbone.tokenizer
-    return tuple(getattr(checked, "domains", ()))
-
-
-def labels_of(method: OfflineMethod, pool: Pool) -> tuple[str, ...]:
-    """The domains that the pool's own rows name, for a method that reads such labels (it offers `labels(pool)`, which
-    raises `UserError`); `()` for the others."""
-    labels: Callable[[Pool], tuple[str, ...]] | None = getattr(method, "labels", None)
-    return () if labels is None else labels(pool)
-
-
-def _features(method: OfflineMethod) -> Any:
-    """The task that reads the model for the fit; None for a method that reads no model."""
-    task: Callable[..., Any] | None = getattr(method, "feature_task", None)
-    return None if task is None else task(for_fit=True)
-
-
-def check_out(out: str | None, *, copied: bool = False) -> None:
-    """Refuse a result file of an unknown kind, or a folder, before any work is done; a copy is JSONL only."""
-    if out is None:
-        return
-    if Path(out).is_dir():
-        raise UserError(f"--out {out} is a folder; give the path of a file")
-    known = (".jsonl",) if copied else (".jsonl", ".jsonl.gz", ".json", ".parquet")
-    if not out.endswith(known):
-        raise UserError(f"--out {out} has no known suffix; give one of {', '.join(known)}")
-
-
-def inputs_of(method: OfflineMethod) -> dict[str, str]:
-    """Content hashes of what the method reads beside the pool: the model's layers, the seeds file, other files.
-
-    A method may offer `inputs()` for what is no file of its fields: a folder of seeds, a generator.
-    """
-    found: dict[str, str] = {}
-    own: Callable[[], dict[str, str]] | None = getattr(method, "inputs", None)
-    for item in dataclasses.fields(method):  # type: ignore[arg-type]
-        value = getattr(method, item.name)
-        if isinstance(value, (str, Path)) and Path(value).is_file():
-            found[item.name] = hash_file(value)
-    if task := _features(method):
-        found["model"] = str(task.key)
-    return found | (own() if own is not None else {})
-
-
-def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[str, Any]:
-    """Every option that was said or has a default and decides the result, in a reader's order: config.yaml, which
-    `--config` takes."""
-    config: dict[str, Any] = {"command": "select", "method": name, "pool": list(options.pool), "seed": options.seed}
-    for item in dataclasses.fields(method):  # type: ignore[arg-type]
-        if item.init and item.name not in (*PARTS, "seed"):
-            config[item.name] = plain(getattr(method, item.name))
-    for setting in ("keep", "tokens", "quota", "target_mix", "order", "columns", "format", "on_bad_row", "duplicates"):
-        config[setting] = plain(getattr(options, setting))
-    if all(config[budget] is None for budget in ("keep", "tokens", "quota")):
-        config["keep"] = DEFAULT_KEEP
-    return {setting: value for setting, value in config.items() if value is not None}
-
-
-def plain(value: Any) -> Any:
-    """A setting as JSON and YAML hold it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): plain(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def run_folder(options: SelectOptions, method: str, hashed: str) -> Path:
-    """`--run`, else a name that the same command finds again; a part of n has a folder of its own beside it."""
-    folder = Path(options.run) if options.run else RUNS / f"{method}-{hashed}"
-    if options.shards is None:
-        return folder
-    index, _, parts = options.shards.replace(" ", "").partition("/")
-    return folder.with_name(f"{folder.name}.part-{index}-of-{parts}")
-
-
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +79,7 @@ def _equip(run: RunFolder, job: Job) -> Any:
     from .models.store import Store
 
     cache = cache_folder(job.options.cache)
-    backbone = getattr(_features(job.method), "backbone", None)
+    backbone = getattr(features_of(job.method), "backbone", None)
     engine = make_engine(job.options, Store(cache / "shards"), backbone=backbone, progress=job.progress)
     job.method.engine = engine
     job.method.store = Store(cache / "features")
@@ -391,24 +169,6 @@ def _reasons(scores: Scores) -> str:
     """The three most frequent kinds of reason, counted."""
     kinds = Counter(reason.split(":")[0] for reason in scores.reasons.values())
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(3))
-
-
-def copy_out(
-    subset: Subset, written: Path, out: str | None, *, order: Literal["original", "score"] = "original"
-) -> Path:
-    """The chosen rows at `--out` too, where it is given."""
-    if out is None or Path(out).resolve() == written.resolve():
-        return written
-    if out.endswith(".jsonl"):
-        return copy_file(written, Path(out))
-    return subset.write(out, order=order)
-
-
-def copy_file(written: Path, out: Path) -> Path:
-    """A copy that is whole or absent."""
-    with atomic_path(out) as temporary:
-        shutil.copyfile(written, temporary)
-    return out
 
 
 # --- another budget -------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 from .config import PlanOptions
 from .data.files import cache_folder
 from .errors import UserError
-from .pipeline import build, read_pool
+from .job import build, read_pool
 from .records import SHARD_ROWS, Pool
 from .run import peak_memory_mb
 from .stored import counted

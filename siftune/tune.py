@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from .config import write_yaml
 from .data.files import atomic_path, hash_file, hash_json, remove, temporary_beside
 from .errors import UserError
-from .pipeline import RUNS
+from .job import RUNS
 from .run import RunFolder, identity, versions
 from .stored import counted
 from .training.recipe import Recipe

@@ -26,8 +26,10 @@ def run(words: list[str]) -> int:
     for flag, least in (("rows", 100), ("steps", 0)):
         if getattr(options, flag) < least:
             raise UserError(f"--{flag} {getattr(options, flag)} is too few; give at least {least}")
+    from ..cut import check_out, copy_file
     from ..demo import story
-    from ..pipeline import RUNS, check_out, copy_file, select
+    from ..job import RUNS
+    from ..pipeline import select
     from ..terminal import progress
 
     check_out(options.out, copied=True)

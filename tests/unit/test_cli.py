@@ -13,8 +13,8 @@ from siftune import registry
 from siftune.arguments import Command
 from siftune.cli import COMMANDS, main
 from siftune.config import Cutting, Everywhere, SelectOptions, options_of, pairs
+from siftune.cut import Budget
 from siftune.errors import MissingExtra, UserError
-from siftune.pipeline import Budget
 
 ROW = {"instruction": "add 1 and 2", "input": "", "output": "3"}
 
