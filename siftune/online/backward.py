@@ -34,7 +34,7 @@ from ..models.hidden import (
     rows_of_batch,
     take_apart,
 )
-from .ghost import NORM, Use, compact, inner, squares
+from .ghost import NORM, Use, against, compact, inner, squares
 from .layers import Call, Unsuited, caught, layer_uses
 
 Batch = Mapping[str, Any]
@@ -68,6 +68,14 @@ class RowGradients:
         for weight in self.uses.keys() & other.uses.keys():
             with exact_math(self.uses[weight][0].right.device):
                 total += inner(self.uses[weight], other.uses[weight])
+        return total
+
+    def against(self, gradient: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Inner products with one formed gradient (see `Gradients.mean`), float64 `(R,)`."""
+        total = torch.zeros(len(self.rows), dtype=torch.float64)
+        for weight in self.uses.keys() & gradient.keys():
+            with exact_math(gradient[weight].device):
+                total += against(self.uses[weight], gradient[weight])
         return total
 
 
@@ -116,6 +124,27 @@ class Gradients:
             except Unsuited as unsuited:
                 self._fall_back("explicit", str(unsuited))
         return [_explicit(parts, weights, batch, row, width) for row in rows]
+
+    def mean(self, model: nn.Module, batch: Batch, score_tokens: int | None = None) -> dict[int, torch.Tensor] | None:
+        """The mean gradient of the rows, per weight in the weight's shape, float32 (float64 of float64); None where no row
+        has one. Rows without a label token and rows whose gradient is not finite are left out.
+
+        Cost: a plain forward and backward pass; a group with a gradient that is not finite is walked again row by row.
+        """
+        parts = without_ddp(take_apart(model))
+        weights = trained(parts.called)
+        total: dict[int, torch.Tensor] = {}
+        count = 0
+        for rows, width in self.plan(model, batch, score_tokens):
+            found = [(len(rows), _summed(parts, weights, batch, rows, width))]
+            if not _finite(found[0][1]):
+                alone = (_summed(parts, weights, batch, [row], width) for row in rows)
+                found = [(1, gradients) for gradients in alone if _finite(gradients)]
+            for number, gradients in found:
+                count += number
+                for weight, gradient in gradients.items():
+                    total[weight] = total[weight] + gradient if weight in total else gradient
+        return {weight: gradient / count for weight, gradient in total.items()} if count else None
 
     def _holds(self, parts: Parts, weights: list[nn.Parameter], batch: Batch, found: RowGradients, width: int) -> bool:
         """Hold one row's norm against its explicit gradient, once per model."""
@@ -213,15 +242,28 @@ def _losses(parts: Parts, batch: Batch, rows: list[int], width: int) -> torch.Te
         return each.view(targets.shape).sum(dim=1) / (targets != -100).sum(dim=1)
 
 
+def _summed(
+    parts: Parts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int
+) -> dict[int, torch.Tensor]:
+    """The sum of some rows' gradients, in full, by `autograd.grad`."""
+    with torch.enable_grad(), evaluating(parts.called):
+        loss = _losses(parts, batch, rows, width).sum()
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+    return {
+        index: gradient if gradient.dtype == torch.float64 else gradient.float()
+        for index, gradient in enumerate(found)
+        if gradient is not None
+    }
+
+
+def _finite(gradients: Mapping[int, torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
+
+
 def _explicit(parts: Parts, weights: list[nn.Parameter], batch: Batch, row: int, width: int) -> RowGradients:
     """One row's gradient in full, by `autograd.grad`."""
-    with torch.enable_grad(), evaluating(parts.called):
-        loss = _losses(parts, batch, [row], width)[0]
-        found = torch.autograd.grad(loss, weights, allow_unused=True)
-    uses = {
-        index: [Use(None, gradient.reshape(1, 1, -1))] for index, gradient in enumerate(found) if gradient is not None
-    }
-    return RowGradients([row], uses)
+    found = _summed(parts, weights, batch, [row], width)
+    return RowGradients([row], {index: [Use(None, gradient.reshape(1, 1, -1))] for index, gradient in found.items()})
 
 
 def _grouped(

@@ -2,6 +2,7 @@
 
     gradient of a weight for row i   g_i = Σ_t l_it r_itᵀ               l, r: what went in, what came back
     inner product                    ⟨g_i, g_j⟩ = Σ_tt' ⟨l_it, l_jt'⟩ ⟨r_it, r_jt'⟩
+    with a formed gradient G         ⟨g_i, G⟩ = Σ_t l_itᵀ G r_it
 
 A weight that is used in several places (tied embeddings, shared layers) has one such sum per place, and the cross terms
 between places count. An embedding's l are one-hot and kept as ids. Vectors (biases, norm weights) are formed per row.
@@ -21,6 +22,8 @@ import torch
 
 AT_ONCE = 16_000_000
 """Numbers of one intermediate product: 128 MB in float64. Rows beyond it are walked in slices."""
+COLUMNS = 2**17
+"""Numbers of a formed gradient that are multiplied in float32 before their sum is added up in float64."""
 NORM = 2.0
 """Gradients whose norms are wanted are formed up to this many times the size of their factors: sums over T² cancel and
 run in float64, at twice the cost, while a formed gradient is as exact in float32 as any explicit one."""
@@ -121,9 +124,7 @@ def inner(ours: Uses, theirs: Uses) -> torch.Tensor:
     >>> inner([Use(a, b)], [Use(a, b)]).diagonal()      # = squares([Use(a, b)])
     """
     if any(use.left is None for use in (*ours, *theirs)):  # one side formed: the other has to be
-        one, other = form(ours).right[:, 0], form(theirs).right[:, 0]
-        one = _work(one)
-        return (one @ _work(other, like=one).mT).double().cpu()
+        return _dots(form(ours).right[:, 0], form(theirs).right[:, 0])
     rows, others = len(ours[0]), len(theirs[0])
     total = torch.zeros(rows, others, dtype=torch.float64)
     for row in range(rows):
@@ -135,6 +136,33 @@ def inner(ours: Uses, theirs: Uses) -> torch.Tensor:
                     total[row, start : start + len(part)] += _matched(_repeat(repeated, len(part)), part)
                     start += len(part)
     return total
+
+
+def against(uses: Uses, gradient_IO: torch.Tensor) -> torch.Tensor:
+    """Inner products of one weight's gradients with one formed gradient, float64 `(R,)` on the CPU."""
+    total = torch.zeros(len(uses[0]), dtype=torch.float64)
+    for use in uses:
+        if use.left is None:
+            total += _dots(use.right[:, 0], gradient_IO.reshape(1, -1))[:, 0]
+            continue
+        found: list[torch.Tensor] = []
+        gradient = _work(gradient_IO)
+        for part in _slices(use, use.right.shape[1] * _row_numbers(use)):
+            assert part.left is not None
+            through = part.left.to(gradient.dtype) @ gradient if part.left.ndim == 3 else gradient[part.left]
+            found.append((through * part.right.to(gradient.dtype)).sum(dim=(1, 2)).double().cpu())
+        total += torch.cat(found) if found else 0.0
+    return total
+
+
+def _dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`(R, P)` and `(S, P)` -> float64 `(R, S)` on the CPU. In slices: a cast to float64 would cost more than the products."""
+    dtype = torch.float64 if one.dtype == other.dtype == torch.float64 else torch.float32
+    total = torch.zeros(len(one), len(other), dtype=_work(one[:0]).dtype, device=one.device)
+    for start in range(0, one.shape[1], COLUMNS):
+        columns = slice(start, start + COLUMNS)
+        total += one[:, columns].to(dtype) @ other[:, columns].to(dtype).mT
+    return total.double().cpu()
 
 
 def _repeat(use: Use, rows: int) -> Use:

@@ -1,12 +1,13 @@
 """GREATS: the candidates whose gradients lower the loss of validation rows most, and do not repeat each other.
 
-    influence_i = mean_v ⟨g_i, g_v⟩
+    influence_i = mean_v ⟨g_i, g_v⟩ = ⟨g_i, mean_v g_v⟩
     gain        = influence − η Σ_{j kept before} ⟨g_j, ·⟩          η the current learning rate
 
 K times the candidate with the largest gain is taken. The published scores are these times η > 0, which changes no order
 and says nothing at η = 0, where a warm-up begins. Higher = better; the total is minus the position in the greedy order.
-Cost: a forward and a backward pass over candidates and validation rows, and B(B + V)/2 ghost products per weight;
-gradients beyond `hold_mb` are computed again for each group that they meet.
+Cost: a plain forward and backward pass over the validation rows, whose mean gradient is all that counts; one over the
+candidates with their own gradients, and B(B + 1)/2 + B products per weight; gradients beyond `hold_mb` are computed again
+for each group that they meet.
 Source: Wang et al., GREATS, NeurIPS 2024, as the baseline of UDS (arXiv 2510.16882).
 
 Axes: `B` candidates, `V` validation rows.
@@ -29,8 +30,8 @@ from .backward import Gradients, RowGradients
 from .base import Batch, Measured, OnlineMethod, at_least, one_of
 from .ghost import PAIRS
 
-Group = tuple[bool, Batch, list[int], int]
-"""(of the validation rows?, batch, rows, columns)."""
+Group = tuple[list[int], int]
+"""(rows, columns)."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -124,9 +125,7 @@ class Greats(OnlineMethod):
         assert rate >= 0, "a learning rate"
         wanted = predicting_tokens(batch)
         rows = len(wanted)
-        products, against = self._products(model, batch, self._validation())
-        usable = torch.isfinite(against).any(dim=0)  # of rows without a finite gradient, every product is NaN
-        influence = against[:, usable].mean(dim=1)
+        products, influence = self._products(model, batch, self._validation())
         finite = torch.isfinite(influence) & torch.isfinite(products.diagonal())
         reasons = {}
         for row in (~finite).nonzero().flatten().tolist():
@@ -137,30 +136,29 @@ class Greats(OnlineMethod):
         return Measured(rows, {"influence": influence, "products": products, "tokens": wanted.sum(dim=1)}, reasons)
 
     def _products(self, model: torch.nn.Module, batch: Batch, held_out: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """⟨g_i, g_j⟩ `(B, B)` and ⟨g_i, g_v⟩ `(B, V)`, NaN where a row has no label token."""
-        groups: list[Group] = []
-        for outside, some in ((True, held_out), (False, batch)):
-            for rows, width in self._gradients.plan(model, some, self.score_tokens):
-                groups.append((outside, some, rows, width))
+        """⟨g_i, g_j⟩ `(B, B)` and ⟨g_i, mean_v g_v⟩ `(B,)`, NaN where a row has no label token."""
+        groups = self._gradients.plan(model, batch, self.score_tokens)
         count = len(batch["input_ids"])
         products = torch.full((count, count), torch.nan, dtype=torch.float64)
-        against = torch.full((count, len(held_out["input_ids"])), torch.nan, dtype=torch.float64)
-        shelf = _Shelf(self._gradients, model, groups, self.hold_mb * 2**20)
-        for first, (outside, _, _, _) in enumerate(groups):
+        influence = torch.full((count,), torch.nan, dtype=torch.float64)
+        if not groups:
+            return products, influence
+        shelf = _Shelf(self._gradients, model, batch, groups, self.hold_mb * 2**20)
+        shelf.take(0)  # a model whose rows cannot be told apart says so before the validation rows are walked
+        wanted = self._gradients.mean(model, held_out, self.score_tokens)
+        for first in range(len(groups)):
             ours = shelf.take(first)
+            if wanted is not None:
+                for mine in ours:
+                    influence[mine.rows] = mine.against(wanted)
             for second in range(first, len(groups)):
-                if outside and groups[second][0]:
-                    continue
                 for mine in ours:
                     for other in ours if second == first else shelf.take(second):
                         found = mine.inner(other)
-                        if outside:
-                            against[torch.tensor(other.rows)[:, None], torch.tensor(mine.rows)] = found.T
-                        else:
-                            products[torch.tensor(mine.rows)[:, None], torch.tensor(other.rows)] = found
-                            products[torch.tensor(other.rows)[:, None], torch.tensor(mine.rows)] = found.T
+                        products[torch.tensor(mine.rows)[:, None], torch.tensor(other.rows)] = found
+                        products[torch.tensor(other.rows)[:, None], torch.tensor(mine.rows)] = found.T
             shelf.drop(first)
-        return products, against
+        return products, influence
 
     def _validation(self) -> Batch:
         """The validation batch of this selection."""
@@ -192,15 +190,17 @@ class Greats(OnlineMethod):
 class _Shelf:
     """Gradients of groups of rows, held up to a number of bytes and computed again beyond it."""
 
-    def __init__(self, gradients: Gradients, model: torch.nn.Module, groups: Sequence[Group], room: int) -> None:
-        self._gradients, self._model, self._groups, self._room = gradients, model, groups, room
+    def __init__(
+        self, gradients: Gradients, model: torch.nn.Module, batch: Batch, groups: Sequence[Group], room: int
+    ) -> None:
+        self._gradients, self._model, self._batch, self._groups, self._room = gradients, model, batch, groups, room
         self._held: dict[int, list[RowGradients]] = {}
 
     def take(self, index: int) -> list[RowGradients]:
         if index in self._held:
             return self._held[index]
-        _, batch, rows, width = self._groups[index]
-        made = self._gradients.of(self._model, batch, rows, width)
+        rows, width = self._groups[index]
+        made = self._gradients.of(self._model, self._batch, rows, width)
         size = sum(part.bytes for part in made)
         if size <= self._room:
             self._held[index] = made

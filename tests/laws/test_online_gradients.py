@@ -93,10 +93,10 @@ def test_no_more_gradients_are_held_than_allowed() -> None:
     """Held beyond `hold_mb` is at most the two groups that are compared."""
     model, batch = tiny_model(layers=1, width=16), tiny_batch([20] * 6)
     gradients = Gradients()
-    groups = [(False, batch, some, width) for some, width in gradients.plan(model, batch, 20)]
+    groups = gradients.plan(model, batch, 20)
     assert len(groups) == 6
-    size = sum(part.bytes for part in gradients.of(model, *groups[0][1:]))
-    shelf = _Shelf(gradients, model, groups, int(2.5 * size))
+    size = sum(part.bytes for part in gradients.of(model, batch, *groups[0]))
+    shelf = _Shelf(gradients, model, batch, groups, int(2.5 * size))
     for index in range(6):
         shelf.take(index)
     assert list(shelf._held) == [0, 1]
