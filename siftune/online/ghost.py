@@ -109,8 +109,11 @@ def squares(uses: Uses) -> torch.Tensor:
     """Squared norms of one weight's gradients, float64 `(R,)` on the CPU."""
     uses = compact(uses)
     if uses[0].left is None:
-        norms: torch.Tensor = torch.linalg.vector_norm(uses[0].right, dim=(1, 2), dtype=torch.float64)
-        return norms.square().cpu()
+        formed = uses[0].right[:, 0]
+        summed = torch.zeros(len(formed), dtype=_work(formed[:0]).dtype, device=formed.device)
+        for columns in _columns(formed):
+            summed += torch.linalg.vector_norm(formed[:, columns], dim=1).to(summed.dtype).square()
+        return summed.double().cpu()
     total = torch.zeros(len(uses[0]), dtype=torch.float64)
     for first, ours in enumerate(uses):
         for second in range(first, len(uses)):
@@ -159,10 +162,13 @@ def _dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """`(R, P)` and `(S, P)` -> float64 `(R, S)` on the CPU. In slices: a cast to float64 would cost more than the products."""
     dtype = torch.float64 if one.dtype == other.dtype == torch.float64 else torch.float32
     total = torch.zeros(len(one), len(other), dtype=_work(one[:0]).dtype, device=one.device)
-    for start in range(0, one.shape[1], COLUMNS):
-        columns = slice(start, start + COLUMNS)
+    for columns in _columns(one):
         total += one[:, columns].to(dtype) @ other[:, columns].to(dtype).mT
     return total.double().cpu()
+
+
+def _columns(formed: torch.Tensor) -> Iterator[slice]:
+    return (slice(start, start + COLUMNS) for start in range(0, formed.shape[1], COLUMNS))
 
 
 def _repeat(use: Use, rows: int) -> Use:
