@@ -39,6 +39,9 @@ _TEMPORARY = re.compile(
 _FOREIGN_SECONDS = 7 * 24 * 3600
 """Age after which a temporary of another machine (a shared file system) counts as stale."""
 
+_swept: set[str] = set()
+"""Folders that this process has tidied up."""
+
 _WAYS_OUT = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
@@ -72,7 +75,14 @@ def plain_errors(path: str | Path) -> Iterator[None]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A fresh temporary name in the folder of `path`, which `sweep_temporaries` recognises."""
+    """A fresh temporary name in the folder of `path`, which `sweep_temporaries` recognises.
+
+    The first time that a process asks, what dead processes left in that folder is removed: whoever writes somewhere tidies
+    up there, so that a killed command, run again, leaves nothing of its former self.
+    """
+    if (folder := os.path.abspath(path.parent)) not in _swept:
+        _swept.add(folder)
+        sweep_temporaries(folder)
     return path.parent / f".{_HOST}~{os.getpid()}~{_PROCESS}~{secrets.token_hex(4)}.siftune-tmp"
 
 

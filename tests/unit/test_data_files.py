@@ -88,14 +88,24 @@ def test_sweep_removes_what_dead_processes_left_and_nothing_else(tmp_path: Path)
         "p = t(Path(sys.argv[1]) / 'x'); p.mkdir(); (p / 'in').write_text('a');"
         "t(Path(sys.argv[1]) / 'y').write_text('b'); os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     mine = files.temporary_beside(tmp_path / "z")
     mine.write_text("in use")
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     (tmp_path / "data.siftune-tmp").write_text("the user's")
     assert len(list(tmp_path.iterdir())) == 4
     assert files.sweep_temporaries(tmp_path) == 2
     assert {path.name for path in tmp_path.iterdir()} == {mine.name, "data.siftune-tmp"}
     assert files.sweep_temporaries(tmp_path / "absent") == 0
+
+
+def test_whoever_writes_first_in_a_folder_tidies_up_there(tmp_path: Path) -> None:
+    script = "from siftune.data.files import temporary_beside; from pathlib import Path; temporary_beside(Path('a/x')).touch()"
+    (tmp_path / "a").mkdir()
+    for left in (1, 2, 2):  # each process removes the file that the one before it left, and leaves its own
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+        with files.atomic_path(tmp_path / "a" / "mine") as temporary:
+            temporary.touch()
+        assert len(list((tmp_path / "a").iterdir())) == left, "swept at this process's first writing, and not again"
 
 
 def test_a_number_given_to_a_new_process_does_not_keep_an_old_temporary(tmp_path: Path) -> None:
