@@ -105,10 +105,7 @@ def main() -> None:
         folder = Path(name)
         rows = write_inputs(said.data, folder)
         text = report(rows, {engine: select(folder, said.model, engine, words) for engine, words in ENGINES.items()})
-    if said.write:
-        put(text, MARKS)
-    else:
-        sys.stdout.write(text + "\n")
+    put(text, MARKS, write=said.write)
 
 
 if __name__ == "__main__":

@@ -125,10 +125,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         text = plan(measure(said.rows, Path(folder)), said.rows)
-    if said.write:
-        put(text, MARKS)
-    else:
-        sys.stdout.write(text + "\n")
+    put(text, MARKS, write=said.write)
 
 
 if __name__ == "__main__":

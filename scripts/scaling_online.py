@@ -142,10 +142,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the plan into docs/scaling.md")
     said = parser.parse_args()
     text = plan()
-    if said.write:
-        put(text, MARKS)
-    else:
-        sys.stdout.write(text + "\n")
+    put(text, MARKS, write=said.write)
 
 
 if __name__ == "__main__":
