@@ -152,7 +152,9 @@ def main() -> None:
 
     command = "python scripts/soak_reliability.py" + (" --soak" if said.soak else "")
     command += f" --only {said.only!r}" if said.only else ""
-    text = HEAD + f"`{command}` ({seconds / 60:.1f} minutes)\n\n{describe()}\n" + table(found) + MEANING
+    command += " --into FOLDER" if said.into else ""
+    parts = ", file by file; one that had passed was not run again" if said.into else ""
+    text = HEAD + f"`{command}` ({seconds / 60:.1f} minutes{parts})\n\n{describe()}\n" + table(found) + MEANING
     if page is not None:
         page.write_text(text, encoding="utf-8")
     print(text if page is None else page)  # noqa: T201
