@@ -69,7 +69,7 @@ def select(folder: Path, model: Path, name: str, words: list[str]) -> dict[str, 
     return {"manifest": manifest, "stages": stages, "digests": digests}
 
 
-def report(rows: int, runs: dict[str, dict[str, Any]]) -> str:
+def report(rows: int, model: str, runs: dict[str, dict[str, Any]]) -> str:
     """The section of the page. Ends with the files that differ, where some do."""
     from benchmarks.machine import describe
 
@@ -86,7 +86,7 @@ def report(rows: int, runs: dict[str, dict[str, Any]]) -> str:
     ]
     digests = [[f"`{file}`", f"`{digest[:16]}`"] for file, digest in first["digests"].items()]
     return (
-        f"`python scripts/engines_equal.py --write`; {describe()}; every process 1 thread\n\n"
+        f"`python scripts/engines_equal.py --data POOLS --model {model}`; {describe()}; every process 1 thread\n\n"
         f"{rows:,} rows of four public pools, {tokens:,} tokens, {kept:,} rows chosen by `daar`, {shards} shards, a cold cache each. "
         "All files of the result are equal, byte by byte. Other work ran on the machine, so times are upper bounds.\n\n"
         + table(["engine", "shards computed", "score"], lines)
@@ -104,7 +104,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = write_inputs(said.data, folder)
-        text = report(rows, {engine: select(folder, said.model, engine, words) for engine, words in ENGINES.items()})
+        runs = {engine: select(folder, said.model, engine, words) for engine, words in ENGINES.items()}
+        text = report(rows, said.model.name, runs)
     put(text, MARKS, write=said.write)
 
 
