@@ -194,6 +194,7 @@ def test_damaged_packed_files_give_rows_with_reasons_or_one_sentence(name: str, 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_any_bytes_many_times(name: str) -> None:
     settings(max_examples=20_000, deadline=None)(given(mangled())(lambda data: survives(data, name)))()
@@ -241,6 +242,7 @@ def test_memory_does_not_grow_with_the_pool(tmp_path: Path, suffix: str) -> None
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_a_million_rows_fit_into_two_gigabytes_and_about_a_minute(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert peak_megabytes(tmp_path, 1_000_000) < 2_000
