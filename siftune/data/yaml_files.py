@@ -51,4 +51,7 @@ def read_yaml(path: str | Path, *, what: str, write: str = "write one `key: valu
         raise UserError(f"{what} {path} is not UTF-8 text; save it as UTF-8") from error
     if loaded is not None and not isinstance(loaded, dict):
         raise UserError(f"{what} {path} holds a {type(loaded).__name__}; {write}")
-    return {str(name): value for name, value in (loaded or {}).items()}
+    for name in loaded or {}:
+        if not isinstance(name, str):  # `no:` is False to YAML, `1:` a number
+            raise UserError(f"{what} {path} has the key {name!r}, which YAML does not read as text; put it in quotes")
+    return loaded or {}

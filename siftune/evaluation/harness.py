@@ -85,8 +85,7 @@ def check_known(name: str, *, own: Sequence[str]) -> None:
 
 
 def _close(name: str, known: Sequence[str]) -> str:
-    said = did_you_mean(name, known)
-    return said if said.startswith("did") else "list them with: lm-eval ls tasks"
+    return did_you_mean(name, known, otherwise="list them with: lm-eval ls tasks")
 
 
 def build_hub(

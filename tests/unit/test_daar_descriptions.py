@@ -57,6 +57,7 @@ def test_fill_is_one_pass() -> None:
         ("law: Only one.", "holds 1 domain; give at least 2"),
         ("- law\n- music", "holds a list"),
         ("law: [", "is not YAML"),
+        ("no: Norwegian.\nmusic: Notes.", "the key False, which YAML does not read as text; put it in quotes"),
         ("law:\nmusic: Notes.", "gives the domain 'law' no description"),
         ("law: {descripton: x}\nmusic: y", "domain law has an unknown key 'descripton'; did you mean description?"),
         ("law: {description: x, threshold: 85}\nmusic: y", "domain law: threshold=85 is not a cosine"),
