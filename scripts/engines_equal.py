@@ -88,7 +88,7 @@ def report(rows: int, model: str, runs: dict[str, dict[str, Any]]) -> str:
     return (
         f"`python scripts/engines_equal.py --data POOLS --model {model}`; {describe()}; every process 1 thread\n\n"
         f"{rows:,} rows of four public pools, {tokens:,} tokens, {kept:,} rows chosen by `daar`, {shards} shards, a cold cache each. "
-        "All files of the result are equal, byte by byte. Other work ran on the machine, so times are upper bounds.\n\n"
+        "All files of the result are equal, byte by byte.\n\n"
         + table(["engine", "shards computed", "score"], lines)
         + "\n\n"
         + table(["file, of both engines", "SHA-256 begins"], digests)

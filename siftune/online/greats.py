@@ -141,13 +141,12 @@ class Greats(OnlineMethod):
         count = len(batch["input_ids"])
         products = torch.full((count, count), torch.nan, dtype=torch.float64)
         influence = torch.full((count,), torch.nan, dtype=torch.float64)
-        if not groups:
-            return products, influence
         shelf = _Shelf(self._gradients, model, batch, groups, self.hold_mb * 2**20)
-        shelf.take(0)  # a model whose rows cannot be told apart says so before the validation rows are walked
-        wanted = self._gradients.mean(model, held_out, self.score_tokens)
+        wanted: dict[int, torch.Tensor] | None = None
         for first in range(len(groups)):
             ours = shelf.take(first)
+            if first == 0:  # after candidates, which say in one sentence why a model's gradients cannot be had
+                wanted = self._gradients.mean(model, held_out, self.score_tokens)
             if wanted is not None:
                 for mine in ours:
                     influence[mine.rows] = mine.against(wanted)

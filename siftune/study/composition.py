@@ -12,7 +12,6 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +75,7 @@ def _labels(path: Path, label: str) -> list[str]:
 def composition_table(frame: Frame) -> str | None:
     """Markdown: a line per arm, means over the seeds; None where no cell can be told."""
     domains = list(frame.work.data.facts["domains"])
-    labels_of = functools.cache(partial(_labels, label=frame.work.study.label))  # most cells share a file
+    labels_of = functools.cache(functools.partial(_labels, label=frame.work.study.label))  # most cells share a file
     lines = []
     for arm in frame.arms:
         cells = [one for one in frame.done if one.cell.arm == arm]

@@ -29,7 +29,6 @@ from ..data.files import (
     plain_errors,
     read_json,
     remove,
-    sweep_temporaries,
     temporary_beside,
     write_json,
 )
@@ -137,7 +136,6 @@ def _make(folder: Path, pool: Pool, encode: Encoder, max_rows: int | None, key: 
     """Write the folder aside and give it its name, unless another process was first."""
     with plain_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(folder.parent)
     temporary = temporary_beside(folder)
     reasons: dict[int, str] = {}
     meta = {"key": key, "rows": 0, "cut": 0, "tokens": 0, "label_tokens": 0, "beyond": 0}

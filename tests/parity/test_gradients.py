@@ -131,6 +131,7 @@ def test_groups_change_nothing(budget: int | None) -> None:
 
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ghost, "AT_ONCE", 1)
+    monkeypatch.setattr(ghost, "COLUMNS", 1000)
     check(tiny_model("llama", layers=1, tie_word_embeddings=True, vocabulary=3000), tiny_batch([6, 5, 3]))
 
 
@@ -391,6 +392,21 @@ def test_groups_and_recomputation_change_no_product(budget: int, hold: int, larg
     explicit = torch.stack(naive_gradients(model, batch))  # type: ignore[arg-type]
     truth = explicit @ explicit.T
     np.testing.assert_allclose(parts.columns["products"], truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("larger", [0.0, 4.0])
+def test_slices_change_no_product(larger: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In factors and formed, walked in many slices: against explicit gradients, the validation rows' mean included."""
+    model, batch = tiny_model("llama", layers=1, vocabulary=3000), tiny_batch([20, 9, 31])
+    monkeypatch.setattr(ghost, "AT_ONCE", 1)
+    monkeypatch.setattr(ghost, "COLUMNS", 1000)
+    method = Greats(keep=2, validation=VALIDATION, learning_rate=0.1)
+    method._gradients = Gradients(larger=larger)
+    found = method.measure(model, batch).columns
+    explicit = torch.stack(naive_gradients(model, batch))  # type: ignore[arg-type]
+    held_out = torch.stack(naive_gradients(model, VALIDATION))  # type: ignore[arg-type]
+    for name, truth in (("products", explicit @ explicit.T), ("influence", explicit @ held_out.mean(dim=0))):
+        np.testing.assert_allclose(found[name], truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
 
 
 def test_rows_without_labels_poison_nothing() -> None:
