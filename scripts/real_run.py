@@ -13,7 +13,6 @@ Cost: one pass of 38,969 rows through three layers of the model; about ten minut
 from __future__ import annotations
 
 import argparse
-import gzip
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from study_rows import read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,12 +52,6 @@ class Run:
     """Seed centroids, `(K, D)`."""
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a gzip JSONL file."""
-    with gzip.open(path, "rt", encoding="utf-8") as handle:
-        return [json.loads(line) for line in handle]
-
-
 def mix(data: Path, folder: Path, limit: int | None) -> Path:
     """The pool: every row of the four files (or the first `limit`), shuffled; `true_domain` is for this report alone."""
     rows = [{**row, "true_domain": name} for name in DOMAINS for row in read_rows(data / f"{name}.jsonl.gz")[:limit]]
@@ -74,11 +68,6 @@ def draw_seeds(data: Path, folder: Path, seed: int) -> Path:
             {"domain": name, **{field: row[field] for field in ("instruction", "input", "output")}} for row in drawn
         ]
     return write_rows(folder / f"seeds-{seed}.jsonl", rows)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def select(folder: Path, model: Path, seed: int, reward: str, keep: str) -> Run:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from study_rows import DOMAINS, FIELDS, ROOT, draw, read_study, spread, table
+from study_rows import DOMAINS, FIELDS, ROOT, draw, read_study, spread, table, write_rows
 
 from siftune.models.store import Store
 from siftune.offline.base import SerialEngine, gather
@@ -240,9 +240,7 @@ def main() -> None:
     said.work.mkdir(parents=True, exist_ok=True)
     rows = draw(said.data, study.rows // len(DOMAINS), study.draw)
     random.Random(study.draw).shuffle(rows)
-    path = said.work / "pool.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    pool = load_pool(str(path))
+    pool = load_pool(str(write_rows(said.work / "pool.jsonl", rows)))
     true = np.array([DOMAINS.index(row["true_domain"]) for row in rows])
     runs = Runs(study, pool, said.data, said.model.resolve(), said.work)
     command = f"python scripts/study_daar.py docs/results/{said.study.name} --data POOLS --model {said.model.name}"

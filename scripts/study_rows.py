@@ -46,6 +46,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in handle]
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows as a JSONL file; its path."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def draw(data: Path, count: int, seed: object, *, held_out: bool = False) -> list[dict[str, Any]]:
     """`count` rows of each domain's file, shuffled within the domain, with `true_domain` beside their own fields."""
     drawn = []
