@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from siftune.online.base import Measured  # noqa: E402
 from siftune.online.uds import UDS  # noqa: E402
-from siftune.training.across import _message, _read, _Told  # noqa: E402
-from siftune.training.ranks import pack  # noqa: E402
+from siftune.training.exchange import pack  # noqa: E402
+from siftune.training.selection_step import Measurement, decode_measurements, encode_measurements  # noqa: E402
 
 MARKS = ("<!-- online plan: scripts/scaling_online.py -->", "<!-- end of online plan -->")
 
@@ -39,14 +39,14 @@ NETWORK = (25e9, 50e9, 400e9)
 """Bytes a second that one GPU receives, to be replaced by the reader's own."""
 
 
-def told(rows: int) -> _Told:
-    """What a rank measured of `rows` candidates, in numbers that do not compress."""
+def measurement(rows: int) -> Measurement:
+    """One rank's measurement of `rows` candidates, with values that do not compress."""
     columns = {
         "intra": torch.rand(rows, dtype=torch.float64),
         "sketch": torch.rand(rows, SKETCH, dtype=torch.float64),
         "tokens": torch.randint(1, TOKENS, (rows,)),
     }
-    return _Told(Measured(rows, columns), columns["tokens"], torch.zeros(rows, dtype=torch.bool))
+    return Measurement(Measured(rows, columns), columns["tokens"], torch.zeros(rows, dtype=torch.bool))
 
 
 def seconds(task: Callable[[], object], *, rounds: int = 5) -> float:
@@ -75,15 +75,15 @@ def uneven_share() -> tuple[float, float]:
 def plan() -> str:
     """The page's section."""
     torch.set_num_threads(1)
-    message = _message([told(CANDIDATES)])
+    message = encode_measurements([measurement(CANDIDATES)])
     row = torch.randint(0, VOCABULARY, (KEPT, TOKENS))
     moved = len(pack({"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row})) / KEPT
     uds = UDS(keep=KEPT)
     uds._memory.push(torch.rand(MEMORY, SKETCH, dtype=torch.float64))
-    measured = told(CANDIDATES).measured
+    measured = measurement(CANDIDATES).measured
     compare = seconds(lambda: uds.compare(measured)) / CANDIDATES
-    packing = seconds(lambda: _message([told(CANDIDATES)])) / CANDIDATES
-    reading = seconds(lambda: _read(message)) / CANDIDATES
+    packing = seconds(lambda: encode_measurements([measurement(CANDIDATES)])) / CANDIDATES
+    reading = seconds(lambda: decode_measurements(message)) / CANDIDATES
     mean, largest = uneven_share()
     everything = RANKS * CANDIDATES
     received = [RANKS * len(message), 8 * everything, RANKS * largest * moved, 8 * 3 * RANKS]

@@ -5,8 +5,8 @@ gradients, keys and values, labels or more than one column of logits; everything
 collator's tensors are forwarded as they are: never padded again, never turned to the other side.
 Cost: one forward of the backbone. Sources: UDS (arXiv 2510.16882) for the use, `transformers` for the interfaces.
 
-Axes: `B` rows of the batch, `R` rows of a chunk, `T` columns, `N` positions wanted of a row, `D` hidden width,
-`V` vocabulary.
+Axes: `B` lines of the batch, `C` candidates (its lines, or the segments of a packed batch), `R` lines of a chunk,
+`T` columns, `N` positions wanted of a candidate, `D` hidden width, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .layout import CUMULATIVE, LENGTHS, layout_of, per_candidate
 
 Batch = Mapping[str, Any]
 Passes = Callable[[int], int]
@@ -47,12 +48,12 @@ class Parts:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Hidden states of some rows of a batch, from one forward pass."""
+    """Hidden states of some candidates of a batch, from one forward pass."""
 
     rows: list[int]
-    """Positions in the batch."""
+    """Positions among the batch's candidates."""
     states: list[torch.Tensor]
-    """Per row `(N, D)`: the wanted positions, in order, in the model's own dtype and on its device."""
+    """Per candidate `(N, D)`: the wanted positions, in order, in the model's own dtype and on its device."""
     probe_states: torch.Tensor
     """`(R, D)`: the states of the last column ..."""
     probe_logits: torch.Tensor | None
@@ -110,11 +111,16 @@ def _unwrapped(module: Any) -> Any:
 
 
 def real_tokens(batch: Batch) -> torch.Tensor:
-    """Which positions hold a real token: bool `(B, T)`, on the CPU.
+    """Which positions hold a real token of each candidate: bool `(C, T)`, on the CPU.
 
     Without a mask all do. A 2-D mask says so itself; in a 4-D mask (boolean or additive) a real token is one that
     may attend to itself. Raises `UserError` for any other mask.
     """
+    return per_candidate(batch, _real_columns(batch))
+
+
+def _real_columns(batch: Batch) -> torch.Tensor:
+    """Bool `(B, T)`."""
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     if mask is None:
@@ -130,7 +136,7 @@ def real_tokens(batch: Batch) -> torch.Tensor:
 
 
 def predicting_tokens(batch: Batch) -> torch.Tensor:
-    """Which positions predict a token that counts in the loss: bool `(B, T)`, on the CPU; the last column never does.
+    """Which positions of each candidate predict a label token: bool `(C, T)`, on the CPU; its last position never does.
 
     Position t predicts token t + 1, so these are the logits that a causal LM's loss reads. Raises `UserError` where
     the batch has no labels.
@@ -140,7 +146,10 @@ def predicting_tokens(batch: Batch) -> torch.Tensor:
         raise UserError("the batch has no labels, which tell the answer's tokens; give labels with -100 on the prompt")
     wanted = torch.zeros(labels.shape, dtype=torch.bool)
     wanted[:, :-1] = labels[:, 1:].detach().cpu() != -100
-    return wanted
+    layout = layout_of(batch)
+    if layout.packed:  # the next segment's first token is not the row's to predict
+        wanted[[span.line for span in layout.spans], [span.stop - 1 for span in layout.spans]] = False
+    return per_candidate(batch, wanted)
 
 
 # --- the forward pass -----------------------------------------------------------------------------------------------
@@ -154,9 +163,9 @@ def walk(
     score_tokens: int | None = None,
     passes: Passes | None = None,
 ) -> Iterator[Chunk]:
-    """Hidden states of the positions `wanted` (bool `(B, T)`), row by row, in chunks of one forward pass each.
+    """Hidden states of the positions `wanted` (bool `(C, T)`), by candidate, in chunks of one forward pass each.
 
-    Rows are walked in order of length; a chunk holds at most `score_tokens` padded tokens (at least one row). Rows
+    Lines are walked in order of length; a chunk holds at most `score_tokens` padded tokens (at least one line). Candidates
     that want no position are left out. Where `passes` asks for more forward passes than there are chunks, chunks without
     rows follow. Raises `UserError` when the hook on the decoder does not fire.
     """
@@ -166,12 +175,14 @@ def walk(
     if passes is not None:
         plan = list(plan)
         more = passes(len(plan)) - len(plan)
-    for rows, width in plan:
-        states, logits = _forward(parts, rows_of_batch(parts, batch, rows, width), last_logits_only=True)
+    for lines, width in plan:
+        states, logits = _forward(parts, rows_of_batch(parts, batch, lines, width), last_logits_only=True)
         states = states[:, -width:]  # prompt tuning puts virtual tokens in front
-        masks = wanted[rows][:, :width].to(states.device)
-        picked = [state[mask] for state, mask in zip(states, masks, strict=True)]
+        candidates = candidates_in(batch, lines, wanted)
+        masks = wanted[[candidate for candidate, _ in candidates]][:, :width].to(states.device)
+        picked = [states[place][mask] for (_, place), mask in zip(candidates, masks, strict=True)]
         assert width <= columns
+        rows = [candidate for candidate, _ in candidates]
         yield Chunk(rows, picked, states[:, -1], None if logits is None else logits[:, -1])
     for _ in range(more):
         yield Chunk([], [], _idle(parts, batch)[:0, -1], None)
@@ -186,35 +197,62 @@ def _idle(parts: Parts, batch: Batch) -> torch.Tensor:
 def walk_logits(
     parts: Parts, batch: Batch, wanted: torch.Tensor, *, passes: Passes | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """The model's own logits `(N, V)` of the positions `wanted`, one row at a time: where no formula for the head
-    holds. Rows that want no position are left out; `passes` as in `walk`."""
-    wanting = wanted.any(dim=1).nonzero().flatten().tolist()
-    more = 0 if passes is None else passes(len(wanting)) - len(wanting)
-    for row in wanting:
-        _, logits = _forward(parts, rows_of_batch(parts, batch, [row], wanted.shape[1]), last_logits_only=False)
+    """The model's own logits `(N, V)` of the positions `wanted`, one line at a time: where no formula for the head
+    holds. Candidates that want no position are left out; `passes` as in `walk`."""
+    lines = _wanting_lines(batch, wanted)
+    more = 0 if passes is None else passes(len(lines)) - len(lines)
+    for line in lines:
+        _, logits = _forward(parts, rows_of_batch(parts, batch, [line], wanted.shape[1]), last_logits_only=False)
         assert logits is not None, "a causal LM without logits"
         own = logits[0, -wanted.shape[1] :]
-        yield row, own[wanted[row].to(own.device)]
+        for row, _ in candidates_in(batch, [line], wanted):
+            yield row, own[wanted[row].to(own.device)]
     for _ in range(more):
         _idle(parts, batch)
 
 
+def candidates_in(batch: Batch, lines: list[int], wanted: torch.Tensor) -> list[tuple[int, int]]:
+    """(candidate, place of its line in `lines`) of the candidates in some lines that want a position, line by line."""
+    layout = layout_of(batch)
+    if not layout.packed:
+        return [(line, place) for place, line in enumerate(lines)]
+    wanting = wanted.any(dim=1).tolist()
+    place = {line: at for at, line in enumerate(lines)}
+    inside = [(row, place[span.line]) for row, span in enumerate(layout.spans) if wanting[row] and span.line in place]
+    return sorted(inside, key=lambda pair: (pair[1], pair[0]))
+
+
+def _wanting_lines(batch: Batch, wanted: torch.Tensor) -> list[int]:
+    """Lines with a candidate that wants a position, ascending."""
+    rows = wanted.any(dim=1).nonzero().flatten().tolist()
+    layout = layout_of(batch)
+    return sorted({layout.spans[row].line for row in rows}) if layout.packed else rows
+
+
 def chunks(batch: Batch, wanted: torch.Tensor, score_tokens: int | None) -> Iterator[tuple[list[int], int]]:
-    """Rows of each chunk, and the columns it needs: trailing columns that are padding in all its rows are dropped.
+    """Lines of each chunk, and the columns it needs: trailing columns that are padding in all its lines are dropped.
 
     Only when the batch is walked in chunks, and only where the mask is 2-D (or absent) and no tensor has an axis that
-    could not be told apart. Columns on the left are never dropped: learned positions would move.
+    could not be told apart. Columns on the left are never dropped: learned positions would move. A batch whose keys list
+    its segments' lengths is one chunk.
     """
-    rows, columns = wanted.shape
-    wanting = wanted.any(dim=1).nonzero().flatten()
+    rows, columns = batch["input_ids"].shape
+    wanting = torch.tensor(_wanting_lines(batch, wanted), dtype=torch.int64)
+    layout = layout_of(batch)
+    if layout.packed and len(wanting) and any(batch.get(name) is not None for name in (*LENGTHS, *CUMULATIVE)):
+        yield list(range(rows)), columns
+        return
     if score_tokens is None or len(wanting) == 0 or rows * columns <= score_tokens:
         if len(wanting):
             yield wanting.tolist(), columns
         return
     mask = batch.get("attention_mask")
     trims = mask is None or mask.ndim == 2
-    last = real_tokens(batch) | wanted
-    ends = torch.where(last, torch.arange(1, columns + 1), 0).amax(dim=1) if trims else torch.full((rows,), columns)
+    ends = torch.full((rows,), columns)
+    if trims and layout.packed:
+        ends = torch.tensor([max((s.stop for s in layout.spans if s.line == line), default=0) for line in range(rows)])
+    elif trims:
+        ends = torch.where(_real_columns(batch) | wanted, torch.arange(1, columns + 1), 0).amax(dim=1)
     chunk: list[int] = []
     for row in wanting[torch.argsort(ends[wanting], stable=True)].tolist():
         if chunk and (len(chunk) + 1) * int(ends[row]) > score_tokens:
@@ -234,7 +272,9 @@ def rows_of_batch(parts: Parts, batch: Batch, rows: list[int], width: int) -> di
         if name in ("labels", "use_cache") or (name not in accepted and "**" not in accepted):
             continue
         if isinstance(value, torch.Tensor):
-            if value.ndim and len(value) == count and rows != list(range(count)):
+            if value.ndim == 3 and tuple(value.shape[1:]) == (count, columns) and name == "position_ids":  # M-RoPE
+                value = value[:, rows, :width]
+            elif value.ndim and len(value) == count and rows != list(range(count)):
                 value = value[torch.tensor(rows, device=value.device)]
             if value.ndim == 2 and value.shape[1] == columns and width < columns:
                 value = value[:, :width]

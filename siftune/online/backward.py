@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..models.hidden import (
     Parts,
     accepted_arguments,
+    candidates_in,
     chunks,
     evaluating,
     exact_math,
@@ -34,8 +35,9 @@ from ..models.hidden import (
     rows_of_batch,
     take_apart,
 )
+from ..models.layout import layout_of
 from .ghost import NORM, Use, against, compact, inner, squares
-from .layers import Call, Unsuited, caught, layer_uses
+from .layers import Call, Group, Unsuited, caught, layer_uses
 
 Batch = Mapping[str, Any]
 
@@ -98,7 +100,10 @@ class Gradients:
     def plan(self, model: nn.Module, batch: Batch, score_tokens: int | None = None) -> list[tuple[list[int], int]]:
         """Groups of rows with a label token, as (rows, columns), of at most `score_tokens` padded tokens each."""
         wanted = predicting_tokens(batch)
-        return list(chunks(batch, wanted, score_tokens))
+        return [
+            ([row for row, _ in candidates_in(batch, lines, wanted)], width)
+            for lines, width in chunks(batch, wanted, score_tokens)
+        ]
 
     def of(self, model: nn.Module, batch: Batch, rows: list[int], width: int) -> list[RowGradients]:
         """The gradients of some rows, in their order: one part, or one per row where rows have to go alone.
@@ -220,12 +225,15 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 def _losses(parts: Parts, batch: Batch, rows: list[int], width: int) -> torch.Tensor:
     """Each row's mean cross-entropy over its label tokens, `(R,)`, with a graph. Rows have at least one."""
+    layout = layout_of(batch)
+    owners = [layout.spans[row].line for row in rows]
+    lines = sorted(set(owners))
     wanted = predicting_tokens(batch)[rows][:, :width]
-    labels = batch["labels"].detach().cpu()[rows]
-    targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)[:, :width].masked_fill(~wanted, -100)
+    labels = batch["labels"].detach().cpu()
+    targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)[owners, :width].masked_fill(~wanted, -100)
     first = int(wanted.any(dim=0).nonzero()[0])
     targets = targets[:, first:]
-    arguments = rows_of_batch(parts, batch, rows, width)
+    arguments = rows_of_batch(parts, batch, lines, width)
     accepted = accepted_arguments(parts.causal)
     arguments |= {name: width - first for name in ("logits_to_keep", "num_logits_to_keep") if name in accepted}
     if {"use_cache", "**"} & accepted:
@@ -234,12 +242,32 @@ def _losses(parts: Parts, batch: Batch, rows: list[int], width: int) -> torch.Te
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         targets = targets.to(logits.device)
+        if layout.packed:  # one line holds the targets of several rows
+            counted = targets != -100
+            places = torch.tensor([lines.index(owner) for owner in owners], device=logits.device)
+            row, column = counted.nonzero(as_tuple=True)
+            each = cross_entropy(logits[places[row], column], targets[counted], reduction="none")
+            sums = each.new_zeros(len(rows)).index_add(0, row, each)
+            _check_graph(each)
+            return sums / counted.sum(dim=1)
         each = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-        if not each.requires_grad:
-            raise UserError(
-                "the loss depends on no weight that requires gradients; are adapters merged or switched off?"
-            )
+        _check_graph(each)
         return each.view(targets.shape).sum(dim=1) / (targets != -100).sum(dim=1)
+
+
+def _check_graph(losses: torch.Tensor) -> None:
+    if not losses.requires_grad:
+        raise UserError("the loss depends on no weight that requires gradients; are adapters merged or switched off?")
+
+
+def _group(batch: Batch, rows: list[int], width: int) -> Group:
+    """Where some rows are in the forward pass that `_losses` makes of their lines."""
+    layout = layout_of(batch)
+    if not layout.packed:
+        return Group(len(rows), len(rows))
+    lines = sorted({layout.spans[row].line for row in rows})
+    spans = [layout.spans[row] for row in rows]
+    return Group(len(rows), len(lines), [(lines.index(s.line), s.start, s.stop) for s in spans], width)
 
 
 def _summed(
@@ -273,7 +301,8 @@ def _grouped(
     calls: list[Call] = []
     position = {id(weight): index for index, weight in enumerate(weights)}
     uses: dict[int, list[Use]] = {}
-    with torch.enable_grad(), evaluating(parts.called), caught(parts.called, calls, len(rows)) as recording:
+    group = _group(batch, rows, width)
+    with torch.enable_grad(), evaluating(parts.called), caught(parts.called, calls, group.lines) as recording:
         loss = _losses(parts, batch, rows, width).sum()
         recording.clear()  # layers recomputed by checkpointing in the backward pass are not caught again
         if any(not call.output.requires_grad for call in calls):
@@ -287,7 +316,7 @@ def _grouped(
             for call, back in zip(calls, backs, strict=True):
                 if back is None:
                     continue
-                for name, use in layer_uses(call, back, len(rows)):
+                for name, use in layer_uses(call, back, group):
                     weight = getattr(call.module, name)
                     uses.setdefault(position[id(weight)], []).append(use)
             return RowGradients(rows, {weight: compact(some, larger) for weight, some in uses.items()})

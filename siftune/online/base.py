@@ -8,7 +8,7 @@ A selection has five steps, so that the trainer hook can choose across several m
     choose    RowScores -> indices to keep
     commit    memory, counters and statistics take the kept rows in
 
-Shapes: `B` candidates, `T` columns of the batch.
+Shapes: `B` candidates (rows of a padded batch, segments of a packed one), `T` columns of the batch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 
 from ..budget import Keep, parse_keep
 from ..errors import UserError
+from ..models.layout import candidates_of, layout_of, with_layout
+from ..models.repack import cut_segments
 from ..records import Kept, RowScores
 
 Batch = Mapping[str, Any]
@@ -58,6 +60,8 @@ class OnlineMethod(ABC):
     """The registry's name."""
     across_ranks: ClassVar[bool] = True
     """Whether candidates of several processes can be compared: not where that takes products of their gradients."""
+    needs_forward: ClassVar[bool] = True
+    """Whether scoring runs the model."""
 
     keep: Keep
     """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
@@ -147,7 +151,7 @@ class OnlineMethod(ABC):
         """
         self.check()
         self.new_step()
-        return self.combine(self.measure(model, batch))
+        return self.combine(self.measure(model, with_layout(batch)))
 
     def select(self, model: torch.nn.Module, batch: Batch) -> Kept:
         """Score, keep the best, remember them. `kept.batch` is the batch cut to the kept rows.
@@ -159,6 +163,7 @@ class OnlineMethod(ABC):
         if self._selections < self.start_step:
             return self._keep_all(batch)
         self.new_step()
+        batch = with_layout(batch)
         measured = self.measure(model, batch)
         scores = self.combine(measured)
         kept = self.choose(scores, measured, self.count(measured.rows))
@@ -209,9 +214,7 @@ class OnlineMethod(ABC):
 
 def rows_of(batch: Batch) -> int:
     """Candidates of a batch. Raises `UserError` where it holds no `input_ids`."""
-    if "input_ids" not in batch:
-        raise UserError(f"the batch has no input_ids, only {', '.join(batch) or 'nothing'}; give tokenised rows")
-    return len(batch["input_ids"])
+    return candidates_of(batch)
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:
@@ -228,13 +231,16 @@ def at_least(name: str, value: object, bound: float) -> None:
 
 
 def cut(batch: Batch, kept: torch.Tensor) -> dict[str, Any]:
-    """The batch's kept rows: every tensor or list whose first axis is the batch is indexed, the rest is passed on.
+    """The batch's kept rows: every tensor or list whose first axis is the batch is indexed, the rest is passed on; of a
+    packed batch the kept segments, packed again (`siftune.models.repack`).
 
     Trimming of columns that are padding in every kept row belongs to the trainer hook, not here.
     """
-    rows = len(batch["input_ids"])
+    rows = candidates_of(batch)
     if len(kept) == rows:
         return dict(batch)
+    if layout_of(batch).packed:
+        return cut_segments(batch, kept)
     result: dict[str, Any] = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == rows:

@@ -25,6 +25,7 @@ import torch
 from ..budget import Keep
 from ..errors import UserError
 from ..models.hidden import predicting_tokens
+from ..models.layout import candidates_of
 from ..records import RowScores
 from .backward import Gradients, RowGradients
 from .base import Batch, Measured, OnlineMethod, at_least, one_of
@@ -138,7 +139,7 @@ class Greats(OnlineMethod):
     def _products(self, model: torch.nn.Module, batch: Batch, held_out: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """⟨g_i, g_j⟩ `(B, B)` and ⟨g_i, mean_v g_v⟩ `(B,)`, NaN where a row has no label token."""
         groups = self._gradients.plan(model, batch, self.score_tokens)
-        count = len(batch["input_ids"])
+        count = candidates_of(batch)
         products = torch.full((count, count), torch.nan, dtype=torch.float64)
         influence = torch.full((count,), torch.nan, dtype=torch.float64)
         shelf = _Shelf(self._gradients, model, batch, groups, self.hold_mb * 2**20)

@@ -8,7 +8,7 @@ Axes: `R` rows of a group, `T` tokens, `I` x `O` a weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,35 @@ class Call:
     autocast: torch.dtype | None
 
 
+@dataclass(frozen=True)
+class Group:
+    """Where the rows of a group are in what a layer sees: row r is line r, or a segment of a packed line."""
+
+    rows: int
+    """R."""
+    lines: int
+    """Lines of the forward pass."""
+    spans: Sequence[tuple[int, int, int]] | None = None
+    """Per row (line, start, stop), counted from the last of `columns` columns; None where rows are lines."""
+    columns: int = 0
+
+    def split(self, values: torch.Tensor) -> torch.Tensor:
+        """`(R, tokens, ...)`: each row's own tokens, shorter segments filled with zeros.
+
+        Raises `Unsuited` for a layer that sees several lines' tokens in one axis: rows have to be taken alone.
+        """
+        if values.ndim < 3 or len(values) != self.lines:
+            if self.lines > 1:
+                raise Unsuited("a layer sees the tokens of several rows together", alone=True)
+            values = values.reshape(1, -1, values.shape[-1])
+        if self.spans is None:
+            return values
+        # Prompt tuning puts virtual tokens in front; the head sees the last columns alone, from the first label on.
+        more = values.shape[1] - self.columns
+        parts = [values[line, max(0, more + start) : max(0, more + stop)] for line, start, stop in self.spans]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+
 class Unsuited(Exception):
     """The group cannot be told apart into rows; `alone` says whether single rows can."""
 
@@ -41,19 +70,19 @@ class Unsuited(Exception):
 
 
 @contextmanager
-def caught(model: nn.Module, calls: list[Call], rows: int) -> Iterator[list[bool]]:
+def caught(model: nn.Module, calls: list[Call], lines: int) -> Iterator[list[bool]]:
     """Hooks on every layer with trained weights of its own; they record while the yielded list is not empty."""
     recording = [True]
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         replaced = None
-        if isinstance(module, nn.Embedding) and isinstance(output, torch.Tensor) and len(output) == 1 < rows:
-            replaced = output = output.expand(rows, *output.shape[1:])  # positions, the same ids for every row
+        if isinstance(module, nn.Embedding) and isinstance(output, torch.Tensor) and len(output) == 1 < lines:
+            replaced = output = output.expand(lines, *output.shape[1:])  # positions, the same ids for every row
         if recording:
             given = args[0] if args else None
             if len(args) != 1 or kwargs or not isinstance(given, torch.Tensor) or not isinstance(output, torch.Tensor):
                 raise Unsuited(f"{type(module).__name__} is not a layer of one tensor to one tensor", alone=False)
-            given = given.expand(rows, *given.shape[1:]) if replaced is not None else given
+            given = given.expand(lines, *given.shape[1:]) if replaced is not None else given
             kind = output.device.type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             calls.append(Call(module, given.detach(), output, autocast))
@@ -70,16 +99,16 @@ def caught(model: nn.Module, calls: list[Call], rows: int) -> Iterator[list[bool
             handle.remove()
 
 
-def layer_uses(call: Call, back: torch.Tensor, rows: int) -> Iterator[tuple[str, Use]]:
+def layer_uses(call: Call, back: torch.Tensor, group: Group) -> Iterator[tuple[str, Use]]:
     """(name of the weight, its use) for the trained weights of one layer, from the gradient of its output."""
     module, forward = call.module, type(call.module).forward
     names = [name for name, weight in module.named_parameters(recurse=False) if weight.requires_grad]
     if isinstance(module, nn.Embedding):
         back = _lookup(module, call, back)
-        ids, back = _by_row(call.given[..., None], rows)[..., 0], _by_row(back, rows)
+        ids, back = group.split(call.given[..., None])[..., 0], group.split(back)
         yield "weight", Use(ids, back, module.num_embeddings)
     elif (isinstance(module, nn.Linear) and forward is nn.Linear.forward) or isinstance(module, Conv1D):
-        given, back = _by_row(call.given.to(call.output.dtype), rows), _by_row(back, rows)
+        given, back = _by_row(call.given.to(call.output.dtype), group), _by_row(back, group)
         used = (back != 0).any(dim=2).any(dim=0)
         if float(used.float().mean()) < 0.75:  # positions that no label of these rows depends on: padding, prompts
             given, back = given[:, used], back[:, used]
@@ -89,7 +118,7 @@ def layer_uses(call: Call, back: torch.Tensor, rows: int) -> Iterator[tuple[str,
         if "bias" in names:
             yield "bias", Use(None, back.sum(dim=1, keepdim=True, dtype=_wide(back)))
     else:
-        yield from _again(call, back, rows, names)
+        yield from _again(call, back, group, names)
 
 
 def _lookup(module: nn.Embedding, call: Call, back: torch.Tensor) -> torch.Tensor:
@@ -107,19 +136,21 @@ def _lookup(module: nn.Embedding, call: Call, back: torch.Tensor) -> torch.Tenso
     return back
 
 
-def _again(call: Call, back: torch.Tensor, rows: int, names: list[str]) -> Iterator[tuple[str, Use]]:
+def _again(call: Call, back: torch.Tensor, group: Group, names: list[str]) -> Iterator[tuple[str, Use]]:
     """A small layer (a norm) run again row by row, its weights' gradients formed."""
     if any(True for _ in call.module.children()):
         raise Unsuited(f"{type(call.module).__name__} has weights of its own around other layers", alone=False)
-    if len(call.given) != rows or len(back) != rows:
+    if len(call.given) != group.lines or len(back) != group.lines:
         raise Unsuited(f"{type(call.module).__name__} sees the tokens of several rows together", alone=True)
+    given = call.given if group.spans is None else group.split(call.given)
+    back = back if group.spans is None else group.split(back)
     weights = [getattr(call.module, name) for name in names]
     formed: list[list[torch.Tensor]] = [[] for _ in names]
-    for row in range(rows):
+    for row in range(group.rows):
         part = slice(row, row + 1)
         kind = back.device.type
         with torch.enable_grad(), torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
-            output = call.module(call.given[part])
+            output = call.module(given[part])
             found = torch.autograd.grad(output, weights, back[part].to(output.dtype))
         for gradients, gradient in zip(formed, found, strict=True):
             gradients.append(gradient.reshape(1, -1))
@@ -127,13 +158,10 @@ def _again(call: Call, back: torch.Tensor, rows: int, names: list[str]) -> Itera
         yield name, Use(None, torch.stack(gradients))
 
 
-def _by_row(values: torch.Tensor, rows: int) -> torch.Tensor:
-    """`(R, tokens, numbers)`. A layer that sees several rows' tokens in one axis needs rows to go alone."""
-    if values.ndim >= 3 and len(values) == rows:
-        return values.reshape(rows, -1, values.shape[-1])
-    if rows == 1:
-        return values.reshape(1, -1, values.shape[-1])
-    raise Unsuited("a layer sees the tokens of several rows together", alone=True)
+def _by_row(values: torch.Tensor, group: Group) -> torch.Tensor:
+    """`(R, tokens, elements)`: further axes between tokens and elements count as tokens."""
+    split = group.split(values)
+    return split.reshape(len(split), -1, split.shape[-1])
 
 
 def _wide(values: torch.Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ import torch
 
 from ..budget import Keep
 from ..models.hidden import exact_math, predicting_tokens
+from ..models.layout import layout_of
 from ..records import RowScores
 from .base import Batch, Measured, OnlineMethod, one_of
 from .view import Seen, View
@@ -118,12 +119,13 @@ def over_labels(
     """
     labels = batch["labels"].detach().cpu()
     targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)
+    lines = [span.line for span in layout_of(batch).spans]
     result = torch.full((len(wanted),), torch.nan, dtype=torch.float64)
     for seen in view.rows(model, batch, wanted, score_tokens=score_tokens):
         device = seen.head.device if seen.head is not None else torch.device("cpu")
         with exact_math(device):
             for rows, part in shared_walks(seen):
-                picked = [targets[row][wanted[row]] for row in rows]
+                picked = [targets[lines[row]][wanted[row]] for row in rows]
                 values = each(part, torch.cat(picked)).split([len(target) for target in picked])
                 result[rows] = torch.stack([join(value) for value in values])
     return result

@@ -29,6 +29,7 @@ class Regular(OnlineMethod):
     """
 
     name: ClassVar[str] = "regular"
+    needs_forward: ClassVar[bool] = False
 
     keep: Keep = 1.0
     """All rows. Another value is refused: a smaller equal-score cut would silently keep the first rows."""
@@ -65,6 +66,7 @@ class Random(OnlineMethod):
     """
 
     name: ClassVar[str] = "random"
+    needs_forward: ClassVar[bool] = False
 
     keep: Keep
     """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""

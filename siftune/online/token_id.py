@@ -1,6 +1,6 @@
 """`token_id`: the name of a row by what the model sees of it, blake2b-128 of its real input ids and its label mask.
 
-Padding is removed, so it does not depend on the batch, the epoch or the worker a row came in. An id column would not
+A row of a packed batch has the name that it has alone. Padding is removed, so it does not depend on the batch, the epoch or the worker a row came in. An id column would not
 do: trainers drop it before the collator. Cost: one hash a row.
 
 Shapes: `B` rows of a batch, `T` columns.
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..models.layout import layout_of
+
 Batch = Mapping[str, Any]
 
 
@@ -29,8 +31,18 @@ def token_ids(batch: Batch) -> list[bytes]:
     if not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
         labels = torch.zeros_like(ids)
     real = mask != 0 if isinstance(mask, torch.Tensor) and mask.ndim == 2 else torch.ones_like(ids)
-    together = torch.stack([ids.long(), (labels != -100).long(), real.long()]).cpu().numpy()
-    return [_digest(row_ids[kept != 0], learnt[kept != 0]) for row_ids, learnt, kept in zip(*together, strict=True)]
+    columns = torch.stack([ids.long(), (labels != -100).long(), real.long()]).cpu().numpy()
+    layout = layout_of(batch)
+    if layout.packed:
+        return [_digest(*_segment(columns[:2, line, start:stop])) for line, start, stop in layout.spans]
+    return [_digest(row_ids[kept != 0], learnt[kept != 0]) for row_ids, learnt, kept in zip(*columns, strict=True)]
+
+
+def _segment(columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids and label mask of a segment, whose first token is a label in no row's own loss."""
+    ids, learnt = columns[0], columns[1].copy()
+    learnt[0] = 0
+    return ids, learnt
 
 
 def _digest(ids: NDArray[np.int64], learnt: NDArray[np.int64]) -> bytes:

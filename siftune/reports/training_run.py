@@ -28,7 +28,7 @@ from .untrusted import visible
 
 LOG, STATE = "log.jsonl", "trainer_state.json"
 LEDGER, PARTS = "siftune/selection.parquet", "siftune/selection"
-FIXED = ("step", "rank", "micro", "row", "token_id", "total", "kept", "reason")
+FIXED = ("step", "rank", "micro", "row", "segment", "token_id", "total", "kept", "reason")
 """Columns of every ledger; the others are the method's own."""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import UserError
+from ..models.layout import LaidOut, with_layout
 from ..online.base import OnlineMethod
 from ..online.token_id import token_ids
 from . import state
-from .across import sift_together
-from .checks import allows_blanks, check, check_batch, check_budget, together
-from .deal import Padding
+from .batching import Padding
+from .checks import allows_dummies, check, check_batch, check_budget, together
+from .exchange import Ranks
 from .identity import RowIndex, index_rows
 from .ledger import Ledger
 from .meter import Meter
-from .ranks import Ranks
-from .sift import Sifted, keep_all, sift, window_count
+from .packing import describe_packed, packs
+from .selection_step import Selection, select_step, window_count
 from .validation import read_validation
 
 _MARK = "siftune_attachment"
@@ -53,7 +55,7 @@ def attach(
     With several processes, all their candidates are chosen from together, unless the selector has `scope="local"`.
 
     Raises `UserError` where selection cannot work: a selector attached already, less than one row kept, DataParallel,
-    context or tensor parallelism, images, packing, and methods that need other ranks' gradients or sharded weights whole.
+    context or tensor parallelism, images, packing without boundaries, preference trainers, and methods that need other ranks' gradients or sharded weights whole.
 
     >>> siftune.attach(trainer, siftune.UDS(keep="1/8"))
     >>> trainer.train()
@@ -62,7 +64,7 @@ def attach(
         raise UserError(f"the selector {earlier.selector.name} is attached already; call siftune.detach(trainer) first")
     check(trainer, selector)
     read_validation(trainer, selector, quiet=quiet)
-    attachment = Attachment(trainer, selector, allow_fresh=allow_fresh_selector, ledger=ledger)
+    attachment = Attachment(trainer, selector, allow_fresh=allow_fresh_selector, ledger=ledger, quiet=quiet)
     if not quiet and trainer.is_world_process_zero():
         sys.stderr.write(attachment.describe() + "\n")
     return attachment
@@ -82,7 +84,7 @@ def detach(trainer: Any) -> None:
 class Attachment:
     """What `attach` bound to a trainer: the selector, the ledger, the live numbers, and the way back (`detach`)."""
 
-    def __init__(self, trainer: Any, selector: OnlineMethod, *, allow_fresh: bool, ledger: bool) -> None:
+    def __init__(self, trainer: Any, selector: OnlineMethod, *, allow_fresh: bool, ledger: bool, quiet: bool) -> None:
         self.trainer = trainer
         self.selector = selector
         self.meter = Meter()
@@ -95,11 +97,13 @@ class Attachment:
         self._together = together(trainer, selector)
         self._allow_fresh = allow_fresh
         self._padding = Padding.of(trainer)
-        self._blanks = allows_blanks(trainer)
+        self._dummies = allows_dummies(trainer)
         self._rows: tuple[Any, RowIndex | None] = (None, None)
         self._resume: Path | None = None
         self._pristine: Mapping[str, Any] = {}
         self._checked = False
+        self._packed = packs(trainer)
+        self._quiet = quiet
         self._ranks: Ranks | None = None
         self._previous = {name: getattr(trainer, name) for name in _WRAPPED}
         self._own = {name for name in _WRAPPED if name in vars(trainer)}
@@ -124,14 +128,15 @@ class Attachment:
         args, name = self.trainer.args, self.selector.name
         size, micro, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
         chosen_from = ranks if self._together else 1
-        if getattr(self.selector, "window", "micro") == "step":
+        if self.selector.window == "step":
             kept = window_count(self.selector, [size] * micro * chosen_from)
         else:
             kept = window_count(self.selector, [size] * chosen_from) * micro
         kept *= ranks // chosen_from
+        unit = "packed lines (chosen by segment)" if self._packed else "candidates"
         processes = f" of {ranks} processes{'' if self._together else ', each by itself,'}" if ranks > 1 else ""
         return (
-            f"siftune: {name} scores {size * micro * ranks} candidates{processes} per step and trains on {kept} of them, "
+            f"siftune: {name} scores {size * micro * ranks} {unit}{processes} per step and trains on {kept} of them, "
             f"the new effective batch; optimiser steps and schedule stay as they are, so an epoch trains on "
             f"{kept / (size * micro * ranks):.1%} of the rows it reads"
         )
@@ -141,7 +146,7 @@ class Attachment:
     def _get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         previous = self._previous["get_batch_samples"]
         candidates, _ = previous(epoch_iterator, num_batches, device)
-        trained = self._sift(list(candidates), device) if candidates or self._together else candidates
+        trained = self._select(list(candidates), device) if candidates or self._together else candidates
         # The same method again over the kept rows: it counts their tokens by the trainer's own rule. It gathers across
         # ranks, so it is called on every rank each time, also at the end of an iterable that gave nothing.
         return previous(iter(trained), len(trained), device)
@@ -168,41 +173,64 @@ class Attachment:
 
     # --- a step, and the events around it ---------------------------------------------------------------------------
 
-    def _sift(self, candidates: list[Any], device: torch.device) -> list[Any]:
+    def _select(self, candidates: list[Any], device: torch.device) -> list[Any]:
+        """The micro-batches to train on; the step's selection goes into the metrics and the ledger."""
         step = self.trainer.state.global_step
+        laid_out = self._laid_out(candidates, device)
+        early = step < self.selector.start_step
+        with nullcontext() if early else self.meter.scoring(device):
+            selection = select_step(
+                self.selector,
+                self._model(),
+                laid_out,
+                padding=self._padding,
+                ranks=self._joined_ranks(device),
+                allow_dummies=self._dummies,
+                learning_rate=self._learning_rate(),
+                unscored=f"no selection before start_step={self.selector.start_step}" if early else None,
+            )
+        self.meter.add(selection)
+        if self.ledger is not None:
+            self._write(step + 1, laid_out, selection.local_only())
+        return selection.batches
+
+    def _laid_out(self, candidates: list[Any], device: torch.device) -> list[LaidOut]:
+        """The candidates on the device, with where each is stored; the first ones are checked.
+
+        Once a packed batch was seen, a line without boundaries is one segment.
+        """
         if not self._checked:
             for batch in candidates:
-                check_batch(batch)
+                check_batch(batch, self.trainer)
+        laid_out = [with_layout(_on(device, batch), packed=self._packed) for batch in candidates]
+        if not self._packed and any(batch.layout.packed for batch in laid_out):
+            self._packed = True
+            laid_out = [with_layout(batch.original, packed=True) for batch in laid_out]
+        if not self._checked and laid_out:
+            self._check_first(laid_out)
             self._checked = True
-        early = step < self.selector.start_step
-        unscored = f"no selection before start_step={self.selector.start_step}" if early else None
-        if unscored is not None and not self._together:
-            sifted = keep_all(candidates, unscored)
-            own = sifted
-        else:
-            with self.meter.scoring(device):
-                sifted, own = self._select([_on(device, batch) for batch in candidates], device, unscored)
-        self.meter.add(sifted)
-        if self.ledger is not None:
-            self._write(step + 1, candidates, own)
-        return sifted.batches
+        return laid_out
 
-    def _select(self, candidates: list[Any], device: torch.device, unscored: str | None) -> tuple[Sifted, Sifted]:
-        """What the step's selection did with all the candidates chosen from, and with this rank's."""
-        how: dict[str, Any] = {"padding": self._padding, "blanks": self._blanks}
-        how["learning_rate"] = self._learning_rate()
-        if not self._together:
-            sifted = sift(self.selector, self._model(), candidates, **how)
-            return sifted, sifted
+    def _check_first(self, laid_out: list[LaidOut]) -> None:
+        """What only the first batches show: segments or rows, and a budget below one of them."""
+        if not self._packed:
+            return
+        segments = [len(batch.layout) for batch in laid_out]
+        if self.selector.window != "step" and not self._together:
+            self.selector.check_keep(max(segments))
+        if not self._quiet and self.trainer.is_world_process_zero():
+            sys.stderr.write(describe_packed(self.selector, laid_out, self._model()) + "\n")
+
+    def _joined_ranks(self, device: torch.device) -> Ranks:
+        """The ranks whose candidates are chosen from together: all of them, or this one alone."""
         if self._ranks is None:
-            self._ranks = Ranks.current(device)
-            if self._ranks.world != self.trainer.args.world_size:
+            self._ranks = Ranks.current(device) if self._together else Ranks.alone()
+            if self._together and self._ranks.world != self.trainer.args.world_size:
                 raise UserError(
                     f"{self.trainer.args.world_size} processes train and torch.distributed joins {self._ranks.world} of them, "
                     'so they cannot choose together; pass scope="local" to the selector'
                 )
-        both = sift_together(self.selector, self._model(), candidates, ranks=self._ranks, unscored=unscored, **how)
-        return both.everyone, both.everyone.of(both.mine)
+        return self._ranks
 
     def _model(self) -> torch.nn.Module:
         """The model as the trainer runs it, autocast and adapters included. Of DDP (and of DeepSpeed up to ZeRO-2) its
@@ -219,19 +247,21 @@ class Attachment:
         groups = getattr(self.trainer.optimizer, "param_groups", None)
         return float(groups[0]["lr"]) if groups else None
 
-    def _write(self, step: int, candidates: list[Any], sifted: Sifted) -> None:
+    def _write(self, step: int, candidates: list[LaidOut], selection: Selection) -> None:
         assert self.ledger is not None
         digests = [digest for batch in candidates for digest in token_ids(batch)]
+        segments = [index for batch in candidates for index in range(len(batch.layout))] if self._packed else None
         index = self._rows[1]
         self.ledger.add(
             step,
-            sifted.micro,
+            selection.micro,
             token_ids=digests,
             rows=[index.row(digest) if index is not None else None for digest in digests],
-            total=sifted.total.tolist(),
-            parts={name: values.tolist() for name, values in sifted.parts.items()},
-            kept=sifted.kept.tolist(),
-            reasons=sifted.reasons,
+            total=selection.total.tolist(),
+            parts={name: values.tolist() for name, values in selection.parts.items()},
+            kept=selection.kept.tolist(),
+            segments=segments,
+            reasons=selection.reasons,
         )
 
     def begin(self, dataloader: Any) -> None:
@@ -247,7 +277,7 @@ class Attachment:
             saved = state.read(self._resume, self.selector, rank=rank, world=args.world_size, together=self._together)
         self.selector.load_state_dict(saved.selector)
         self.meter.restart(saved.totals)
-        self._checked, self._ranks = False, None
+        self._checked, self._ranks, self._packed = False, None, packs(self.trainer)
         if self.ledger is not None:
             self.ledger.forget_after(now.global_step)
             dataset = getattr(dataloader, "dataset", None)

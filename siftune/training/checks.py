@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..budget import parse_keep
 from ..errors import UserError
+from ..models.layout import layout_of
 from ..online.base import OnlineMethod
-from .sift import window_count
+from .packing import packs
+from .selection_step import window_count
 
 _IMAGES = ("pixel_values", "image", "images", "image_grid_thw")
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_lengths", "seq_idx")
+_PREFERENCE = (
+    "DPO",
+    "KTO",
+    "ORPO",
+    "CPO",
+    "BCO",
+    "XPO",
+    "NashMD",
+    "GRPO",
+    "RLOO",
+    "PPO",
+    "Reward",
+    "PRM",
+    "Preference",
+)
+"""Marks of trainers and collators whose batches hold pairs, prompts to answer or rewards, not rows to imitate."""
+_PACKING_KEYS = (
+    "packing and padding_free (trl), packing and neat_packing (LLaMA-Factory), sample_packing (Axolotl), packing and "
+    "padding_free (ms-swift), pack (Oumi)"
+)
 
 
 def check(trainer: Any, selector: Any) -> None:
@@ -78,54 +102,81 @@ def _data(trainer: Any) -> None:
         raise UserError(
             f"{type(trainer.model).__name__} is an encoder-decoder; selection works on causal language models"
         )
+    _task(trainer)
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
-    seen = [name for name in _IMAGES if name in columns]
+    features = getattr(trainer.train_dataset, "features", None) or {}
+    seen = [name for name in _IMAGES if name in columns and not _is_null(features.get(name))]
     if seen or "Vision" in type(collator).__name__:
         raise UserError(
             f"the training set holds images ({', '.join(seen) or type(collator).__name__}), which selection does not "
             "support; train on text-only rows or detach"
         )
-    if getattr(args, "packing", False) or getattr(args, "sample_packing", False):
-        strategy = getattr(args, "packing_strategy", "multipack")
+    if getattr(args, "packing", False) is True and getattr(args, "packing_strategy", "") == "wrapped":
         raise UserError(
-            f"packing={strategy!r} puts several rows into one, so rows cannot be chosen; set packing=False "
-            "(kept rows are trimmed to their own width)"
+            "packing_strategy='wrapped' cuts rows at the end of a line, so rows cannot be chosen; set packing_strategy='bfd' "
+            "or packing=False"
         )
-    flattens = type(collator).__name__ == "DataCollatorWithFlattening" or getattr(collator, "padding_free", False)
-    if getattr(args, "padding_free", False) or flattens:
+
+
+def _task(trainer: Any) -> None:
+    """Refuse trainers whose batches are not rows to imitate."""
+    kinds = [cls.__name__ for cls in type(trainer).__mro__ if cls.__name__.endswith("Trainer")]
+    kinds.append(type(trainer.data_collator).__name__)
+    if preference := [kind for kind in kinds if any(mark in kind for mark in _PREFERENCE)]:
         raise UserError(
-            "padding_free=True joins a batch into one long row, so rows cannot be chosen; set padding_free=False "
-            "(kept rows are trimmed to their own width)"
+            f"{preference[0]} trains on pairs, rewards or generated answers, and selection chooses single rows to imitate, so "
+            "pairs would be torn; use it with SFTTrainer or Trainer"
         )
+    model: Any = trainer.model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(model).__name__
+    if any(f"For{task}" in name for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering")):
+        raise UserError(
+            f"{name} is a classifier, and selection works on causal language models, whose labels are tokens; load the model "
+            "with AutoModelForCausalLM or train without siftune"
+        )
+
+
+def _is_null(feature: Any) -> bool:
+    """Whether a `datasets` feature holds nothing but nulls, or lists of them."""
+    inner = getattr(feature, "feature", None)
+    if isinstance(feature, (list, tuple)) and feature:
+        inner = feature[0]
+    return _is_null(inner) if inner is not None else getattr(feature, "dtype", None) == "null"
 
 
 def check_budget(trainer: Any, selector: OnlineMethod, size: int) -> None:
     """Refuse a budget of less than one row: of a full micro-batch of `size`, or of the step's window."""
     micro_batches = trainer.args.gradient_accumulation_steps
     ranks = trainer.args.world_size if together(trainer, selector) else 1
-    step = getattr(selector, "window", "micro") == "step"
+    step = selector.window == "step"
+    if packs(
+        trainer
+    ):  # a line holds an unknown number of rows: the first batch shows whether the budget is one of them
+        selector.check()
+        return
     if not step and ranks == 1:
         selector.check_keep(size)
         return
     selector.check()
-    seats = ranks * micro_batches if step else ranks
+    slots = ranks * micro_batches if step else ranks
     candidates = f"the step's {micro_batches} x {size} candidates" if step else f"a micro-batch of {size} candidates"
     candidates += f" of {ranks} processes each" if ranks > 1 else ""
-    if parse_keep(selector.keep).rows(size * seats) < 1:
+    if parse_keep(selector.keep).rows(size * slots) < 1:
         raise UserError(
             f"keep={selector.keep!r} is less than one row of {candidates}; raise keep, per_device_train_batch_size or "
             "gradient_accumulation_steps"
         )
-    kept = window_count(selector, [size] * seats)
-    if kept < seats and not allows_blanks(trainer):
+    kept = window_count(selector, [size] * slots)
+    if kept < slots and not allows_dummies(trainer):
         raise UserError(
-            f"keep={selector.keep!r} of {candidates} is {kept} rows for {seats} micro-batches, and this trainer's own loss "
+            f"keep={selector.keep!r} of {candidates} is {kept} rows for {slots} micro-batches, and this trainer's own loss "
             "may not take an empty one; raise keep" + (", or lower gradient_accumulation_steps" if step else "")
         )
 
 
-def allows_blanks(trainer: Any) -> bool:
-    """Whether a micro-batch with every label masked adds exactly nothing to this trainer's loss.
+def allows_dummies(trainer: Any) -> bool:
+    """Whether a fully masked micro-batch adds exactly nothing to this trainer's loss.
 
     So it is where the loss is the library's own sum over label tokens, divided by the step's token count. A loss of the
     user's own, label smoothing or a model without that count may divide by the micro-batch's label tokens: 0 / 0; and so
@@ -138,18 +189,60 @@ def allows_blanks(trainer: Any) -> bool:
     return ours and plain and not alone and bool(getattr(trainer, "model_accepts_loss_kwargs", False))
 
 
-def check_batch(batch: Any) -> None:
-    """What only the first batch can show: no token ids, images, or rows joined into one."""
+def check_batch(batch: Any, trainer: Any) -> None:
+    """What only the first batch can show: no token ids, images, or rows joined without a sign of where they begin."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch or getattr(batch["input_ids"], "ndim", 0) != 2:
-        found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise UserError(
-            f"a training batch holds {found}, and selection needs input_ids of shape (rows, tokens); detach"
-        )
+        keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise UserError(f"a training batch holds {keys}, and selection needs input_ids of shape (rows, tokens); detach")
     if images := [name for name in _IMAGES if batch.get(name) is not None]:
         raise UserError(
             f"a training batch holds images ({', '.join(images)}), which selection does not support; detach"
         )
-    if packed := [name for name in _PACKED if name in batch]:
+    labels = batch.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.shape != batch["input_ids"].shape:
         raise UserError(
-            f"a training batch is packed ({packed[0]}), so rows cannot be chosen; turn packing and padding_free off"
+            f"labels of {tuple(labels.shape)} are not one per token of input_ids {tuple(batch['input_ids'].shape)}, as a "
+            "causal language model has them; train this task without siftune"
         )
+    if not layout_of(batch).packed:
+        _check_rows(batch, trainer)
+
+
+def _check_rows(batch: Mapping[str, Any], trainer: Any) -> None:
+    """Refuse a batch whose lines hold several rows, or parts of rows, with no sign of where they begin."""
+    lines, width = batch["input_ids"].shape
+    size = trainer.state.train_batch_size or trainer.args.per_device_train_batch_size
+    dataset = trainer.train_dataset
+    rows = len(dataset) if hasattr(dataset, "__len__") else 0
+    split = getattr(trainer.accelerator, "split_batches", False)
+    if lines < size <= rows // max(1, trainer.args.world_size) and not split and not packs(trainer):
+        raise UserError(
+            f"the first batch has {lines} line{'s' if lines > 1 else ''} of {width} tokens where per_device_train_batch_size is "
+            f"{size}, and nothing in it ({', '.join(map(str, batch))}) says where its rows begin; set to false what joins them: "
+            f"{_PACKING_KEYS}"
+        )
+    if any(mark in type(dataset).__name__ for mark in ("Pack", "ConstantLength")):
+        raise UserError(
+            f"the training set is a {type(dataset).__name__}, whose lines hold several rows, and nothing in the first batch "
+            f"({', '.join(map(str, batch))}) says where they begin, so whole lines would be chosen; set to false what joins "
+            f"them: {_PACKING_KEYS}"
+        )
+    if _begins_inside(batch, trainer):
+        warnings.warn(
+            f"each of the {lines} lines of the first batch is full ({width} tokens) and has the token that begins a row in its "
+            "middle; if they are packed rows, siftune chooses whole lines, because nothing says where rows begin",
+            stacklevel=2,
+        )
+
+
+def _begins_inside(batch: Mapping[str, Any], trainer: Any) -> bool:
+    """Whether every line is full and has the token that begins a row in its middle."""
+    tokenizer = getattr(trainer, "processing_class", None)
+    begin, end = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    mask = batch.get("attention_mask")
+    full = len(batch["input_ids"]) > 1 and (
+        not isinstance(mask, torch.Tensor) or mask.ndim != 2 or bool((mask != 0).all())
+    )
+    if begin is None or begin == end or not full:
+        return False
+    return bool((batch["input_ids"][:, 1:] == begin).any(dim=1).all())

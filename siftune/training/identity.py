@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..errors import UserError
+from ..models.layout import LaidOut, with_layout
 from ..online.token_id import token_ids
 
 Batch = Mapping[str, Any]
@@ -27,7 +29,9 @@ CHUNK = 64
 class RowIndex:
     """`token_id` -> row of the data set; of equal rows the first."""
 
-    def __init__(self, digests: Sequence[bytes]) -> None:
+    def __init__(self, digests: Sequence[bytes], rows: Sequence[int] | None = None) -> None:
+        """`rows` are the rows of the digests; without them the digests' own positions."""
+        self._rows = np.arange(len(digests)) if rows is None else np.asarray(rows, dtype=np.int64)
         halves = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
         self._order: NDArray[np.int64] = np.lexsort((np.arange(len(halves)), halves[:, 1], halves[:, 0]))
         self._high = halves[self._order, 0]
@@ -41,7 +45,7 @@ class RowIndex:
         high, low = np.frombuffer(token_id, dtype="<u8")
         start, stop = np.searchsorted(self._high, high, "left"), np.searchsorted(self._high, high, "right")
         at = start + np.searchsorted(self._low[start:stop], low, "left")
-        return int(self._order[at]) if at < stop and self._low[at] == low else None
+        return int(self._rows[self._order[at]]) if at < stop and self._low[at] == low else None
 
 
 def index_rows(dataset: Any, collate: Callable[[list[Any]], Batch]) -> RowIndex | None:
@@ -52,16 +56,41 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Batch]) -> RowIndex 
     streams = isinstance(dataset, torch.utils.data.IterableDataset)  # which has both names below, and neither works
     if streams or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         return None
-    several = getattr(dataset, "__getitems__", None)
     digests: list[bytes] = []
+    rows: list[int] = []
     with random_state_kept():
         for start in range(0, len(dataset), CHUNK):
-            wanted = list(range(start, min(start + CHUNK, len(dataset))))
-            batch = collate(several(wanted) if several else [dataset[row] for row in wanted])
-            if not isinstance(batch, Mapping) or len(batch.get("input_ids", ())) != len(wanted):
-                return None  # the collator merges or drops rows: a position cannot be told
-            digests.extend(token_ids(batch))
-    return RowIndex(digests)
+            try:
+                batches = collated(dataset, collate, range(start, min(start + CHUNK, len(dataset))))
+            except UserError:
+                return None  # batches without lines of token ids, which `attach` refuses when they come
+            for batch, numbers in batches:
+                digests.extend(token_ids(batch))
+                rows.extend(numbers)
+    return RowIndex(digests, rows)
+
+
+def collated(
+    dataset: Any, collate: Callable[[list[Any]], Batch], rows: Sequence[int]
+) -> list[tuple[LaidOut, list[int]]]:
+    """Some rows of a data set as batches, each with the data set's row of every candidate.
+
+    Where the collator gives another number of candidates than rows (a row of a packed data set holds several, and fully
+    masked rows may be dropped), rows are collated one by one, and a row's candidates all have its number.
+    """
+    several = getattr(dataset, "__getitems__", None)
+    items = several(list(rows)) if several else [dataset[row] for row in rows]
+    try:
+        batch = with_layout(collate(list(items)))
+        if len(batch.layout) == len(rows):
+            return [(batch, list(rows))]
+    except (UserError, KeyError, TypeError):  # e.g. a collator that gives no input_ids for some of them
+        pass
+    result = []
+    for row, item in zip(rows, items, strict=True):
+        batch = with_layout(collate([item]))
+        result.append((batch, [row] * len(batch.layout)))
+    return result
 
 
 @contextmanager

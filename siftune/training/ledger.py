@@ -23,13 +23,16 @@ BUFFERED = 65_536
 
 _FRONT = [("step", pa.int64()), ("rank", pa.int32()), ("micro", pa.int32()), ("row", pa.int64())]
 _FRONT += [("token_id", pa.string()), ("total", pa.float64())]
+_SEGMENT = [("segment", pa.int32())]
+"""Of packed batches only: the position among the micro-batch's segments."""
 _BACK = [("kept", pa.bool_()), ("reason", pa.string())]
 
 
 class Ledger:
     """Lines of one process, buffered; see the module for the files.
 
-    Columns: `step` (the trainer's `global_step` once the step is done), `rank`, `micro`, `row` or null, `token_id` in
+    Columns: `step` (the trainer's `global_step` once the step is done), `rank`, `micro`, `row` or null, `segment` (of packed
+    batches: its position in the micro-batch), `token_id` in
     hex, `total` or null, the method's own parts, `kept`, `reason` (why a candidate has no score) or null.
     """
 
@@ -54,6 +57,7 @@ class Ledger:
         total: Sequence[float],
         parts: Mapping[str, Sequence[float]],
         kept: Sequence[bool],
+        segments: Sequence[int] | None = None,
         reasons: Mapping[int, str],
     ) -> None:
         """One line per candidate; every sequence has one entry per candidate, `reasons` is keyed by position."""
@@ -63,6 +67,7 @@ class Ledger:
             "rank": [self.rank] * count,
             "micro": micro,
             "row": rows,
+            **({} if segments is None else {"segment": segments}),
             "token_id": [token_id.hex() for token_id in token_ids],
             "total": [_or_null(value) for value in total],
             "kept": kept,
@@ -81,9 +86,10 @@ class Ledger:
         """Write the buffered lines as the part that ends at `step`."""
         if not self._lines:
             return
-        known = {name for name, _ in _FRONT + _BACK}
+        known = {name for name, _ in _FRONT + _SEGMENT + _BACK}
         parts = [(name, pa.float64()) for name in self._columns if name not in known]
-        schema = pa.schema(_FRONT + sorted(parts) + _BACK)
+        segment = _SEGMENT if "segment" in self._columns else []
+        schema = pa.schema(_FRONT + segment + sorted(parts) + _BACK)
         name = f"part-{step}.parquet" if self.rank == 0 else f"part-{step}-rank{self.rank}.parquet"
         path = self._parts_folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .sift import Sifted
+from .selection_step import Selection
 
 
 @dataclass
@@ -44,14 +44,14 @@ class Meter:
             yield
             self._scoring += time.perf_counter() - began
 
-    def add(self, sifted: Sifted) -> None:
+    def add(self, selection: Selection) -> None:
         """Take one step in."""
-        kept = sifted.kept
+        kept = selection.kept
         self._candidates += len(kept)
         self._kept += int(kept.sum())
-        self.tokens_trained += int(sifted.tokens[kept].sum())
-        self.tokens_skipped += int(sifted.tokens[~kept].sum())
-        for name, values in {"total": sifted.total, **sifted.parts}.items():
+        self.tokens_trained += int(selection.tokens[kept].sum())
+        self.tokens_skipped += int(selection.tokens[~kept].sum())
+        for name, values in {"total": selection.total, **selection.parts}.items():
             for side, rows in (("kept", kept), ("skipped", ~kept)):
                 scored = values[rows & ~torch.isnan(values)]
                 key = f"{name}_{side}"

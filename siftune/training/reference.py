@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import UserError
+from ..models.layout import LaidOut
 from ..online.losses import MaxLoss
 from ..online.reference import TABLES
 from ..online.token_id import token_ids
-from .identity import random_state_kept
+from .identity import collated, random_state_kept
 
 PART = 512
 """Rows of a part: what an interruption costs at most."""
@@ -72,11 +73,11 @@ def reference_losses(
         part = folder / f"part-{start // PART:06d}.parquet"
         rows = list(range(start, min(start + PART, len(dataset))))
         with random_state_kept():
-            batches = _batches(dataset, collate, rows)
+            batches, owners = _batches(dataset, collate, rows)
         names = [digest.hex() for batch in batches for digest in token_ids(batch)]
         if part.is_file() and pq.read_table(part)["token_id"].to_pylist() == names:
             continue
-        _write(part, _measured(method, ref_model, batches, rows, names))
+        _write(part, _measured(method, ref_model, batches, owners, names))
     parts = sorted(folder.glob("part-*.parquet"))[: -(-len(dataset) // PART)]
     tables = [pq.read_table(part) for part in parts]
     _write(path, pa.concat_tables(tables) if tables else _SCHEMA.empty_table())
@@ -106,23 +107,19 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _batches(dataset: Any, collate: Callable[[list[Any]], Any], rows: list[int]) -> list[Any]:
-    several = getattr(dataset, "__getitems__", None)
-    batches = []
+def _batches(dataset: Any, collate: Callable[[list[Any]], Any], rows: list[int]) -> tuple[list[LaidOut], list[int]]:
+    """Batches of some rows, and the data set's row of each of their candidates."""
+    batches: list[LaidOut] = []
+    owners: list[int] = []
     for start in range(0, len(rows), CHUNK):
-        wanted = rows[start : start + CHUNK]
-        batch = collate(several(wanted) if several else [dataset[row] for row in wanted])
-        if len(batch.get("input_ids", ())) != len(wanted):
-            raise UserError(
-                f"the collator made {len(batch.get('input_ids', ()))} rows of {len(wanted)}, so their losses have no "
-                "names; turn packing and padding_free off"
-            )
-        batches.append(batch)
-    return batches
+        for batch, numbers in collated(dataset, collate, rows[start : start + CHUNK]):
+            batches.append(batch)
+            owners.extend(numbers)
+    return batches, owners
 
 
 def _measured(
-    method: MaxLoss, model: torch.nn.Module, batches: list[Any], rows: list[int], names: list[str]
+    method: MaxLoss, model: torch.nn.Module, batches: list[LaidOut], rows: list[int], names: list[str]
 ) -> pa.Table:
     columns: dict[str, list[Any]] = {"row": list(rows), "token_id": names, "loss": [], "tokens": [], "reason": []}
     for batch in batches:

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..models.layout import layout_of
 from .state import finish, folder_of, is_complete
 
 IGNORED = -100
-NO_FORWARD = ("regular", "random")
-"""Methods that never look at the model: their candidates cost no forward pass."""
 
 
 @dataclass
@@ -120,7 +119,7 @@ class Tally:
             counts.candidates += rows
             return
         counts.candidates += self._below[0] - rows
-        if selector.name not in NO_FORWARD and step >= selector.start_step:
+        if selector.needs_forward and step >= selector.start_step:
             counts.scored_tokens += self._below[1] - tokens
 
     def close(self) -> None:
@@ -193,10 +192,19 @@ def _file(checkpoint: Path) -> Path:
 
 
 def _sizes(batches: Any) -> tuple[int, int, int]:
-    """Rows, real tokens and learnt tokens of some micro-batches. Blank rows, which train nothing, count for nothing."""
+    """Rows (or segments), real tokens and label tokens of some micro-batches. Rows without a label token are not counted."""
     rows = tokens = learnt = 0
     for batch in batches:
         ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+        if (layout := layout_of(batch)).packed and isinstance(labels, torch.Tensor):
+            per_segment = [
+                (span.tokens, int((labels[span.line, span.start : span.stop] != IGNORED).sum()))
+                for span in layout.spans
+            ]
+            rows += sum(count > 0 for _, count in per_segment)
+            tokens += sum(size for size, count in per_segment if count > 0)
+            learnt += sum(count for _, count in per_segment)
+            continue
         wanted = (labels != IGNORED).sum(dim=1) if isinstance(labels, torch.Tensor) else torch.zeros(len(ids))
         real = mask.sum(dim=1) if isinstance(mask, torch.Tensor) else torch.full((len(ids),), ids.shape[1])
         counted = wanted > 0

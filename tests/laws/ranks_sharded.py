@@ -17,9 +17,9 @@ from siftune.models.sharded import is_sharded
 from siftune.online.base import OnlineMethod
 from siftune.online.losses import MaxLoss
 from siftune.online.uds import UDS
-from siftune.training.across import sift_together
-from siftune.training.deal import Padding
-from siftune.training.ranks import Ranks
+from siftune.training.batching import Padding
+from siftune.training.exchange import Ranks
+from siftune.training.selection_step import select_step
 from tests.reference_uds import tiny_batch
 from tests.tiny import tiny_model
 
@@ -107,12 +107,12 @@ def run(
     for step in range(STEPS):
         mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
         held = [{name: value[mine] for name, value in one.items()} for one in batches()[2 * step : 2 * step + 2]]
-        done = sift_together(selector, model, held, ranks=ranks, padding=Padding(left=True), blanks=True)
-        told = [int((one["labels"][:, 1:] != -100).sum()) for one in done.everyone.batches]
-        tokens = sum(ranks.numbers(sum(told)))
+        done = select_step(selector, model, held, ranks=ranks, padding=Padding(left=True), allow_dummies=True)
+        told = [int((one["labels"][:, 1:] != -100).sum()) for one in done.batches]
+        tokens = sum(ranks.gather_ints(sum(told)))
         model.train()
         sums = torch.zeros(1)
-        for one in done.everyone.batches:
+        for one in done.batches:
             logits = model(input_ids=one["input_ids"], attention_mask=one["attention_mask"]).logits
             loss = nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), one["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
@@ -124,8 +124,8 @@ def run(
         if ranks.world > 1:
             torch.distributed.all_reduce(sums)
         losses.append(float(sums) / tokens)
-        kept.append(done.everyone.kept.nonzero().flatten().tolist())
-        totals.append(done.everyone.total.tolist())
+        kept.append(done.kept.nonzero().flatten().tolist())
+        totals.append(done.total.tolist())
     return {"kept": kept, "totals": totals, "losses": losses}
 
 

@@ -222,7 +222,7 @@ class TestNothingElseMoves:
         live = trainer(tmp_path, model=dropping(), max_steps=2)
         seen: list[tuple[bool, ...]] = []
         attachment = attach(live, registry.find("online", "uds").load()(keep=2), quiet=True)
-        sift = attachment._sift
+        sift = attachment._select
 
         def watched(*args: Any) -> Any:
             live.model.train()
@@ -235,6 +235,6 @@ class TestNothingElseMoves:
             seen.append((same_flags, torch.equal(state, torch.get_rng_state()), no_gradients))
             return trained
 
-        attachment._sift = watched  # type: ignore[method-assign]
+        attachment._select = watched  # type: ignore[method-assign]
         live.train()
         assert seen == [(True, True, True)] * 2

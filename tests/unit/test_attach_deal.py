@@ -1,4 +1,4 @@
-"""The parts of the hook by themselves: trimming, dealing, token ids, the ledger's files, a checkpoint's state."""
+"""The parts of the hook by themselves: trimming, rebalancing, token ids, the ledger's files, a checkpoint's state."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from siftune.errors import UserError
 from siftune.online.token_id import token_ids
 from siftune.training import state
-from siftune.training.deal import Padding, deal, real_tokens, trim
+from siftune.training.batching import Padding, real_tokens, trim
+from siftune.training.exchange import Ranks
 from siftune.training.identity import index_rows
 from siftune.training.ledger import Ledger
+from siftune.training.rebalance import build_batches, rebalance
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import Drifting, rows
 
@@ -34,6 +36,13 @@ def batch_of(lengths: list[int], *, left: bool = False, width: int | None = None
         ids[row, span] = torch.arange(length) + start + 100 * row
         mask[row, span] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def deal(batches: list[Any], kept: torch.Tensor, padding: Padding) -> list[Any]:
+    """The kept rows of an accumulation window over its micro-batches, in a world of one."""
+    origins = [(0, micro, row) for micro, batch in enumerate(batches) for row in range(len(batch["input_ids"]))]
+    plan = rebalance([(0, micro) for micro in range(len(batches))], [origins[index] for index in kept.tolist()])
+    return build_batches(batches, plan, padding, Ranks.alone())
 
 
 def real_rows(batches: list[Any]) -> list[list[int]]:

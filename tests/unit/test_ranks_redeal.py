@@ -1,4 +1,4 @@
-"""Choosing and re-dealing across ranks without processes: ranks are threads that meet where processes would gather."""
+"""Choosing and rebalancing across ranks without processes: ranks are threads that meet where processes would gather."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from siftune import UserError
 from siftune.online.simple import Random
 from siftune.records import RowScores
-from siftune.training.across import sift_together
-from siftune.training.deal import Padding
-from siftune.training.ranks import Ranks, pack, unpack
-from siftune.training.redeal import redeal, shares
-from siftune.training.sift import sift
+from siftune.training.batching import Padding
+from siftune.training.exchange import Ranks, pack, unpack
+from siftune.training.rebalance import rebalance, shares
+from siftune.training.selection_step import select_step
 from tests.trainers import Drifting
 from tests.unit.test_attach_deal import batch_of, real_rows
 
@@ -49,7 +48,7 @@ class Thread(Ranks):
     def gather(self, message: bytes) -> list[bytes]:
         return self.meeting.exchange(self.rank, message)
 
-    def numbers(self, number: int) -> list[int]:
+    def gather_ints(self, number: int) -> list[int]:
         return self.meeting.exchange(self.rank, number)
 
 
@@ -92,11 +91,11 @@ def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     keep=st.sampled_from(["1/8", "1/3", "5/8", 1.0]),
     window=st.sampled_from(["micro", "step"]),
     left=st.booleans(),
-    blanks=st.booleans(),
+    dummies=st.booleans(),
     seed=st.integers(0, 999),
 )
 def test_many_ranks_train_the_rows_that_one_would(
-    world: int, micro: int, share: int, keep: Any, window: str, left: bool, blanks: bool, seed: int
+    world: int, micro: int, share: int, keep: Any, window: str, left: bool, dummies: bool, seed: int
 ) -> None:
     draw = np.random.default_rng(seed)
     sizes = [world * share] * (micro - 1) + [world * share - int(draw.integers(0, share))]  # the last one may be short
@@ -108,23 +107,26 @@ def test_many_ranks_train_the_rows_that_one_would(
         selector = Drifting(keep=keep, window=window, scope="global")
         model = torch.nn.Linear(1, 1)
         return [
-            sift_together(selector, model, held, ranks=ranks, padding=Padding(left=True), blanks=blanks)
+            select_step(selector, model, held, ranks=ranks, padding=Padding(left=True), allow_dummies=dummies)
             for _ in range(2)
         ]
 
     reference = Drifting(keep=keep, window=window)
     enough = all(reference.count(size) >= world for size in sizes) and reference.count(sum(sizes)) >= world * micro
-    expected = [sift(reference, torch.nn.Linear(1, 1), whole, padding=Padding(left=True), blanks=True) for _ in "12"]
+    expected = [
+        select_step(reference, torch.nn.Linear(1, 1), whole, padding=Padding(left=True), allow_dummies=True)
+        for _ in "12"
+    ]
     everything = real_rows(whole)
     for step, done in enumerate(zip(*together(world, task), strict=True)):
-        kept = done[0].everyone.kept
-        if blanks or enough:
+        kept = done[0].kept
+        if dummies or enough:
             assert kept.tolist() == expected[step].kept.tolist()
-            assert done[0].everyone.total.tolist() == pytest.approx(expected[step].total.tolist(), nan_ok=True)
-        assert sorted(index for one in done for index in one.mine) == list(range(sum(sizes)))
-        batches = [one.everyone.batches for one in done]
+            assert done[0].total.tolist() == pytest.approx(expected[step].total.tolist(), nan_ok=True)
+        assert sorted(index for one in done for index in one.local) == list(range(sum(sizes)))
+        batches = [one.batches for one in done]
         assert all(len(one) == micro and all(len(batch["input_ids"]) for batch in one) for one in batches)
-        full = [[batch for batch in one if not is_blank(batch)] for one in batches]
+        full = [[batch for batch in one if not is_dummy(batch)] for one in batches]
         trained = [row for one in full for row in real_rows(one)]
         assert sorted(trained) == sorted(everything[index] for index in kept.nonzero().flatten().tolist())
         names = {name for one in full for batch in one for name in batch["names"]}
@@ -132,25 +134,25 @@ def test_many_ranks_train_the_rows_that_one_would(
         counts = [sum(len(batch["input_ids"]) for batch in one) for one in full]
         if window == "step" and not bool(kept.all()):
             assert max(counts) - min(counts) <= 1
-        if not blanks:
+        if not dummies:
             assert all(len(one) == micro for one in full)
 
 
-def is_blank(batch: dict[str, Any]) -> bool:
-    """A micro-batch that dealing made up: two columns and no label. Every row here is longer."""
+def is_dummy(batch: dict[str, Any]) -> bool:
+    """A dummy micro-batch: two columns and no label. Every row here is longer."""
     return batch["input_ids"].shape == (1, 2) and bool((batch["labels"] == -100).all())
 
 
 @settings(max_examples=100, deadline=None)
 @given(kept=st.lists(st.integers(0, 6), min_size=1, max_size=4))
 def test_as_few_rows_move_as_can(kept: list[int]) -> None:
-    seats = [(rank, 0) for rank in range(len(kept))]
+    slots = [(rank, 0) for rank in range(len(kept))]
     rows = [(rank, 0, row) for rank, count in enumerate(kept) for row in range(count)]
-    plan = redeal(seats, rows)
-    assert sorted(row for dealt in plan.values() for row in dealt) == rows
-    counts = [len(plan[seat]) for seat in seats]
+    plan = rebalance(slots, rows)
+    assert sorted(row for assigned in plan.values() for row in assigned) == rows
+    counts = [len(plan[slot]) for slot in slots]
     assert max(counts) - min(counts) <= 1
-    moved = sum(row[0] != seat[0] for seat, dealt in plan.items() for row in dealt)
+    moved = sum(row[0] != slot[0] for slot, assigned in plan.items() for row in assigned)
     base, more = divmod(len(rows), len(kept))
     fewest = min(  # over every way to say who trains one row more
         sum(max(0, count - base - (rank in extra)) for rank, count in enumerate(kept))
@@ -170,11 +172,11 @@ def test_nothing_is_sent_where_no_row_moves() -> None:
         gather = ranks.gather
         ranks.gather = lambda message: calls.append(len(message)) or gather(message)  # type: ignore[method-assign,func-returns-value]
         one = batch_of([3, 4])
-        return sift_together(Random(keep=1.0), torch.nn.Linear(1, 1), [one], ranks=ranks, padding=Padding())
+        return select_step(Random(keep=1.0), torch.nn.Linear(1, 1), [one], ranks=ranks, padding=Padding())
 
     done = together(2, task)
     assert len(calls) == 2  # the measurements, once per rank
-    assert done[1].everyone.batches[0]["input_ids"].tolist() == batch_of([3, 4])["input_ids"].tolist()
+    assert done[1].batches[0]["input_ids"].tolist() == batch_of([3, 4])["input_ids"].tolist()
 
 
 @pytest.mark.parametrize("window", ["micro", "step"])
@@ -184,31 +186,31 @@ def test_ranks_may_bring_fewer_micro_batches_or_none(window: str) -> None:
     def task(ranks: Ranks) -> Any:
         selector = Random(keep="1/2", window=window)
         return [
-            sift_together(selector, torch.nn.Linear(1, 1), brought, ranks=ranks, padding=Padding(), blanks=True)
+            select_step(selector, torch.nn.Linear(1, 1), brought, ranks=ranks, padding=Padding(), allow_dummies=True)
             for brought in (held[ranks.rank], [])
         ]
 
     for ranks_said in together(3, task):
-        assert ranks_said[0].everyone.kept.sum() == 4
-        assert ranks_said[1].everyone.batches == []
-        assert len(ranks_said[1].everyone.kept) == 0
-    done = [said[0].everyone.batches for said in together(3, task)]
+        assert ranks_said[0].kept.sum() == 4
+        assert ranks_said[1].batches == []
+        assert len(ranks_said[1].kept) == 0
+    done = [said[0].batches for said in together(3, task)]
     assert [len(one) for one in done] == [2, 1, 0]
-    trained = [row for one in done for batch in one if not is_blank(batch) for row in real_rows([batch])]
+    trained = [row for one in done for batch in one if not is_dummy(batch) for row in real_rows([batch])]
     assert len(trained) == 4
 
 
 def test_ranks_that_differ_stop_before_any_row_moves() -> None:
     def task(ranks: Ranks) -> Any:
         selector = Random(keep="1/2", seed=ranks.rank)
-        return sift_together(selector, torch.nn.Linear(1, 1), [batch_of([3, 4])], ranks=ranks, padding=Padding())
+        return select_step(selector, torch.nn.Linear(1, 1), [batch_of([3, 4])], ranks=ranks, padding=Padding())
 
     with pytest.raises(RuntimeError, match="rank 1 kept other rows or remember other ones than rank 0"):
         together(2, task)
 
 
 def test_a_memory_that_drifts_apart_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("siftune.training.across.EVERY", 3)
+    monkeypatch.setattr("siftune.training.selection_step.STATE_CHECK_EVERY", 3)
     steps: list[int] = []
 
     def task(ranks: Ranks) -> Any:
@@ -218,7 +220,7 @@ def test_a_memory_that_drifts_apart_is_noticed(monkeypatch: pytest.MonkeyPatch) 
                 selector.phase = selector.phase + 1e-12  # far too little to change a choice
             if ranks.rank == 0:
                 steps.append(step)
-            sift_together(selector, torch.nn.Linear(1, 1), [batch_of([3, 4])], ranks=ranks, padding=Padding())
+            select_step(selector, torch.nn.Linear(1, 1), [batch_of([3, 4])], ranks=ranks, padding=Padding())
 
     with pytest.raises(RuntimeError, match="rank 1"):
         together(2, task)
@@ -230,7 +232,7 @@ def test_columns_that_cannot_be_sent_are_refused() -> None:
         one = {**batch_of([3, 4] if ranks.rank else [5, 6]), "things": [object(), object()]}
         selector = Drifting(keep="1/2", scope="global")
         selector.combine = lambda measured: RowScores(-torch.arange(measured.rows).double())  # type: ignore[method-assign]
-        sift_together(selector, torch.nn.Linear(1, 1), [one], ranks=ranks, padding=Padding())
+        select_step(selector, torch.nn.Linear(1, 1), [one], ranks=ranks, padding=Padding())
 
     with pytest.raises(UserError, match=r"'things' .* object, which cannot be sent"):
         together(2, task)

@@ -1,10 +1,9 @@
-"""From the chosen rows to the micro-batches that are trained on: cut, trim, and deal over the accumulation window.
+"""From a batch to its rows and back: real tokens, cut, trim, join, and the dummy batch that trains nothing.
 
-Nothing here knows a score. The trainer must get exactly as many micro-batches as it brought, none of them empty, and the
-rows' real tokens, labels and positions unchanged; only padding that no kept row needs may go (METHODS: the kept rows
-train at the width they need). Cost: one index per tensor; no forward pass.
+Nothing here knows a score. Real tokens, labels and positions of a row are never changed; only padding that no kept row
+needs is dropped, so that kept rows train at their own width. Cost: one index per tensor; no forward pass.
 
-Shapes: `B` rows of a micro-batch, `T` columns, `M` micro-batches, `K` kept rows.
+Shapes: `B` rows of a micro-batch, `T` columns.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..models.layout import LaidOut, Span, candidates_of, layout_of
+from ..models.repack import join_segments
 from ..online.base import cut
 
 Batch = Mapping[str, Any]
@@ -24,10 +25,10 @@ _ROTARY = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotar
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """How the trainer's collator pads, as far as cutting rows has to respect it."""
+    """How the trainer's collator pads, as far as cutting and joining rows depends on it."""
 
     token: int = 0
-    """Token id written into columns that dealing adds."""
+    """Token id of the padding that joining adds."""
     multiple: int = 1
     """The collator's `pad_to_multiple_of`: widths stay a multiple of it."""
     left: bool = False
@@ -49,6 +50,14 @@ class Padding:
         return Padding(token=int(token or 0), multiple=int(multiple), left=rotary)
 
 
+def token_counts(batch: Batch) -> torch.Tensor:
+    """Real tokens of each candidate: int64 `(B,)`, on the CPU."""
+    layout = layout_of(batch)
+    if layout.packed:
+        return torch.tensor([span.tokens for span in layout.spans], dtype=torch.int64)
+    return real_tokens(batch).sum(dim=1).cpu()
+
+
 def real_tokens(batch: Batch) -> torch.Tensor:
     """Which columns of each row are tokens and not padding: bool `(B, T)`, all true where the batch has no 2-D mask."""
     mask = batch.get("attention_mask")
@@ -57,11 +66,17 @@ def real_tokens(batch: Batch) -> torch.Tensor:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool)
 
 
-def answered(batch: Batch) -> torch.Tensor:
-    """Rows with at least one token to learn from: bool `(B,)`. The label of the first column is never predicted."""
+def has_labels(batch: Batch) -> torch.Tensor:
+    """Rows with at least one label token: bool `(B,)`. The label of the first column is never predicted."""
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
-        return torch.ones(len(batch["input_ids"]), dtype=torch.bool)
+        return torch.ones(candidates_of(batch), dtype=torch.bool)
+    layout = layout_of(batch)
+    if layout.packed:
+        on_cpu = labels.cpu()
+        return torch.tensor(
+            [bool((on_cpu[line, start + 1 : stop] != -100).any()) for line, start, stop in layout.spans]
+        )
     return (labels[:, 1:] != -100).any(dim=1).cpu()
 
 
@@ -69,10 +84,10 @@ def trim(batch: Batch, padding: Padding) -> Batch:
     """Drop the columns that are padding in every row: from the right always, from the left where positions allow it.
 
     The width stays a multiple of the collator's `pad_to_multiple_of`. A batch without a 2-D attention mask, or with a
-    tensor that holds the columns on another axis than the second, is returned as it is.
+    tensor that holds the columns on another axis than the second, is returned as it is; so is a packed batch.
     """
     mask = batch.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+    if layout_of(batch).packed or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return batch
     rows, width = mask.shape
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
@@ -83,9 +98,9 @@ def trim(batch: Batch, padding: Padding) -> Batch:
         return batch
     start = int(used[0]) if padding.left or "position_ids" in batch else 0
     stop = int(used[-1]) + 1
-    wanted = -(-(stop - start) // padding.multiple) * padding.multiple
-    stop = min(width, start + wanted)
-    start = max(0, stop - wanted)
+    needed = -(-(stop - start) // padding.multiple) * padding.multiple
+    stop = min(width, start + needed)
+    start = max(0, stop - needed)
     return batch if stop - start == width else _columns(batch, rows, width, start, stop)
 
 
@@ -97,50 +112,35 @@ def _columns(batch: Batch, rows: int, width: int, start: int, stop: int) -> dict
     return {name: sliced(value) for name, value in batch.items()}
 
 
-def deal(batches: Sequence[Batch], kept: torch.Tensor, padding: Padding) -> list[Batch]:
-    """The kept rows of a whole accumulation window, in order, over exactly `M` micro-batches of even size.
-
-    `kept` indexes the window's candidates in order, ascending, `(K,)`. Where `K < M` the last micro-batches are blank:
-    two columns of a kept row with every label masked, which add neither loss nor tokens.
-    """
-    pieces: list[list[tuple[int, int]]] = [[] for _ in batches]
-    rows = _origins(batches, kept)
-    base, more = divmod(len(rows), len(batches))
-    at = 0
-    for index, piece in enumerate(pieces):
-        size = base + (index < more)
-        piece.extend(rows[at : at + size])
-        at += size
-    empty = blank(batches[rows[0][0]], rows[0][1])
-    return [trim(_gather(batches, piece, padding), padding) if piece else empty for piece in pieces]
-
-
-def _origins(batches: Sequence[Batch], kept: torch.Tensor) -> list[tuple[int, int]]:
-    """(micro-batch, row in it) of each kept candidate."""
-    origins = [(micro, row) for micro, batch in enumerate(batches) for row in range(len(batch["input_ids"]))]
-    return [origins[index] for index in kept.tolist()]
-
-
-def _gather(batches: Sequence[Batch], rows: Sequence[tuple[int, int]], padding: Padding) -> dict[str, Any]:
-    """Rows from several micro-batches as one batch; narrower ones are padded on the side their collator pads."""
-    by_micro: dict[int, list[int]] = {}
-    for micro, row in rows:
-        by_micro.setdefault(micro, []).append(row)
-    parts = [cut(batches[micro], torch.tensor(indices)) for micro, indices in by_micro.items()]
-    return join_rows(parts, padding, left=any(pads_left(batches[micro]) for micro in by_micro))
-
-
-def join_rows(parts: Sequence[Batch], padding: Padding, *, left: bool) -> dict[str, Any]:
-    """Several batches' rows as one batch, in order; narrower parts are padded, on the `left` or on the right."""
+def join_rows(parts: Sequence[Batch], padding: Padding, *, like: Batch, left: bool) -> dict[str, Any]:
+    """Several batches' rows as one batch, in order; narrower parts are padded, on the `left` or on the right. Where one of
+    them is packed, the result is, with the keys of `like`."""
     if len(parts) == 1:
-        return dict(parts[0])
+        return parts[0] if isinstance(parts[0], LaidOut) else dict(parts[0])
+    if any(layout_of(part).packed for part in parts):
+        pieces = [(part, span) for part in parts for span in real_spans(part)]
+        return join_segments(pieces, like=like, pad_token=padding.token)
     width = max(part["input_ids"].shape[1] for part in parts)
-    if any("attention_mask" not in part for part in parts):  # every column was a token; the ones added now are not
+    if any(
+        "attention_mask" not in part for part in parts
+    ):  # every column so far is a token; the added ones are padding
         parts = [{**part, "attention_mask": torch.ones_like(part["input_ids"])} for part in parts]
     parts = [_widen(part, width, left, padding) for part in parts]
     return {
         name: _join([part[name] for part in parts], [len(part["input_ids"]) for part in parts]) for name in parts[0]
     }
+
+
+def real_spans(batch: Batch) -> list[Span]:
+    """Every candidate's place without its padding. Of a line, from its first real token to its last."""
+    layout = layout_of(batch)
+    if layout.packed:
+        return list(layout.spans)
+    spans = []
+    for line, real in enumerate(real_tokens(batch).cpu()):
+        columns = real.nonzero().flatten()
+        spans.append(Span(line, int(columns[0]) if len(columns) else 0, int(columns[-1]) + 1 if len(columns) else 0))
+    return spans
 
 
 def pads_left(batch: Batch) -> bool:
@@ -165,7 +165,7 @@ def _widen(part: Batch, width: int, left: bool, padding: Padding) -> dict[str, A
 
 
 def _join(values: Sequence[Any], rows: Sequence[int]) -> Any:
-    """One column of several batches: rows are put one after another, what belongs to no row is taken once."""
+    """One column of several batches: per-row values are concatenated, anything else is taken from the first."""
     first = values[0]
     per_row = all(hasattr(value, "__len__") and not isinstance(value, str) for value in values) and all(
         (not isinstance(value, torch.Tensor) or value.ndim > 0) and len(value) == count
@@ -178,8 +178,14 @@ def _join(values: Sequence[Any], rows: Sequence[int]) -> Any:
     return type(first)(item for value in values for item in value)
 
 
-def blank(batch: Batch, row: int) -> dict[str, Any]:
-    """Two real columns of one row with every label masked: a micro-batch that trains nothing."""
+def dummy_batch(batch: Batch, row: int) -> dict[str, Any]:
+    """Two real columns of one row, fully masked: a micro-batch that adds neither loss nor label tokens."""
+    layout = layout_of(batch)
+    if layout.packed:
+        line, start, stop = layout.spans[row]
+        packed = join_segments([(batch, Span(line, start, min(stop, start + 2)))], like=batch)
+        packed["labels"] = torch.full_like(packed["labels"], -100)
+        return packed
     width = batch["input_ids"].shape[1]
     start = max(0, width - 2) if pads_left(batch) else 0
     short = _columns(cut(batch, torch.tensor([row])), 1, width, start, start + 2)

@@ -1,0 +1,187 @@
+"""Packed batches: where their rows begin, cutting and joining them, and the scores of segments."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from siftune import MaxGrad, MaxLoss, UserError
+from siftune.models.layout import LaidOut, Span, layout_of, with_layout
+from siftune.models.repack import cut_segments
+from siftune.online.token_id import token_ids
+from siftune.online.uds import UDS
+from tests.packed import LAYOUTS, pack, padded, rows_of
+from tests.tiny import tiny_model
+
+
+def lengths_of(batch: Any) -> list[int]:
+    return [span.tokens for span in layout_of(batch).spans]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+class TestReading:
+    def test_segments_are_where_the_collator_put_them(self, kind: str) -> None:
+        rows = rows_of([5, 3, 9, 2, 7])
+        batch = pack(rows, kind)
+        assert layout_of(batch).packed
+        assert lengths_of(batch) == [5, 3, 9, 2, 7]
+
+    def test_names_are_those_of_the_padded_rows(self, kind: str) -> None:
+        rows = rows_of([5, 3, 9, 2, 7])
+        assert token_ids(pack(rows, kind)) == token_ids(padded(rows))
+
+    def test_cutting_gives_what_the_collator_makes_of_the_kept_rows(self, kind: str) -> None:
+        rows = rows_of([5, 3, 9, 2, 7])
+        kept = [1, 2, 4]
+        cut = cut_segments(pack(rows, kind), torch.tensor(kept))
+        expected = pack([rows[index] for index in kept], kind, width=cut["input_ids"].shape[1])
+        assert set(cut) == set(expected)
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert cut[name].dtype == value.dtype, name
+                assert cut[name].tolist() == value.tolist(), name
+            else:
+                assert cut[name] == value, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=12),
+    kind=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 99),
+)
+def test_every_kept_segment_arrives_once_in_order(lengths: list[int], kind: str, seed: int) -> None:
+    rows = rows_of(lengths, seed=seed)
+    batch = with_layout(pack(rows, kind))
+    if not batch.layout.packed or len(batch.layout) < 2:
+        return
+    generator = np.random.default_rng(seed)
+    count = len(batch.layout)
+    kept = sorted(generator.choice(count, size=int(generator.integers(1, count)), replace=False).tolist())
+    cut = cut_segments(batch, torch.tensor(kept))
+    names = token_ids(batch)
+    assert token_ids(cut) == [names[index] for index in kept]
+    if len(kept) > 1 and not all(size == 1 for size in lengths_of(cut)):
+        again = layout_of(dict(cut))
+        held = [span for span in cut.layout.spans if span.tokens > 1]
+        assert [span for span in again.spans if span.tokens > 1] == held or not again.packed
+
+
+class TestRefusals:
+    def test_boundaries_that_contradict_each_other(self) -> None:
+        batch = pack(rows_of([4, 4]), "flattening")
+        batch["cu_seq_lens_q"] = torch.tensor([0, 3, 8], dtype=torch.int32)
+        with pytest.raises(UserError, match="cu_seq_lens_q divides the batch into 2 segments and cu_seq_lens_k"):
+            layout_of(batch)
+
+    def test_positions_that_fall_without_a_restart(self) -> None:
+        batch = {"input_ids": torch.ones(1, 6, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 2, 1, 2, 3]])}
+        with pytest.raises(UserError, match="position_ids fall from 2 to 1 inside line 0"):
+            layout_of(batch)
+
+    def test_a_block_mask_that_reaches_outside(self) -> None:
+        batch = pack(rows_of([3, 3]), "block-mask")
+        batch["attention_mask"][0, 0, 4, 0] = 0.0
+        with pytest.raises(UserError, match="attend outside their own segment"):
+            layout_of(batch)
+
+    def test_lengths_that_leave_labels_out(self) -> None:
+        batch = pack(rows_of([4, 4]), "unsloth")
+        batch["packed_seq_lengths"] = torch.tensor([4], dtype=torch.int32)
+        with pytest.raises(UserError, match="packed_seq_lengths covers 4 of the batch's 1 x 8 tokens"):
+            layout_of(batch)
+
+    def test_a_key_of_another_length(self) -> None:
+        batch: dict[str, Any] = {**pack(rows_of([4, 4, 2]), "trl"), "weights": torch.ones(7)}
+        with pytest.raises(
+            UserError, match="key 'weights' of size \\(7,\\), which belongs neither to its 1 x 10 tokens"
+        ):
+            cut_segments(batch, torch.tensor([0]))
+
+
+class TestKeys:
+    def test_unknown_keys_of_tokens_and_of_segments_are_cut(self) -> None:
+        batch = {
+            **pack(rows_of([4, 3, 2]), "trl"),
+            "extra": torch.arange(9)[None],
+            "names": ["a", "b", "c"],
+            "scale": 2.0,
+        }
+        cut = cut_segments(batch, torch.tensor([0, 2]))
+        assert cut["extra"].tolist() == [[0, 1, 2, 3, 7, 8]]
+        assert cut["names"] == ["a", "c"]
+        assert cut["scale"] == 2.0
+
+    def test_positions_with_three_components(self) -> None:
+        batch = pack(rows_of([4, 3, 2]), "trl")
+        batch["position_ids"] = batch["position_ids"].expand(3, 1, 9).clone()
+        cut = cut_segments(batch, torch.tensor([1, 2]))
+        assert cut["position_ids"].shape == (3, 1, 5)
+        assert cut["position_ids"][0].tolist() == [[0, 1, 2, 0, 1]]
+
+    def test_the_first_label_of_a_segment_is_masked(self) -> None:
+        batch = pack(rows_of([4, 3, 2]), "neat")
+        batch["labels"] = batch["input_ids"].clone()
+        cut = cut_segments(batch, torch.tensor([1, 2]))
+        assert [bool(cut["labels"][span.line, span.start] == -100) for span in cut.layout.spans] == [True, True]
+
+    def test_several_lines_stay_lines_filled_in_order(self) -> None:
+        batch = pack(rows_of([6, 3, 5, 4, 8]), "neat", width=10)
+        assert batch["input_ids"].shape == (3, 10)
+        cut = cut_segments(batch, torch.tensor([1, 2, 4]))
+        assert list(cut.layout.spans) == [Span(0, 0, 3), Span(0, 3, 8), Span(1, 0, 8)]
+        assert cut["attention_mask"].tolist() == [[1] * 3 + [2] * 5, [1] * 8]
+
+    def test_trailing_padding_is_no_candidate(self) -> None:
+        assert lengths_of(pack(rows_of([4, 3]), "trl", width=12)) == [4, 3]
+        assert lengths_of(pack(rows_of([4, 3]), "positions", width=12)) == [4, 3]
+
+
+SEPARATED = ["block-mask", "trl"]
+
+
+@pytest.mark.parametrize("kind", SEPARATED)
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "cohere", "gpt_neox"]
+)
+def test_packed_scores_are_padded_scores(family: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(family, layers=2)
+    rows = rows_of([9, 4, 12, 6, 5], seed=3)
+    packed, alone = pack(rows, kind), padded(rows)
+    for method in (MaxLoss(keep=2), UDS(keep=2, alpha=0.1)):
+        ours, theirs = method.score(model, packed), method.score(model, alone)
+        torch.testing.assert_close(ours.total, theirs.total, rtol=1e-5, atol=1e-7)
+        for name, part in theirs.parts.items():
+            torch.testing.assert_close(ours.parts[name], part, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", SEPARATED)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("variant", ["exact", "last-layer"])
+def test_packed_gradient_norms_are_padded_ones(family: str, kind: str, variant: Any) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(family, layers=2)
+    rows = rows_of([9, 4, 12, 6, 5], seed=3)
+    method = MaxGrad(keep=2, variant=variant)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # factors, not one row at a time
+        ours = method.score(model, pack(rows, kind))
+    theirs = method.score(model, padded(rows))
+    torch.testing.assert_close(ours.total, theirs.total, rtol=1e-4, atol=1e-7)
+
+
+def test_select_gives_a_packed_batch_of_the_kept_segments() -> None:
+    model = tiny_model("llama", layers=2)
+    rows = rows_of([9, 4, 12, 6, 5], seed=3)
+    kept = MaxLoss(keep=2).select(model, pack(rows, "trl"))
+    assert isinstance(kept.batch, LaidOut)
+    expected = pack([rows[index] for index in kept.indices.tolist()], "trl")
+    assert kept.batch["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert kept.batch["position_ids"].tolist() == expected["position_ids"].tolist()
