@@ -48,14 +48,14 @@ class Amount:
 def parse_keep(keep: Keep) -> Amount:
     """Read `keep` the same way in Python, YAML and on the command line.
 
-    An int is a number of rows, a float in (0, 1] a fraction (`1.0` = all); the text forms are `20%`, `0.2`, `1/8`, `2`.
-    Raises `UserError` for anything else.
+    An int is a number of rows, a float below 1 a fraction; the text forms are `20%`, `0.2`, `1/8`, `2` and `all`.
+    Raises `UserError` for anything else, and for 1.0, which could mean one row or all of them.
 
     >>> parse_keep("20%"), parse_keep("1/8").fraction, parse_keep(2).count
     (Amount(count=None, fraction=0.2), 0.125, 2)
     """
     wrong = UserError(
-        f"keep={keep!r} is not an amount; give a number of rows (8), a fraction (0.2 or 1/8) or a percentage (20%)"
+        f"keep={keep!r} is not an amount; give a number of rows (8), a fraction (0.2 or 1/8), a percentage (20%) or 'all'"
     )
     if isinstance(keep, bool):
         raise wrong
@@ -64,7 +64,7 @@ def parse_keep(keep: Keep) -> Amount:
             raise UserError(f"keep={keep} keeps nothing; give at least 1 row or a fraction above 0")
         return Amount(count=int(keep))
     if isinstance(keep, (float, np.floating)):
-        return _fraction(float(keep), keep)
+        return _unambiguous(float(keep), keep)
     if not isinstance(keep, str):
         raise wrong
     text = keep.strip()
@@ -74,20 +74,29 @@ def parse_keep(keep: Keep) -> Amount:
         return parse_keep(int(text))
     number = r"(\d+(?:\.\d*)?|\.\d+)"
     if match := re.fullmatch(number + r"\s*%", text):
-        return _fraction(float(match[1]) / 100, keep)
+        return share(float(match[1]) / 100, keep)
     if match := re.fullmatch(number + r"\s*/\s*" + number, text):
         if float(match[2]) == 0:
             raise wrong
-        return _fraction(float(match[1]) / float(match[2]), keep)
+        return share(float(match[1]) / float(match[2]), keep)
     if re.fullmatch(number, text):
-        return _fraction(float(text), keep)
+        return _unambiguous(float(text), keep)
+    if text.lower() == "all":
+        return Amount(fraction=1.0)
     raise wrong
 
 
-def _fraction(value: float, said: Keep) -> Amount:
+def _unambiguous(value: float, keep: Keep) -> Amount:
+    if value == 1:
+        raise UserError(f"keep={keep!r} could mean all rows or one row; write keep='all' or keep=1")
+    return share(value, keep)
+
+
+def share(value: float, keep: Keep | None = None) -> Amount:
+    """A fraction in (0, 1], 1 being all. Raises `UserError` for anything else, naming `keep` where the user wrote that."""
     if not 0 < value <= 1:
         raise UserError(
-            f"keep={said!r} is not a fraction in (0, 1]; write a whole number for rows, or a share such as 20%"
+            f"keep={value if keep is None else keep!r} is not a fraction in (0, 1]; write a whole number for rows, or a share such as 20%"
         )
     return Amount(fraction=value)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .budget import parse_keep
+from .budget import parse_keep, share
 from .data.files import atomic_path
 from .errors import UserError
 from .records import Pool, Scores, Subset
@@ -58,7 +58,7 @@ class Budget:
         usable = len(pool) - len(pool.reasons)
         if self.rule.get("count", 0) > usable:
             raise UserError(f"--keep {self.rule['count']} exceeds the {usable} usable rows of the pool; lower it")
-        if "fraction" in self.rule and parse_keep(float(self.rule["fraction"])).rows(usable) < 1:
+        if "fraction" in self.rule and share(float(self.rule["fraction"])).rows(usable) < 1:
             raise UserError(
                 f"--keep {self.rule['fraction']:g} of {usable} usable rows is less than one row; raise it or give a "
                 "number of rows"

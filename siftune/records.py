@@ -232,7 +232,10 @@ class Scores:
                 raise UserError(f"count={count} exceeds the {eligible} usable rows of the pool; lower it")
             return int(count)
         assert fraction is not None
-        amount = budget.parse_keep(float(fraction) if isinstance(fraction, int) else fraction)
+        if isinstance(fraction, (int, float)) and not isinstance(fraction, bool):
+            amount = budget.share(float(fraction))
+        else:
+            amount = budget.parse_keep(fraction)
         if amount.fraction is None:
             raise UserError(f"fraction={fraction!r} is a number of rows; give count= or a share such as 20%")
         return amount.rows(eligible)

@@ -31,7 +31,7 @@ class Regular(OnlineMethod):
     name: ClassVar[str] = "regular"
     needs_forward: ClassVar[bool] = False
 
-    keep: Keep = 1.0
+    keep: Keep = "all"
     """All rows. Another value is refused: a smaller equal-score cut would silently keep the first rows."""
     start_step: int = 0
     """Optimiser steps before the first selection; makes no difference here."""

@@ -93,7 +93,7 @@ def _kept(arm: Arm, batch: int) -> int:
     """Rows of a full micro-batch that are trained on."""
     if arm.online.method is None:
         return batch
-    amount = parse_keep(arm.online.settings.get("keep", 1.0))
+    amount = parse_keep(arm.online.settings.get("keep", "all"))
     if amount.count is not None and amount.count > batch:
         raise UserError(
             f"online {arm.online.name}: keep={amount.count} exceeds the {batch} candidates of a micro-batch; lower keep, "
@@ -109,7 +109,7 @@ def _kept(arm: Arm, batch: int) -> int:
 
 def _counted(per_epoch: Sequence[int], micro: int, steps: int, arm: Arm, batch: int) -> tuple[int, int]:
     """Trained and read rows of `steps` optimiser steps over repeated epochs."""
-    keep = None if arm.online.method is None else parse_keep(arm.online.settings.get("keep", 1.0))
+    keep = None if arm.online.method is None else parse_keep(arm.online.settings.get("keep", "all"))
     by_step = []
     for start in range(0, len(per_epoch), micro):
         window = per_epoch[start : start + micro]

@@ -114,7 +114,7 @@ class TestEveryMethod:
             assert frozen_state(steps) == frozen_state(whole)
 
     def test_keep_all_returns_the_batch_itself(self, name: str, model: Any) -> None:
-        for keep in (1.0, "100%", "1/1"):
+        for keep in ("all", "100%", "1/1"):
             kept = make(name, keep=keep).select(model, BATCHES[0])
             assert kept.indices.tolist() == list(range(len(LENGTHS)))
             assert all(kept.batch[field] is BATCHES[0][field] for field in BATCHES[0])

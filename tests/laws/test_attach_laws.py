@@ -48,7 +48,7 @@ SETTINGS = {
 class TestKeepAll:
     @pytest.mark.parametrize(("setting", "window"), [*((name, "micro") for name in SETTINGS), ("accumulation", "step")])
     def test_a_trainer_is_untouched(self, tmp_path: Path, setting: str, window: str) -> None:
-        self.same(tmp_path, lambda: None, Drifting(keep=1.0, window=window), **SETTINGS[setting])
+        self.same(tmp_path, lambda: None, Drifting(keep="all", window=window), **SETTINGS[setting])
 
     @pytest.mark.parametrize("model", ["gpt2 dropout", "lora dropout"])
     def test_dropout_sees_the_same_random_numbers(self, tmp_path: Path, model: str) -> None:
@@ -191,7 +191,7 @@ class TestLossIsThatOfTheKeptRows:
 
 
 class TestHowTheStepIsCut:
-    @pytest.mark.parametrize(("keep", "shape"), [("1/2", (1, 8)), ("1/4", (2, 4)), (1.0, (1, 8)), ("1/8", (4, 2))])
+    @pytest.mark.parametrize(("keep", "shape"), [("1/2", (1, 8)), ("1/4", (2, 4)), ("all", (1, 8)), ("1/8", (4, 2))])
     def test_accumulation_makes_no_difference_over_the_step(
         self, tmp_path: Path, keep: Any, shape: tuple[int, int]
     ) -> None:

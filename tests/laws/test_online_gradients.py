@@ -33,9 +33,9 @@ def test_keep_all_is_the_plain_trainer(tmp_path: Path, setting: str) -> None:
         live = trainer(tmp_path / name, model=model, **more)
         torch.manual_seed(3)
         if name == "maxgrad":
-            attach(live, MaxGrad(keep=1.0), quiet=True)
+            attach(live, MaxGrad(keep="all"), quiet=True)
         if name == "greats":
-            attach(live, Greats(keep=1.0, validation=VALIDATION), quiet=True)
+            attach(live, Greats(keep="all", validation=VALIDATION), quiet=True)
         live.train()
         runs.append((losses(live), weights(live)))
     for found in runs[1:]:

@@ -192,7 +192,7 @@ def test_keep_tokens(model: Any) -> None:
     lengths = BATCHES[0]["attention_mask"].sum(dim=1)
     order = torch.argsort(-scores).tolist()
     for budget in (1, 30, 31, 50, 60, 10_000):
-        kept = UDS(keep=1.0, alpha=0.0, keep_tokens=budget).select(model, BATCHES[0]).indices.tolist()
+        kept = UDS(keep="all", alpha=0.0, keep_tokens=budget).select(model, BATCHES[0]).indices.tolist()
         wanted, used = [order[0]], int(lengths[order[0]])
         for row in order[1:]:
             used += int(lengths[row])

@@ -25,13 +25,26 @@ def scores_of(values: list[float], **more: object) -> Scores:
 
 @pytest.mark.parametrize(
     ("said", "of_10"),
-    [(2, 2), ("2", 2), (0.2, 2), ("0.2", 2), ("20%", 2), ("1/5", 2), (" 20 % ", 2), (1.0, 10), ("100%", 10), (99, 10)],
+    [
+        (2, 2),
+        ("2", 2),
+        (0.2, 2),
+        ("0.2", 2),
+        ("20%", 2),
+        ("1/5", 2),
+        (" 20 % ", 2),
+        ("all", 10),
+        ("100%", 10),
+        (99, 10),
+    ],
 )
 def test_an_amount_reads_the_same_in_every_spelling(said: budget.Keep, of_10: int) -> None:
     assert budget.parse_keep(said).rows(10) == of_10
 
 
-@pytest.mark.parametrize("said", [0, -1, "0", 0.0, 1.5, "150%", "1/0", "half", "", True, None, "-2", "nan", math.nan])
+@pytest.mark.parametrize(
+    "said", [0, -1, "0", 0.0, 1.5, "150%", "1/0", "half", "", True, None, "-2", "nan", math.nan, 1.0, "1.0"]
+)
 def test_what_is_no_amount_is_refused_with_its_value(said: budget.Keep) -> None:
     with pytest.raises(UserError, match="keep="):
         budget.parse_keep(said)

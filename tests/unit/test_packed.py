@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftune import MaxGrad, MaxLoss, UserError
+from siftune import Greats, MaxGrad, MaxLoss, RhoLoss, UserError, reference_losses
 from siftune.models.layout import LaidOut, Span, layout_of, with_layout
 from siftune.models.repack import cut_segments
 from siftune.online.token_id import token_ids
@@ -175,6 +177,31 @@ def test_packed_gradient_norms_are_padded_ones(family: str, kind: str, variant: 
         ours = method.score(model, pack(rows, kind))
     theirs = method.score(model, padded(rows))
     torch.testing.assert_close(ours.total, theirs.total, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", SEPARATED)
+def test_packed_greats_and_rho_loss_are_padded_ones(kind: str) -> None:
+    torch.manual_seed(0)
+    model, reference = tiny_model("llama", layers=2), tiny_model("qwen2", layers=2)
+    rows = rows_of([9, 4, 12, 6, 5], seed=3)
+    held_out = padded(rows_of([8, 7], seed=9))
+    for method in (Greats(keep=2, validation=held_out, learning_rate=1e-2), RhoLoss(keep=2, reference=reference)):
+        ours, theirs = method.score(model, pack(rows, kind)), method.score(model, padded(rows))
+        torch.testing.assert_close(ours.total, theirs.total, rtol=1e-4, atol=1e-7)
+        for name, part in theirs.parts.items():
+            torch.testing.assert_close(ours.parts[name], part, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_a_reference_table_of_packed_rows_names_each_of_them(tmp_path: Path) -> None:
+    from tests.laws.test_packed_laws import packed_trainer
+
+    rows = rows_of([9, 4, 12, 6, 5, 7, 8, 3], seed=1)
+    live = packed_trainer(tmp_path, "trl", rows=rows)
+    table = pq.read_table(reference_losses(live, tiny_model("llama", layers=2), out=tmp_path / "table.parquet"))
+    assert table["token_id"].to_pylist() == [name.hex() for name in token_ids(padded(rows))]
+    assert table["row"].to_pylist() == list(range(8))
+    kept = RhoLoss(keep=2, reference=str(tmp_path / "table.parquet")).score(live.model, pack(rows, "trl"))
+    assert not kept.reasons
 
 
 def test_select_gives_a_packed_batch_of_the_kept_segments() -> None:

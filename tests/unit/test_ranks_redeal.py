@@ -15,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftune import UserError
+from siftune.models.layout import with_layout
 from siftune.online.simple import Random
 from siftune.records import RowScores
 from siftune.training.batching import Padding
 from siftune.training.exchange import Ranks, pack, unpack
-from siftune.training.rebalance import rebalance, shares
+from siftune.training.rebalance import rebalance, rebalance_by_tokens, shares
 from siftune.training.selection_step import select_step
+from tests import packed
 from tests.trainers import Drifting
 from tests.unit.test_attach_deal import batch_of, real_rows
 
@@ -88,7 +90,7 @@ def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     world=st.integers(1, 4),
     micro=st.integers(1, 3),
     share=st.integers(1, 4),
-    keep=st.sampled_from(["1/8", "1/3", "5/8", 1.0]),
+    keep=st.sampled_from(["1/8", "1/3", "5/8", "all"]),
     window=st.sampled_from(["micro", "step"]),
     left=st.booleans(),
     dummies=st.booleans(),
@@ -172,7 +174,7 @@ def test_nothing_is_sent_where_no_row_moves() -> None:
         gather = ranks.gather
         ranks.gather = lambda message: calls.append(len(message)) or gather(message)  # type: ignore[method-assign,func-returns-value]
         one = batch_of([3, 4])
-        return select_step(Random(keep=1.0), torch.nn.Linear(1, 1), [one], ranks=ranks, padding=Padding())
+        return select_step(Random(keep="all"), torch.nn.Linear(1, 1), [one], ranks=ranks, padding=Padding())
 
     done = together(2, task)
     assert len(calls) == 2  # the measurements, once per rank
@@ -214,7 +216,7 @@ def test_a_memory_that_drifts_apart_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     steps: list[int] = []
 
     def task(ranks: Ranks) -> Any:
-        selector = Drifting(keep=1.0, scope="global")
+        selector = Drifting(keep="all", scope="global")
         for step in range(9):
             if step == 4 and ranks.rank == 1:
                 selector.phase = selector.phase + 1e-12  # far too little to change a choice
@@ -252,3 +254,66 @@ def test_messages_come_back_as_they_were(dtype: torch.dtype) -> None:
 def test_token_ids_travel_narrow() -> None:
     ids = torch.randint(0, 50_000, (4, 512))
     assert len(pack({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})) < 4 * 512 * 9 + 500
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    world=st.integers(1, 4),
+    micro=st.integers(1, 3),
+    lengths=st.lists(st.integers(2, 12), min_size=8, max_size=8),
+    keep=st.sampled_from(["1/8", "1/2", "5/8", "all"]),
+    window=st.sampled_from(["micro", "step"]),
+    kind=st.sampled_from(packed.LAYOUTS),
+    seed=st.integers(0, 999),
+)
+def test_many_ranks_train_the_segments_that_one_would(
+    world: int, micro: int, lengths: list[int], keep: Any, window: str, kind: str, seed: int
+) -> None:
+    lines = [
+        [packed.rows_of(lengths, seed=seed + 10 * rank + index) for index in range(micro)] for rank in range(world)
+    ]
+
+    def task(ranks: Ranks) -> Any:
+        held = [packed.pack(rows, kind) for rows in lines[ranks.rank]]
+        selector = Random(keep=keep, window=window, seed=seed)
+        return select_step(selector, torch.nn.Linear(1, 1), held, ranks=ranks, padding=Padding(), allow_dummies=True)
+
+    done = together(world, task)
+    everyone = [row for index in range(micro) for rank in range(world) for row in lines[rank][index]]
+    kept = [everyone[index]["input_ids"] for index in done[0].kept.nonzero().flatten().tolist()]
+    reference = Random(keep=keep, window=window, seed=seed)
+    global_batches = [
+        packed.pack([row for rank in range(world) for row in lines[rank][index]], kind) for index in range(micro)
+    ]
+    alone = select_step(reference, torch.nn.Linear(1, 1), global_batches, padding=Padding(), allow_dummies=True)
+    assert alone.kept.tolist() == done[0].kept.tolist()
+    trained: list[list[int]] = []
+    for one in done:
+        assert len(one.batches) == micro
+        for batch in one.batches:
+            layout = with_layout(batch, packed=True).layout
+            labelled = batch["labels"] != -100
+            for line, start, stop in layout.spans:
+                if bool(labelled[line, start:stop].any()):
+                    trained.append(batch["input_ids"][line, start:stop].tolist())
+    assert sorted(trained) == sorted(kept)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    held=st.lists(st.lists(st.integers(1, 50), max_size=6), min_size=1, max_size=4).filter(any),
+    micro=st.integers(1, 3),
+)
+def test_rebalancing_by_tokens_keeps_every_row_and_leaves_no_slot_empty(held: list[list[int]], micro: int) -> None:
+    slots = [(rank, index) for rank in range(len(held)) for index in range(micro)]
+    tokens = {(rank, 0, row): size for rank, sizes in enumerate(held) for row, size in enumerate(sizes)}
+    rows = sorted(tokens)
+    plan = rebalance_by_tokens(slots, rows, tokens)
+    assert set(plan) == set(slots)
+    assert sorted(row for assigned in plan.values() for row in assigned) == rows
+    assert all(assigned == sorted(assigned) for assigned in plan.values())
+    if len(rows) >= len(slots):
+        assert all(plan.values())
+    loads = [sum(tokens[row] for slot in slots if slot[0] == rank for row in plan[slot]) for rank in range(len(held))]
+    if len(rows) >= len(slots) and micro == 1:
+        assert max(loads) - min(loads) <= 2 * max(tokens.values())
