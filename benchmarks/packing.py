@@ -37,8 +37,8 @@ LONGEST = 512
 def lengths_of_pool(path: Path, *, rows: int, seed: int) -> list[int]:
     """Tokens of drawn rows, four bytes to a token, as byte-level BPE has them on English text."""
     generator = torch.Generator().manual_seed(seed)
-    opened: Any = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as handle:
+    reader: Any = gzip.open if path.suffix == ".gz" else open
+    with reader(path, "rt", encoding="utf-8") as handle:
         records = [json.loads(line) for line in handle]
     chosen = torch.randperm(len(records), generator=generator)[:rows].tolist()
     texts = [
@@ -74,7 +74,7 @@ def train(model: Any, batch: Any) -> None:
 
 def sifted(selector: Any, model: Any, batch: Any) -> int:
     kept = selector.select(model, batch)
-    train(model, {name: value for name, value in kept.batch.items()})
+    train(model, dict(kept.batch))
     return int((kept.batch["labels"] != -100).sum())
 
 
