@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingExtra, UserError, did_you_mean
+from ..redaction import shortened
 
 PLAIN_FILTER = "none"
 """The harness's name for no filter; left out of a metric's name."""
@@ -97,7 +98,7 @@ def build_hub(
             tasks: dict[str, Any] = _manager().load([name])["tasks"]
     except Exception as error:
         missing = f"; run: pip install '{needs}'" if needs and isinstance(error, ImportError) else ""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
         raise UserError(
             f"task {title}: lm-eval's {name} cannot be had ({reason}){missing or '; give --data FOLDER'}"
         ) from error

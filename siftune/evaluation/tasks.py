@@ -23,6 +23,7 @@ import numpy as np
 from ..data.files import hash_file, hash_json
 from ..data.yaml_files import read_yaml
 from ..errors import UserError, check_keys
+from ..redaction import shortened
 from .grading import GRADES
 
 TASKS = Path(__file__).parent / "tasks"
@@ -280,7 +281,7 @@ def _from_hub(spec: TaskSpec, shots: int) -> tuple[Rows, Rows, str]:
     try:
         loaded = [load_dataset(asked["path"], split=split) for split in wanted]
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
         raise UserError(
             f"task {spec.name}: the hub's data set {asked['path']} cannot be read ({reason}); give --data FOLDER"
         ) from error

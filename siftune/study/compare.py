@@ -21,6 +21,7 @@ from typing import Any
 from .. import __version__
 from ..data.files import atomic_path, hash_json, read_json, write_json
 from ..errors import UserError
+from ..redaction import redact
 from ..job import RUNS, build, check_method
 from ..run import make_folder
 from . import cell as pieces
@@ -135,7 +136,7 @@ def _identity(study: Study) -> dict[str, Any]:
     said: dict[str, Any] = {name: getattr(study, name) for name in SHARED}
     for entry in (*study.offline, *study.online):
         said[f"{entry.side} {entry.name}"] = [entry.method, entry.candidates, entry.settings]
-    found: dict[str, Any] = json.loads(json.dumps(said, default=str))
+    found: dict[str, Any] = redact(json.loads(json.dumps(said, default=str)))
     return found
 
 
