@@ -67,7 +67,8 @@ def _without_value(found: re.Match[str]) -> str:
 
 def redact_text(text: str) -> str:
     """`text` without secrets: those that its own form shows, and the values of the environment's secret variables."""
-    return _redacted(text, _environment())
+    masked: str = _redacted(text, _environment())
+    return masked
 
 
 def redact(value: Any) -> Any:

@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 
 from ..errors import MissingExtra, UserError
-from ..redaction import shortened
 from ..records import Pool, Shard, ShardTask
+from ..redaction import shortened
 from .course import Done, Failed, LeftOut, Outcome
 from .dispatch import dispatch
 from .local import LocalEngine, here, stays

@@ -24,7 +24,7 @@ from ..data.files import hash_file, hash_json
 from ..data.yaml_files import read_yaml
 from ..errors import UserError, check_keys
 from ..redaction import shortened
-from .grading import GRADES
+from .grading import GRADES, RUN_PROGRAMS
 
 TASKS = Path(__file__).parent / "tasks"
 LETTERS = "ABCDEFGHIJ"
@@ -100,6 +100,11 @@ class TaskSpec:
             raise UserError(f"{where}: options: {self.options} is not known; give letters or texts")
         if not self.prompt:
             raise UserError(f"{where} has no prompt; write one, such as 'Question: {{{{ question }}}}\\nAnswer:'")
+
+    @property
+    def runs_programs(self) -> bool:
+        """Whether grading runs code that the model wrote, whatever the YAML says of it."""
+        return self.runs_code or self.grade in RUN_PROGRAMS
 
     @property
     def own_metric(self) -> str:

@@ -21,8 +21,8 @@ from typing import Any
 from .. import __version__
 from ..data.files import atomic_path, hash_json, read_json, write_json
 from ..errors import UserError
-from ..redaction import redact
 from ..job import RUNS, build, check_method
+from ..redaction import redact
 from ..run import make_folder
 from . import cell as pieces
 from .cell import (

@@ -15,10 +15,10 @@ import torch
 
 from ..data.files import hash_file, hash_json, read_json, remove, temporary_beside
 from ..errors import MissingExtra, UserError
-from ..redaction import shortened
 from ..models.backbone import Backbone
 from ..models.chat import content_key
 from ..models.checkpoint import quiet
+from ..redaction import shortened
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

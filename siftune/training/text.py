@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from ..data.formats import BadRow
 from ..errors import UserError
-from ..redaction import shortened
 from ..records import Pool, Row
+from ..redaction import shortened
 
 Text = Literal["auto", "chat", "prompt"]
 FORMS = ("auto", "chat", "prompt")

@@ -19,11 +19,11 @@ from typing import Any
 from ..budget import parse_keep
 from ..data.load import load_pool
 from ..errors import UserError
-from ..redaction import shortened
 from ..models.checkpoint import WEIGHT_FILES, find_folder, quiet, read_config, read_tokenizer
 from ..online.base import OnlineMethod
 from ..online.reference import TABLES
 from ..records import Pool
+from ..redaction import shortened
 from .configs import lora_config, quantization_config, sft_config
 from .identity import random_state_kept
 from .merge import ADAPTER, is_adapter

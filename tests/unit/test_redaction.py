@@ -61,7 +61,11 @@ def test_values_of_the_environments_secret_variables_are_masked(monkeypatch: pyt
     monkeypatch.setenv("OTHER_TOKEN", SECRET + "-longer")
     monkeypatch.setenv("SHORT_TOKEN", "none")
     assert redact_text(f"no {SECRET}-longer, no {SECRET}, none") == "no ***, no ***, none"
-    assert redact({"rows": [f"x{SECRET}"], "n": 3, "pair": (1, SECRET)}) == {"rows": ["x***"], "n": 3, "pair": (1, MASK)}
+    assert redact({"rows": [f"x{SECRET}"], "n": 3, "pair": (1, SECRET)}) == {
+        "rows": ["x***"],
+        "n": 3,
+        "pair": (1, MASK),
+    }
 
 
 def test_a_domain_of_such_a_name_keeps_its_counts() -> None:
