@@ -150,7 +150,7 @@ def _watch(process: subprocess.Popen[bytes], folder: int, seconds: float) -> str
     return _TOO_LARGE if _size(folder) > FOLDER_MB << 20 else None
 
 
-_TOO_LARGE = f"wrote more than {FOLDER_MB} MB into its folder, more than {DEPTH} folders deep, or closed it"
+_TOO_LARGE = f"wrote more than {FOLDER_MB} MB into its folder, more than {DEPTH} folders deep, or made it unreadable"
 
 
 class _Process(NamedTuple):

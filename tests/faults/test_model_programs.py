@@ -152,7 +152,7 @@ print(programs.failure("import os\\nos.mkdir('a')\\nopen('a/b', 'w')\\nos.chmod(
         pytest.skip("this Python is too old, or no user namespace is given to an ordinary user")
     first, last = ran.stdout.splitlines()
     assert first == f"{LEFT if programs.NAMESPACES else 'ran more than 8 processes and threads'} None", ran.stderr
-    assert "closed" in last
+    assert "unreadable" in last
     assert list(own.iterdir()) == []
 
 
