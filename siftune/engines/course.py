@@ -14,8 +14,8 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..redaction import redact_text
 from ..records import Pool, Shard, ShardResult
+from ..redaction import redact_text
 
 MOST_POISONED = 8
 """Rows of a shard that may be left out; more than these is no matter of rows."""

@@ -96,7 +96,7 @@ def test_a_configuration_that_names_a_kernel_of_the_hub_is_refused(tmp_path: Pat
     path.write_text(json.dumps(stored | {"_attn_implementation": "eager"}))
     assert Backbone(str(folder), layer=1).config is not None
     path.write_text(json.dumps(stored | said))
-    with pytest.raises(UserError, match="config.json that names code to run"):
+    with pytest.raises(UserError, match="that names code to run"):
         _ = Backbone(str(folder), layer=1).config
 
 
