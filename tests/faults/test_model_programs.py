@@ -226,11 +226,11 @@ def test_any_text_is_a_program(program: str) -> None:
     assert failure(program) == (None if program in ("", "x = '\udcff'") else NOT_REACHED)
 
 
-def test_a_program_does_not_outlive_a_killed_evaluation() -> None:
+def test_a_program_does_not_outlive_a_killed_evaluation(place: Path) -> None:
     mark = f"outlives-{os.urandom(6).hex()}"
     child = f"import sys, subprocess; subprocess.run([sys.executable, '-c', 'import time; time.sleep(20) # {mark}'])"
     code = f"from siftune.evaluation import programs\nprograms.NAMESPACES = {programs.NAMESPACES}\nprograms.failure({child!r})"
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(place)})
     until = time.monotonic() + 20
     while not any(f"# {mark}" in line and "programs.failure" not in line for line in command_lines()):
         assert time.monotonic() < until
@@ -242,8 +242,8 @@ def test_a_program_does_not_outlive_a_killed_evaluation() -> None:
     else:  # what a killed evaluation's program started is not promised to end without a namespace
         assert any(mark in line for line in command_lines())
         kill_marked(mark)
-    for folder in Path(tempfile.gettempdir()).glob("siftune-program-*"):
-        shutil.rmtree(folder)
+    (folder,) = place.glob("siftune-program-*")  # its folder is what a killed evaluation leaves
+    shutil.rmtree(folder)
 
 
 def has_namespaces() -> bool:
