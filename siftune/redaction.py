@@ -58,11 +58,11 @@ def mask_patterns(text: str) -> str:
     return _ASSIGNED.sub(_without_value, _FLAG.sub(_without_value, text))
 
 
-def _without_value(found: re.Match[str]) -> str:
-    placeholder = found["value"].startswith(("$", "{", MASK))
-    if placeholder or not is_secret_key(found["name"]):
-        return found[0]
-    return found[0][: found.start("value") - found.start()] + MASK
+def _without_value(match: re.Match[str]) -> str:
+    placeholder = match["value"].startswith(("$", "{", MASK))
+    if placeholder or not is_secret_key(match["name"]):
+        return match[0]
+    return match[0][: match.start("value") - match.start()] + MASK
 
 
 def redact_text(text: str) -> str:

@@ -61,14 +61,14 @@ VARIABLES = {
 """The environment variable that the library behind a key reads its secret from, by a word of the key; the first counts."""
 
 
-def check_file_keys(said: Mapping[str, Any], where: str) -> None:
+def check_file_keys(content: Mapping[str, Any], where: str) -> None:
     """Raise `UserError` for a key of a file, at any depth, that names code or holds a secret.
 
     >>> check_file_keys({"model_kwargs": {"trust_remote_code": True}}, "recipe.yaml")
     Traceback (most recent call last):
     siftune.errors.UserError: recipe.yaml: model_kwargs.trust_remote_code names code to run, which no file may; ...
     """
-    for key, value in said.items():
+    for key, value in content.items():
         if key in CHOSEN_NAMES:
             for section in value if isinstance(value, list) else [value]:
                 named = section if isinstance(section, Mapping) else {"": section}
@@ -88,8 +88,8 @@ def check_texts(value: Any, name: str, where: str) -> None:
             )
 
 
-def _check(said: Mapping[Any, Any], path: str, where: str) -> None:
-    for key, value in said.items():
+def _check(content: Mapping[Any, Any], path: str, where: str) -> None:
+    for key, value in content.items():
         name = f"{path}.{key}" if path else str(key)
         for part in str(key).replace("-", "_").lower().split("."):
             _check_key(part, value, name, where)
@@ -132,7 +132,7 @@ def _check_value(value: Any, name: str, where: str) -> None:
 
 
 def _stored(text: str) -> str | bytes:
-    """What a text stands for that may be JSON, a JSON file, or JSON in base64."""
+    """The content that a text names: JSON, a JSON file, or JSON in base64."""
     try:
         if Path(text).is_file():
             return Path(text).read_bytes()

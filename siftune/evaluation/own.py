@@ -69,8 +69,8 @@ def _written(
     """`reasons` gets, by row, why an answer has the grade 0, where its grade says so."""
     grade, metric, _ = GRADES[str(spec.grade)]
 
-    def graded(doc: Mapping[str, Any], said: list[str]) -> dict[str, float]:
-        value = grade(row_of(doc), said[0])
+    def graded(doc: Mapping[str, Any], answers: list[str]) -> dict[str, float]:
+        value = grade(row_of(doc), answers[0])
         if isinstance(value, Failed):
             reasons[doc["row"]] = value.reason
         return {metric: float(value)}

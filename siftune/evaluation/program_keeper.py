@@ -32,12 +32,12 @@ _COUNTED_BY_NAMESPACE = (5, 14)
 """Linux from which RLIMIT_NPROC counts the processes of a user namespace and not all of the user's."""
 
 
-def main(said: dict[str, Any]) -> int:
+def main(options: dict[str, Any]) -> int:
     """Run the program; in the process that is the program, this does not return."""
     _prctl(_PDEATHSIG, signal.SIGKILL)
     _prctl(_NO_NEW_PRIVILEGES, 1)
     _prctl(_SUBREAPER, 1)
-    isolated = "" if not said["namespaces"] else _own_namespace()
+    isolated = "" if not options["namespaces"] else _own_namespace()
     if isolated:
         first = os.fork()
         if first:
@@ -46,9 +46,9 @@ def main(said: dict[str, Any]) -> int:
     program = os.fork()
     if program == 0:
         _prctl(_PDEATHSIG, signal.SIGKILL)
-        _limit(said, own_count=isolated == "user")
+        _limit(options, own_count=isolated == "user")
         runpy.run_path("program.py", run_name="__main__")
-        os.write(said["pipe"], said["word"].encode())
+        os.write(options["pipe"], options["word"].encode())
         sys.exit(0)
     code = _wait(program)
     if not isolated:
@@ -77,16 +77,16 @@ def _own_namespace() -> str:
     return "pid" if unshare(_NEW_PID) == 0 else ""
 
 
-def _limit(said: dict[str, Any], *, own_count: bool) -> None:
+def _limit(options: dict[str, Any], *, own_count: bool) -> None:
     limits = {
-        resource.RLIMIT_CPU: said["cpu"],
-        resource.RLIMIT_AS: said["memory"],
-        resource.RLIMIT_FSIZE: said["file"],
+        resource.RLIMIT_CPU: options["cpu"],
+        resource.RLIMIT_AS: options["memory"],
+        resource.RLIMIT_FSIZE: options["file"],
         resource.RLIMIT_CORE: 0,
     }
     release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2] if part.isdigit())
     if own_count and release >= _COUNTED_BY_NAMESPACE:
-        limits[resource.RLIMIT_NPROC] = said["processes"]
+        limits[resource.RLIMIT_NPROC] = options["processes"]
     for kind, most in limits.items():
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -127,14 +127,14 @@ def _kill_children() -> None:
 
 
 def _children() -> list[int]:
-    found = []
+    children = []
     own = str(os.getpid()).encode()
     for name in os.listdir("/proc") if os.path.isdir("/proc") else []:
         if name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
                 if file.read().rpartition(b")")[2].split()[1] == own:
-                    found.append(int(name))
-    return found
+                    children.append(int(name))
+    return children
 
 
 if __name__ == "__main__":

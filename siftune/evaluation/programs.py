@@ -79,7 +79,7 @@ def _run(place: str, folder: int, seconds: float) -> str | None:
     word = secrets.token_hex(16)
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
-    said = {
+    options = {
         "cpu": max(1, round(seconds)),
         "memory": MEMORY_MB << 20,
         "file": FILE_MB << 20,
@@ -90,7 +90,7 @@ def _run(place: str, folder: int, seconds: float) -> str | None:
     }
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(_KEEPER), json.dumps(said)],
+            [sys.executable, "-I", "-B", str(_KEEPER), json.dumps(options)],
             cwd=place,
             env=_environment(place),
             stdin=subprocess.DEVNULL,

@@ -81,7 +81,7 @@ def _check_adapter(folder: Path, model: str) -> None:
         )
 
 
-def _check_kernels(folder: Path, said: str) -> None:
+def _check_kernels(folder: Path, where: str) -> None:
     """Raise `UserError` for a configuration that names a repository of the hub as its attention: it would be run."""
     stored = read_json(folder / "config.json")
     parts = [stored, *stored.values()] if isinstance(stored, dict) else []
@@ -89,7 +89,7 @@ def _check_kernels(folder: Path, said: str) -> None:
         for key, value in part.items():
             if key.endswith("_implementation") and "/" in json.dumps(value):
                 raise UserError(
-                    f"{said} has a config.json that names code to run ({key}: {value!r}); remove {key} from it, or read "
+                    f"{where} has a config.json that names code to run ({key}: {value!r}); remove {key} from it, or read "
                     "that code, then pass trust_remote_code=True"
                 )
 

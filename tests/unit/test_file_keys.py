@@ -22,9 +22,9 @@ from siftune.training.recipe import Recipe, presets, read_preset
 CODE = "names code to run, which no file may"
 
 
-def refuses(said: dict[str, Any]) -> str:
+def refuses(content: dict[str, Any]) -> str:
     with pytest.raises(UserError) as caught:
-        check_file_keys(said, "recipe.yaml")
+        check_file_keys(content, "recipe.yaml")
     return str(caught.value)
 
 
@@ -163,7 +163,7 @@ def test_shipped_presets_are_plain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "variable"),
+    ("content", "variable"),
     [
         ({"sft": {"hub_token": "hf_x1"}}, "HF_TOKEN"),
         ({"model_kwargs": {"token": "hf_x1"}}, "HF_TOKEN"),
@@ -180,8 +180,8 @@ def test_shipped_presets_are_plain() -> None:
         ({"pool": ["http://me:hf_x1@host/rows.jsonl"]}, "OPENAI_API_KEY"),
     ],
 )
-def test_a_secret_is_refused_by_naming_the_environments_variable(said: dict[str, Any], variable: str) -> None:
-    sentence = refuses(said)
+def test_a_secret_is_refused_by_naming_the_environments_variable(content: dict[str, Any], variable: str) -> None:
+    sentence = refuses(content)
     assert variable in sentence
     assert "hf_x1" not in sentence
     assert "12345678" not in sentence
@@ -206,22 +206,22 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def written(path: Path, said: Any) -> Path:
-    path.write_text(yaml.safe_dump(said))
+def written(path: Path, content: Any) -> Path:
+    path.write_text(yaml.safe_dump(content))
     return path
 
 
-@pytest.mark.parametrize("said", [TRUST, TOKEN], ids=["code", "secret"])
-def test_every_kind_of_file_is_refused(tmp_path: Path, refused: Any, said: dict[str, Any]) -> None:
-    wanted = CODE if said is TRUST else "set HF_TOKEN in the environment"
-    recipe = written(tmp_path / "recipe.yaml", {"model": "m", "train": "t.jsonl", **said})
+@pytest.mark.parametrize("content", [TRUST, TOKEN], ids=["code", "secret"])
+def test_every_kind_of_file_is_refused(tmp_path: Path, refused: Any, content: dict[str, Any]) -> None:
+    wanted = CODE if content is TRUST else "set HF_TOKEN in the environment"
+    recipe = written(tmp_path / "recipe.yaml", {"model": "m", "train": "t.jsonl", **content})
     inner = {"model": "m", "pool": "p.jsonl", "held_out": "h.jsonl"}
-    study = written(tmp_path / "study.yaml", {**inner, "recipe": said})
+    study = written(tmp_path / "study.yaml", {**inner, "recipe": content})
     named = written(tmp_path / "named.yaml", {**inner, "recipe": str(recipe)})
-    key, section = next(iter(said)), next(iter(said.values()))
+    key, section = next(iter(content)), next(iter(content.values()))
     entry = written(tmp_path / "entry.yaml", {**inner, "recipe": {}, "online": [{"method": "uds", **section}]})
-    config = written(tmp_path / "config.yaml", said)
-    task = written(tmp_path / "task.yaml", {"kind": "write", **said})
+    config = written(tmp_path / "config.yaml", content)
+    task = written(tmp_path / "task.yaml", {"kind": "write", **content})
     suite = written(tmp_path / "suite.yaml", {"tasks": {"gsm8k": {"shots": 1, **section}}})
     mine = written(tmp_path / "mine.yaml", {"tasks": {"mine": {"task": task.name}}})
     for words in (
@@ -239,7 +239,7 @@ def test_every_kind_of_file_is_refused(tmp_path: Path, refused: Any, said: dict[
         ["train", tmp_path / "good.yaml", "--set", f"{key}.{next(iter(section))}={next(iter(section.values()))}"],
         ["train", tmp_path / "good.yaml", "--config",
          written(tmp_path / "set.yaml", {"set": {f"{key}.{next(iter(section))}": "hf_x1"}})],
-        ["compare", written(tmp_path / "plain.yaml", {**inner, "recipe": {}}), "--set", f"recipe={json.dumps(said)}"],
+        ["compare", written(tmp_path / "plain.yaml", {**inner, "recipe": {}}), "--set", f"recipe={json.dumps(content)}"],
     ):  # fmt: skip
         assert wanted in refused(*words), words
 

@@ -39,8 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def recipe(folder: Path, **more: object) -> Path:
-    said = {"model": str(folder / "model"), "train": str(folder / "pool.jsonl"), "sft": {"max_steps": 1}, **more}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(said))
+    content = {"model": str(folder / "model"), "train": str(folder / "pool.jsonl"), "sft": {"max_steps": 1}, **more}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     return folder / "recipe.yaml"
 
 
@@ -81,7 +81,7 @@ def test_the_same_model_runs_its_code_when_python_asks(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "content",
     [
         {"_attn_implementation": "someone/kernel"},
         {"attn_implementation": "someone/kernel"},
@@ -89,13 +89,13 @@ def test_the_same_model_runs_its_code_when_python_asks(folder: Path) -> None:
         {"text_config": {"attn_implementation": {"": "someone/kernel"}}},
     ],
 )
-def test_a_configuration_that_names_a_kernel_of_the_hub_is_refused(tmp_path: Path, said: dict[str, object]) -> None:
+def test_a_configuration_that_names_a_kernel_of_the_hub_is_refused(tmp_path: Path, content: dict[str, object]) -> None:
     folder = save_tiny(tmp_path / "model", layers=2, width=16)
     path = folder / "config.json"
     stored = json.loads(path.read_text())
     path.write_text(json.dumps(stored | {"_attn_implementation": "eager"}))
     assert Backbone(str(folder), layer=1).config is not None
-    path.write_text(json.dumps(stored | said))
+    path.write_text(json.dumps(stored | content))
     with pytest.raises(UserError, match="that names code to run"):
         _ = Backbone(str(folder), layer=1).config
 

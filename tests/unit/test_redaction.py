@@ -85,9 +85,9 @@ def test_a_servers_error_is_masked_before_it_is_cut(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     from siftune.models.server import _short
 
-    said = _short(ValueError("y" * before + " " + SECRET + " and more words " * 9))
-    assert "sk-pl" not in said
-    assert len(said) <= 200
+    sentence = _short(ValueError("y" * before + " " + SECRET + " and more words " * 9))
+    assert "sk-pl" not in sentence
+    assert len(sentence) <= 200
 
 
 def test_no_error_and_no_reply_of_a_server_holds_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
