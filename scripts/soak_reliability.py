@@ -74,8 +74,16 @@ MEANING = """
 - A worker process or Ray actor that dies is replaced and its shard tried again. Where a shard keeps failing, the rows that
   are to blame are found and left out with a reason; every other row has the number it would have had without them.
 - What a user can mend is one sentence and exit code 2. Every row that drops out has a reason, and the counts add up.
-- Nothing that siftune reads can run code: no pickle is opened, YAML is read safely, arrays hold no objects; a model's own
-  code never runs unless `trust_remote_code` is asked for in Python. No secret of the environment is written anywhere.
+- Nothing that siftune reads can run code: no pickle is opened, YAML is read safely, arrays hold no objects. A recipe,
+  study, suite, configuration or `--set` that names code (`trust_remote_code`, a class, a callback, a kernel of the hub, a
+  command for `--tune`) is refused, however deep it is nested and also in a JSON file that the recipe names. Code of a
+  model's or an adapter's own folder never runs unless Python passes `trust_remote_code=True`. The one exception is
+  `allow_code`, which runs programs that a model writes: [what bounds them](evaluate.md#code-that-a-model-writes).
+- No secret is written. A file or an option that holds one (`hub_token`, `api_key`, a header, a password or a key in an
+  address) is refused, and the sentence names the environment variable to use. What Python passes under such a key, and the
+  values of the environment's variables for keys, tokens, secrets and passwords (6 characters or more), are masked in
+  configurations, manifests, model cards, results, replies of servers and messages, before a message is cut. Rows are the
+  user's own data and are written as they are, and so is the log of a `--tune` command.
 
 ## What is not
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from .config import unknown
 from .errors import UserError
+from .redaction import redact_text
 
 OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fine-tuned on.
 
@@ -79,7 +80,7 @@ def _tell_warnings() -> None:
     """Our own warnings as one line on standard error; other packages' are for their developers."""
 
     def tell(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"siftune: note: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"siftune: note: {' '.join(redact_text(str(message)).split())}", file=sys.stderr)
 
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", category=UserWarning, module=r"siftune\b")
@@ -88,10 +89,10 @@ def _tell_warnings() -> None:
 
 def _our_fault(error: Exception) -> int:
     if os.environ.get("SIFTUNE_TRACEBACK"):
-        traceback.print_exc()
+        print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    said = " ".join(str(error).split())
+    said = " ".join(redact_text(str(error)).split())
     print(
         f"siftune: a fault of siftune, not of your input: {type(error).__name__}{where}: {said}\n"
         "hint: run again with SIFTUNE_TRACEBACK=1 in the environment and report what it prints",

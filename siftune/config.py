@@ -22,6 +22,7 @@ from typing import Any, Literal
 from .budget import Keep
 from .data.yaml_files import read_yaml
 from .errors import UserError, did_you_mean
+from .redaction import redact
 
 PARTS = ("engine", "store", "cache")
 """Fields of a method that the pipeline hands in; never an option."""
@@ -235,10 +236,10 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def write_yaml(config: Mapping[str, Any]) -> str:
-    """A configuration as YAML text, keys in the order given."""
+    """A configuration as YAML text, keys in the order given, secrets masked."""
     import yaml
 
-    return str(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(redact(dict(config)), sort_keys=False, allow_unicode=True))
 
 
 def unknown(said: str, known: Sequence[str], *, what: str, where: str) -> UserError:

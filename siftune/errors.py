@@ -9,12 +9,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from .redaction import redact
+
 
 class UserError(ValueError):
-    """Bad input or usage: one sentence that names the value and the way out.
+    """Bad input or usage: one sentence that names the value and the way out. Secrets in it are masked.
 
     >>> raise UserError("keep=16 exceeds the 8 rows of the pool; lower keep")
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(part) for part in args))
 
 
 class MissingExtra(UserError, ImportError):

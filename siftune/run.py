@@ -21,6 +21,7 @@ from . import __version__
 from .config import write_yaml
 from .data.files import FolderLock, atomic_path, hash_file, hash_json, read_json, sweep_temporaries, write_json
 from .errors import UserError
+from .redaction import redact
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -68,7 +69,7 @@ class RunFolder:
 
     def __init__(self, folder: Path, *, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.config = json.loads(json.dumps(config))
+        self.config = redact(json.loads(json.dumps(config)))
         self.inputs = {"siftune": __version__, **json.loads(json.dumps(inputs))}
         self.manifest: dict[str, Any] = {}
         self._lock = FolderLock(folder)
@@ -259,5 +260,5 @@ def peak_memory_mb() -> int:
 
 
 def identity(config: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """The short hash in a default run folder's name, of all that decides the run's result."""
-    return hash_json({"config": config, "inputs": inputs, "siftune": __version__})[:12]
+    """The short hash in a default run folder's name, of all that decides the run's result; a secret does not."""
+    return hash_json({"config": redact(config), "inputs": inputs, "siftune": __version__})[:12]

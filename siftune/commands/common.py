@@ -12,6 +12,7 @@ from typing import Any
 from .. import registry
 from ..arguments import Command, HelpWanted
 from ..config import PARTS, Option, options_of, read_config
+from ..data.file_keys import check_texts
 from ..errors import UserError
 
 SEEDS = 2**32
@@ -25,6 +26,8 @@ def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
     except HelpWanted:
         print(command.help(), end="")
         return None
+    for name, value in values.items():
+        check_texts(value, f"--{name.replace('_', '-')}", command.where)
     seed = values.get("seed")
     if seed is not None and not 0 <= seed < SEEDS:
         raise UserError(f"--seed {str(seed)[:20]} is not from 0 to {SEEDS - 1}; give another")

@@ -95,9 +95,9 @@ def run(words: list[str]) -> int:
 
 def _parsed(said: Mapping[str, str]) -> dict[str, Any]:
     """Values as YAML reads them."""
-    from ..data.yaml_files import parse_yaml
+    from ..data.yaml_files import set_value
 
-    return {name: parse_yaml(value, f"--set {name}") for name, value in said.items()}
+    return {name: set_value(name, value) for name, value in said.items()}
 
 
 def _adjusted(study: Study, options: CompareOptions) -> Study:

@@ -85,10 +85,10 @@ def run(words: list[str]) -> int:
 
 def settings(words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """The words without `--set KEY=VALUE`, and what they set; values are YAML."""
-    from ..data.yaml_files import parse_yaml
+    from ..data.yaml_files import set_value
 
     rest, said = split_set(words, example="sft.learning_rate=1e-4")
-    return rest, {key: parse_yaml(value, f"--set {key}={value}") for key, value in said.items()}
+    return rest, {key: set_value(key, value) for key, value in said.items()}
 
 
 def named(values: Mapping[str, Any], command: str) -> str:
@@ -102,12 +102,12 @@ def named(values: Mapping[str, Any], command: str) -> str:
 
 def overrides(values: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     """What the command line sets in the recipe: its own options last."""
-    from ..data.yaml_files import parse_yaml
+    from ..data.yaml_files import set_value
 
     found: dict[str, Any] = {}
     if values.get("online") is not None:  # first, so that --set can give the new method its own fields
         found["online"] = None if values["online"] == "none" else values["online"]
-    found |= {key: parse_yaml(value, f"--set {key}") for key, value in (values.get("set") or {}).items()}
+    found |= {key: set_value(key, value) for key, value in (values.get("set") or {}).items()}
     found |= said
     if values.get("keep") is not None:
         if values.get("online") == "none":

@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from ..errors import UserError
+from ..redaction import redact
 
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32] or "host"
 _PROCESS = secrets.token_hex(4)
@@ -235,11 +236,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as readable JSON, atomically; NaN and infinities become null.
+    """Write `obj` as readable JSON, atomically; NaN and infinities become null, secrets are masked.
 
     >>> write_json("run/manifest.json", {"rows": 100})
     """
     options: dict[str, Any] = {"indent": 2, "ensure_ascii": False, "default": json_value, "allow_nan": False}
+    obj = redact(obj)
     try:
         text = json.dumps(obj, **options)
     except ValueError:

@@ -23,6 +23,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 
 from ..errors import UserError
+from ..redaction import shortened
 from .files import plain_errors
 from .parse import CHUNK_BYTES, Chunk, cut, json_lines, json_rows
 from .parse_csv import csv_rows
@@ -147,7 +148,7 @@ def _from_hub(name: str, split: str) -> Part:
     try:
         dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # network, hub, builder and split errors share no base class
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        said = shortened((str(error).strip() or type(error).__name__).splitlines()[0], 200).rstrip(".")
         raise UserError(
             f"{name} is neither a file nor a folder here, and its split {split} could not be had from the hub "
             f"({said}); check the name, as owner/name:split, and the connection"

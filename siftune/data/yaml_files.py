@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .file_keys import check_file_keys
 
 _EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
@@ -38,10 +39,14 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
-def read_yaml(path: str | Path, *, what: str, write: str = "write one `key: value` a line") -> dict[str, Any]:
-    """The mapping that a YAML file holds; `{}` for an empty one. Raises `UserError` where it is missing or holds something else.
+def read_yaml(
+    path: str | Path, *, what: str, write: str = "write one `key: value` a line", names: bool = False
+) -> dict[str, Any]:
+    """The mapping that a YAML file holds; `{}` for an empty one. Raises `UserError` where it is missing or holds something else,
+    and for a key that names code or holds a secret (`file_keys`).
 
-    `what` names the kind of file, as in "the recipe"; `write` is the advice for a file that holds no keys.
+    `what` names the kind of file, as in "the recipe"; `write` is the advice for a file that holds no keys; `names` is for
+    a file whose keys are the author's own names.
     """
     try:
         loaded = parse_yaml(Path(path).read_text(encoding="utf-8"), f"{what} {path}")
@@ -54,4 +59,17 @@ def read_yaml(path: str | Path, *, what: str, write: str = "write one `key: valu
     for name in loaded or {}:
         if not isinstance(name, str):  # `no:` is False to YAML, `1:` a number
             raise UserError(f"{what} {path} has the key {name!r}, which YAML does not read as text; put it in quotes")
+    if not names:
+        check_file_keys(loaded or {}, f"{what} {path}")
     return loaded or {}
+
+
+def set_value(key: str, text: str) -> Any:
+    """The value of `--set KEY=TEXT`, held to the same rules as a file. Raises `UserError`.
+
+    >>> set_value("sft.learning_rate", "5e-5")
+    5e-05
+    """
+    value = parse_yaml(text, f"--set {key}")
+    check_file_keys({key: value}, "--set")
+    return value

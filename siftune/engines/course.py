@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 from ..records import Pool, Shard, ShardResult
+from ..redaction import redact_text
 
 MOST_POISONED = 8
 """Rows of a shard that may be left out; more than these is no matter of rows."""
@@ -56,7 +57,7 @@ class Failed:
     @classmethod
     def of(cls, error: Exception, trace: str = "") -> Failed:
         """What `error` says of an attempt."""
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        said = " ".join(redact_text(f"{type(error).__name__}: {error}").split())
         return cls(said, final=_nobodys_fault(error), error=error, trace=trace)
 
     def throw(self, shard: Shard) -> None:

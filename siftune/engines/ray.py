@@ -20,6 +20,7 @@ import torch
 
 from ..errors import MissingExtra, UserError
 from ..records import Pool, Shard, ShardTask
+from ..redaction import shortened
 from .course import Done, Failed, LeftOut, Outcome
 from .dispatch import dispatch
 from .local import LocalEngine, here, stays
@@ -95,7 +96,7 @@ def connect(address: str | None) -> Any:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = "on this machine" if address is None else f"at {address}"
         raise UserError(
-            f"no Ray cluster could be reached {where} ({' '.join(str(error).split())[:200]}); check --ray-address, "
+            f"no Ray cluster could be reached {where} ({shortened(error, 200)}); check --ray-address, "
             "or leave it out to start one here"
         ) from error
     return ray
@@ -156,7 +157,7 @@ class Actors:
         except self._ray.exceptions.RayError as error:
             self._ray.kill(self._actors[worker])
             self._actors[worker] = self._hire()
-            said = " ".join(str(error).split())[:300]
+            said = shortened(error, 300)
             return worker, Failed(f"{type(error).__name__}: {said}", died=True)
 
     def close(self) -> None:

@@ -12,12 +12,25 @@ import re
 import string
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, Self
 
-from .programs import passes
+from .programs import failure
 
 Grade = Callable[[Mapping[str, Any], str], float]
 """(row of the task's file, what the model wrote up to the first stop) -> 1.0 or 0.0."""
+
+
+class Failed(float):
+    """The grade 0.0 with the reason for it, which the question's sample shows."""
+
+    reason: str
+
+    def __new__(cls, reason: str) -> Self:
+        """A grade of 0.0."""
+        made = super().__new__(cls, 0.0)
+        made.reason = reason
+        return made
+
 
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+", re.ASCII)
 
@@ -143,13 +156,18 @@ def _value(text: str) -> Decimal | None:
 
 def completes_function(row: Mapping[str, Any], written: str) -> float:
     """The row's `prompt` with what was written passes the row's `test` (HumanEval, pass@1). Runs the code."""
-    return float(passes(f"{row['prompt']}{written}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"))
+    return _grade_of(f"{row['prompt']}{written}\n\n{row['test']}\n\ncheck({row['entry_point']})\n")
 
 
 def passes_tests(row: Mapping[str, Any], written: str) -> float:
     """What was written passes every test of the row's `test_list` (MBPP, pass@1). Runs the code."""
     before = str(row.get("test_setup_code") or "").replace("\r\n", "\n")
-    return float(passes("\n".join([before, written, *row["test_list"]]) + "\n"))
+    return _grade_of("\n".join([before, written, *row["test_list"]]) + "\n")
+
+
+def _grade_of(program: str) -> float:
+    reason = failure(program)
+    return 1.0 if reason is None else Failed(reason)
 
 
 GRADES: dict[str, tuple[Grade, str, tuple[str, ...]]] = {
@@ -160,3 +178,6 @@ GRADES: dict[str, tuple[Grade, str, tuple[str, ...]]] = {
     "passes_tests": (passes_tests, "pass@1", ("test_list",)),
 }
 """Ways of grading by name: the function, its metric's name, and the fields of a row that it reads."""
+
+RUN_PROGRAMS = ("completes_function", "passes_tests")
+"""Of these, the ways that run what the model wrote."""

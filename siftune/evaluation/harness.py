@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingExtra, UserError, did_you_mean
+from ..redaction import shortened
 
 PLAIN_FILTER = "none"
 """The harness's name for no filter; left out of a metric's name."""
@@ -56,6 +57,8 @@ class Built:
 
     tasks: Mapping[str, Any]
     samples: Mapping[str, list[int]] | None = None
+    reasons: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """Per part, why the answer to a question has the grade 0, filled in as answers are graded."""
 
 
 def require(needed_for: str) -> None:
@@ -97,7 +100,7 @@ def build_hub(
             tasks: dict[str, Any] = _manager().load([name])["tasks"]
     except Exception as error:
         missing = f"; run: pip install '{needs}'" if needs and isinstance(error, ImportError) else ""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
         raise UserError(
             f"task {title}: lm-eval's {name} cannot be had ({reason}){missing or '; give --data FOLDER'}"
         ) from error
@@ -154,7 +157,9 @@ def ask(model: Any, built: Built, *, chat: bool, allow_code: bool, bars: bool) -
     finally:
         if allow_code:
             _restore("HF_ALLOW_CODE_EVAL", before)
-    samples = [_sample(part, sample) for part in built.tasks for sample in found["samples"][part]]
+    samples = [
+        _sample(part, sample, built.reasons.get(part, {})) for part in built.tasks for sample in found["samples"][part]
+    ]
     first = {(sample["part"], sample["question"]): sample for sample in reversed(samples)}
     with silent():
         cut = sum(_is_cut(model, sample) for sample in first.values())
@@ -168,7 +173,7 @@ def _restore(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-def _sample(part: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(part: str, sample: Mapping[str, Any], reasons: Mapping[int, str]) -> dict[str, Any]:
     """One question as it is kept: what was asked, what was said, how it was graded."""
     prompt, second = sample["arguments"][0][:2]
     facts = {"part": part, "question": sample["doc_id"], "filter": sample["filter"], "prompt": prompt}
@@ -182,7 +187,8 @@ def _sample(part: str, sample: Mapping[str, Any]) -> dict[str, Any]:
         ]
     target = sample["target"]
     facts["target"] = target if isinstance(target, (str, int, list)) else str(target)
-    return facts | {name: sample[name] for name in sample["metrics"]}
+    facts |= {name: sample[name] for name in sample["metrics"]}
+    return facts | ({"reason": reasons[sample["doc_id"]]} if sample["doc_id"] in reasons else {})
 
 
 def _is_cut(model: Any, sample: Mapping[str, Any]) -> bool:

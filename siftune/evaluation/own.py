@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import UserError
-from .grading import GRADES
+from .grading import GRADES, Failed
 from .harness import Built, silent
 from .tasks import LETTERS, Questions, Rows, TaskSpec
 
@@ -22,15 +22,16 @@ def build_own(asked: Questions, *, length: int) -> Built:
     from lm_eval.api.task import ConfigurableTask
 
     spec = asked.spec
-    tasks = {}
+    tasks, reasons = {}, {}
     with silent():
         for value, rows, shots in asked.leaves():
             name = f"{spec.name}/{value}" if value else spec.name
-            tasks[name] = ConfigurableTask(config=_config(name, spec, rows, shots, length))
-    return Built(tasks)
+            reasons[name] = dict[int, str]()
+            tasks[name] = ConfigurableTask(config=_config(name, spec, rows, shots, length, reasons[name]))
+    return Built(tasks, reasons=reasons)
 
 
-def _config(name: str, spec: TaskSpec, rows: Rows, shots: Rows, length: int) -> dict[str, Any]:
+def _config(name: str, spec: TaskSpec, rows: Rows, shots: Rows, length: int, reasons: dict[int, str]) -> dict[str, Any]:
     """The harness's configuration. A document is a row's number; what it says is looked up here, so that the text of a
     row is never read as a template."""
     every = [*rows, *shots]
@@ -59,15 +60,25 @@ def _config(name: str, spec: TaskSpec, rows: Rows, shots: Rows, length: int) -> 
     }
     if spec.opening:
         config["description"] = "opening"  # the document's field of this name
-    return config | (_written(spec, row_of, length) if spec.kind == "write" else _chosen(spec, row_of))
+    return config | (_written(spec, row_of, length, reasons) if spec.kind == "write" else _chosen(spec, row_of))
 
 
-def _written(spec: TaskSpec, row_of: Callable[[Any], dict[str, Any]], length: int) -> dict[str, Any]:
+def _written(
+    spec: TaskSpec, row_of: Callable[[Any], dict[str, Any]], length: int, reasons: dict[int, str]
+) -> dict[str, Any]:
+    """`reasons` gets, by row, why an answer has the grade 0, where its grade says so."""
     grade, metric, _ = GRADES[str(spec.grade)]
+
+    def graded(doc: Mapping[str, Any], answers: list[str]) -> dict[str, float]:
+        value = grade(row_of(doc), answers[0])
+        if isinstance(value, Failed):
+            reasons[doc["row"]] = value.reason
+        return {metric: float(value)}
+
     return {
         "output_type": "generate_until",
         "doc_to_target": lambda doc: rendered(spec.shown or "", row_of(doc)),
-        "process_results": lambda doc, said: {metric: grade(row_of(doc), said[0])},
+        "process_results": graded,
         "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
         "generation_kwargs": {
             "until": list(spec.stop),

@@ -95,7 +95,7 @@ class Suite:
 
     def check_code(self, allowed: bool) -> None:
         """Raise `UserError` where a task would run code that the model wrote and nobody allowed it."""
-        running = [task.name for task in self.tasks if task.spec is not None and task.spec.runs_code]
+        running = [task.name for task in self.tasks if task.spec is not None and task.spec.runs_programs]
         if running and not allowed:
             raise UserError(
                 f"{' and '.join(running)} of suite {self.name} run code that the model writes, in no sandbox; give "

@@ -23,7 +23,8 @@ import numpy as np
 from ..data.files import hash_file, hash_json
 from ..data.yaml_files import read_yaml
 from ..errors import UserError, check_keys
-from .grading import GRADES
+from ..redaction import shortened
+from .grading import GRADES, RUN_PROGRAMS
 
 TASKS = Path(__file__).parent / "tasks"
 LETTERS = "ABCDEFGHIJ"
@@ -99,6 +100,11 @@ class TaskSpec:
             raise UserError(f"{where}: options: {self.options} is not known; give letters or texts")
         if not self.prompt:
             raise UserError(f"{where} has no prompt; write one, such as 'Question: {{{{ question }}}}\\nAnswer:'")
+
+    @property
+    def runs_programs(self) -> bool:
+        """Whether grading runs code that the model wrote, whatever the YAML says of it."""
+        return self.runs_code or self.grade in RUN_PROGRAMS
 
     @property
     def own_metric(self) -> str:
@@ -280,7 +286,7 @@ def _from_hub(spec: TaskSpec, shots: int) -> tuple[Rows, Rows, str]:
     try:
         loaded = [load_dataset(asked["path"], split=split) for split in wanted]
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
         raise UserError(
             f"task {spec.name}: the hub's data set {asked['path']} cannot be read ({reason}); give --data FOLDER"
         ) from error

@@ -12,6 +12,7 @@ import torch
 
 from ..data.files import cache_folder, hash_file, hash_json
 from ..errors import UserError
+from ..redaction import shortened
 from .backbone import Backbone
 from .checkpoint import TOKENIZER_FILES, quiet
 from .store import Store
@@ -61,7 +62,7 @@ def load(files: Backbone) -> Any:
         with quiet():
             network = AutoModelForCausalLM.from_pretrained(files.folder, dtype=files.torch_dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = shortened(error, 200)
         raise UserError(f"model={files.model!r} could not be loaded: {reason}") from error
     # The folder's own taste in sampling must not mix with the request's; what ends a reply is kept.
     network.siftune_eos = network.generation_config.eos_token_id

@@ -7,6 +7,7 @@ pickle, no Python code of the model's own unless the user says so. What goes wro
 from __future__ import annotations
 
 import copy
+import json
 import logging as std_logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..data.files import read_json
 from ..errors import UserError
 
 Made = TypeVar("Made")
@@ -38,6 +40,7 @@ def find_folder(model: str, revision: str | None) -> Path:
     """The folder, or the hub id's folder in the hub's cache, downloaded if need be (safetensors and text files only)."""
     path = Path(model).expanduser()
     if path.is_dir():
+        _check_adapter(path, model)
         return path
     if path.exists():
         raise UserError(f"model={model!r} is a file; give the folder that holds it")
@@ -50,7 +53,7 @@ def find_folder(model: str, revision: str | None) -> Path:
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
-        return Path(
+        path = Path(
             snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"])
         )
     except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
@@ -62,6 +65,33 @@ def find_folder(model: str, revision: str | None) -> Path:
         raise UserError(
             f"model={model!r} could not be fetched from the hub ({reason}); check the id and revision"
         ) from error
+    _check_adapter(path, model)
+    return path
+
+
+def _check_adapter(folder: Path, model: str) -> None:
+    """Raise `UserError` for an adapter whose configuration names a Python module, which PEFT would import."""
+    if not (folder / "adapter_config.json").is_file():
+        return
+    stored = read_json(folder / "adapter_config.json")
+    if isinstance(stored, dict) and stored.get("megatron_config"):
+        raise UserError(
+            f"model={model!r} has an adapter_config.json that names a Python module to import (megatron_core: "
+            f"{stored.get('megatron_core')!r}); remove megatron_config from it"
+        )
+
+
+def _check_kernels(folder: Path, where: str) -> None:
+    """Raise `UserError` for a configuration that names a repository of the hub as its attention: it would be run."""
+    stored = read_json(folder / "config.json")
+    parts = [stored, *stored.values()] if isinstance(stored, dict) else []
+    for part in (part for part in parts if isinstance(part, dict)):
+        for key, value in part.items():
+            if key.endswith("_implementation") and "/" in json.dumps(value):
+                raise UserError(
+                    f"{where} has a config.json that names code to run ({key}: {value!r}); remove {key} from it, or read "
+                    "that code, then pass trust_remote_code=True"
+                )
 
 
 def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool) -> Any:
@@ -71,6 +101,8 @@ def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool
     said = f"model={model!r}"
     if not (folder / "config.json").is_file():
         raise UserError(f"{said} holds no config.json; give the folder that save_pretrained wrote")
+    if not trust_remote_code:
+        _check_kernels(folder, said)
     config = _asking(
         f"{said} has a config.json that transformers cannot read",
         lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),

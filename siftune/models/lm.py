@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..data.files import hash_json
 from ..errors import UserError
+from ..redaction import shortened
 from . import chat
 from .backbone import Backbone, DType
 from .checkpoint import WEIGHT_FILES, quiet
@@ -213,7 +214,7 @@ def _load(files: Backbone) -> torch.nn.Module:
                 files.folder, dtype=files.torch_dtype, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise UserError(f"{said} could not be loaded: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{said} could not be loaded: {shortened(error, 200)}") from error
     network, facts = read
     if absent := sorted(facts["missing_keys"]):
         raise UserError(

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from ..data.files import hash_json
 from ..errors import MissingExtra, UserError
+from ..redaction import redact_text
 from .generate import Reply, Request
 
 API_KEY = "OPENAI_API_KEY"
@@ -196,7 +197,7 @@ class OpenAIGenerator:
             return Reply(key=request.key, finish_reason="refused", error="the server's content filter took the reply")
         return Reply(
             key=request.key,
-            text=text,
+            text=self._clean(text),  # a server that repeats the key
             prompt_tokens=_count(usage, "prompt_tokens"),
             completion_tokens=_count(usage, "completion_tokens"),
             finish_reason=reason if reason not in ("error", "refused") else f"server said {reason}",
@@ -256,16 +257,15 @@ class OpenAIGenerator:
         return f"generator={base!r} refuses the key ({self._clean(said)}); set {API_KEY} in the environment"
 
     def _clean(self, said: str) -> str:
-        key = os.environ.get(API_KEY)
-        return said.replace(key, "***") if key else said
+        return redact_text(said)
 
 
 def _short(error: Exception) -> str:
-    """An error on one line of at most 200 characters, with the cause that the client hides."""
+    """An error on one line of at most 200 characters, with the cause that the client hides, secrets masked."""
     said = str(getattr(error, "message", "") or error) or type(error).__name__
     if error.__cause__ is not None and str(error.__cause__):
         said += f" ({error.__cause__})"
-    said = " ".join(said.split())
+    said = " ".join(redact_text(said).split())  # masked before it is cut: half a key is a secret too
     return said if len(said) <= 200 else said[:197] + "..."
 
 

@@ -22,6 +22,7 @@ from .. import __version__
 from ..data.files import atomic_path, hash_json, read_json, write_json
 from ..errors import UserError
 from ..job import RUNS, build, check_method
+from ..redaction import redact
 from ..run import make_folder
 from . import cell as pieces
 from .cell import (
@@ -135,7 +136,7 @@ def _identity(study: Study) -> dict[str, Any]:
     said: dict[str, Any] = {name: getattr(study, name) for name in SHARED}
     for entry in (*study.offline, *study.online):
         said[f"{entry.side} {entry.name}"] = [entry.method, entry.candidates, entry.settings]
-    found: dict[str, Any] = json.loads(json.dumps(said, default=str))
+    found: dict[str, Any] = redact(json.loads(json.dumps(said, default=str)))
     return found
 
 

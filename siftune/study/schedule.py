@@ -20,6 +20,7 @@ from multiprocessing import connection
 from typing import Any
 
 from ..errors import UserError
+from ..redaction import redact_text
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def _guarded(task: Task) -> Failure | None:
     except UserError as error:
         return Failure(task.name, " ".join(str(error).split()), ours=False)
     except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return Failure(task.name, said, ours=True, trace=traceback.format_exc())
+        said = f"{type(error).__name__}: {' '.join(redact_text(str(error)).split())}"
+        return Failure(task.name, said, ours=True, trace=redact_text(traceback.format_exc()))
     return None
 
 

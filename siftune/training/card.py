@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.files import read_json
 from ..errors import UserError
+from ..redaction import redact
 
 MANIFEST = "manifest.json"
 
@@ -45,6 +46,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     `facts`: `recipe` (plain), `preset`, `adapter` (bool), `rows`, `selection` (of `selection_behind`), `tokens`,
     `train_loss`, `steps`, `seconds`, `versions`, `siftune`.
     """
+    facts = redact(facts)
     recipe = facts["recipe"]
     base = recipe["model"]
     parts = [

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtra, UserError
+from ..redaction import shortened
 from .given import fitting, nearest
 from .recipe import Recipe
 
@@ -24,6 +25,8 @@ _REFUSED = {
     "save_only_model": "a run goes on from its checkpoints, which need the optimiser; raise save_steps to save space",
     "auto_find_batch_size": "budgets are counted in batches; set per_device_train_batch_size",
     "seed": "write seed: beside sft",
+    "hub_token": "checkpoints would hold it; set HF_TOKEN in the environment",
+    "push_to_hub_token": "checkpoints would hold it; set HF_TOKEN in the environment",
     "model_init_kwargs": "write model_kwargs: beside sft",
     "dataset_kwargs": _TOKENS,
     "dataset_text_field": f"{_TOKENS}; give columns:",
@@ -126,4 +129,4 @@ def quantization_config(recipe: Recipe) -> Any:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return shortened(error, 300) or type(error).__name__

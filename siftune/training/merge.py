@@ -18,6 +18,7 @@ from ..errors import MissingExtra, UserError
 from ..models.backbone import Backbone
 from ..models.chat import content_key
 from ..models.checkpoint import quiet
+from ..redaction import shortened
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -48,7 +49,7 @@ def load_tuned(folder: Path, *, dtype: str = "auto") -> Any:
     except UserError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder} could not be loaded: {shortened(error, 300)}") from error
 
 
 def adapted(network: Any, adapter: Path) -> Any:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from ..data.formats import BadRow
 from ..errors import UserError
 from ..records import Pool, Row
+from ..redaction import shortened
 
 Text = Literal["auto", "chat", "prompt"]
 FORMS = ("auto", "chat", "prompt")
@@ -216,4 +217,4 @@ def _place(whole: str, answer: str) -> int:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    return shortened(error, 120) or type(error).__name__

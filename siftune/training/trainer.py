@@ -23,6 +23,7 @@ from ..models.checkpoint import WEIGHT_FILES, find_folder, quiet, read_config, r
 from ..online.base import OnlineMethod
 from ..online.reference import TABLES
 from ..records import Pool
+from ..redaction import shortened
 from .configs import lora_config, quantization_config, sft_config
 from .identity import random_state_kept
 from .merge import ADAPTER, is_adapter
@@ -124,7 +125,7 @@ class Prepared:
                     callbacks=list(callbacks),
                 )
             except (ValueError, TypeError) as error:
-                raise UserError(f"trl refuses the recipe: {' '.join(str(error).split())[:300]}") from error
+                raise UserError(f"trl refuses the recipe: {shortened(error, 300)}") from error
         for callback in (PrinterCallback, ProgressCallback):
             made.remove_callback(callback)
         return made
@@ -204,7 +205,7 @@ def loading(model: str, load: Callable[[], Any]) -> Any:
         with quiet():
             return load()
     except (OSError, ValueError, TypeError, RuntimeError, ImportError, KeyError) as error:
-        raise UserError(f"model={model!r} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"model={model!r} could not be loaded: {shortened(error, 300)}") from error
 
 
 def checked_selector(recipe: Recipe, arguments: Any) -> OnlineMethod | None:

@@ -118,7 +118,9 @@ def read_descriptions(source: DomainSource | None = None) -> Descriptions:
         said, place = source, "domains"
     else:
         place = f"domains {source}"
-        said = read_yaml(Path(source).expanduser(), what="domains", write="write one `name: one sentence` a line")
+        said = read_yaml(
+            Path(source).expanduser(), what="domains", write="write one `name: one sentence` a line", names=True
+        )
     if not any(isinstance(said.get(part), Mapping) for part in PARTS):
         return Descriptions(_domains(said, place), default)
     check_keys(said, PARTS, place)
