@@ -62,7 +62,7 @@ def unpacked(chunks: Iterable[bytes], encoding: str = "") -> bytes:
     """
     encoding = encoding.strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip"):
-        raise BadReply(f"the reply is packed as {ascii(encoding[:40])}, which was not requested")
+        raise BadReply(f"the reply is packed as {encoding[:40]!a}, which was not requested")
     packed = zlib.decompressobj(16 + zlib.MAX_WBITS) if encoding.endswith("gzip") else None
     content, received = bytearray(), 0
     for chunk in chunks:
