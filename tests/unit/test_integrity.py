@@ -72,10 +72,10 @@ def test_a_report_on_damaged_rows_is_one_sentence(run: Path, tmp_path: Path) -> 
     for place in range(0, len(content), 11):
         path.write_bytes(flipped(content, place))
         try:
-            found = read_selection(tmp_path / "run")
-            assert np.array_equal(found.kept, sound.kept)
-            assert np.array_equal(found.score, sound.score, equal_nan=True)
-            assert found.places[0] == sound.places[0]
+            selection = read_selection(tmp_path / "run")
+            assert np.array_equal(selection.kept, sound.kept)
+            assert np.array_equal(selection.score, sound.score, equal_nan=True)
+            assert selection.places[0] == sound.places[0]
         except UserError as error:
             messages.append(str(error))
     assert messages
