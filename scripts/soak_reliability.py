@@ -69,8 +69,19 @@ MEANING = """
 - A command that is killed, at any moment, and run again ends with the bytes of an undisturbed run. Finished stages are not
   repeated; inside a scoring stage, finished shards (4,096 rows) are not.
 - A file has its final name only when it is whole. Temporaries of dead processes are removed by the next run.
-- The cache may be deleted, and files in it cut or emptied (stored scores and features: flipped, too): what is unsound is
-  computed again.
+- The cache may be deleted, and files in it cut, emptied or flipped: stored rows, tokenised rows, scores, features and
+  remembered hashes are checked by content when they are read, and what is unsound is computed again. A text row that is
+  damaged after its pool was loaded ends the command with one sentence; the same command, run again, stores it anew. A
+  journaled reply that is damaged is requested again.
+- Files of a run that nothing else can replace (the parts of a ledger, a checkpoint's selection state and counts,
+  `rows.parquet` under `siftune report`, the scores under `siftune keep`) are checked by content when they are read, and a
+  damaged one is one sentence with the way out.
+- Weights that are rewritten in place are noticed, also where their size and time of modification are as before: a
+  remembered hash holds for a file's size, inode, time of modification and time of change.
+- A server's reply has at most 8 MiB after unpacking, and a try ends after its timeout however slowly bytes come. A
+  redirect is refused in one sentence, and neither a row nor the key is sent to its target.
+- A reply that is nested too deeply, whose numbers are none, or whose fields have other types is refused with a reason and
+  tried again; it is not journaled, so that the next run requests it again, and the other rows are judged.
 - A worker process or Ray actor that dies is replaced and its shard tried again. Where a shard keeps failing, the rows that
   are to blame are found and left out with a reason; every other row has the number it would have had without them.
 - What a user can mend is one sentence and exit code 2. Every row that drops out has a reason, and the counts add up.
@@ -87,8 +98,7 @@ MEANING = """
 
 ## What is not
 
-- Rows that the cache holds (`lines.bin`) are checked by size, not by content: a flipped bit inside a stored row is not
-  noticed. Stored scores and features are checked by content.
+- Checksums of stored rows, tables and checkpoints are CRC-32: they notice damage, not a forger.
 - A row that crashes the process itself (a fault in a native library) stops `--workers 1`; with 2 workers or more it is
   found and left out.
 - A file system that loses what was flushed to it, or whose `rename` is not atomic, is not tested.

@@ -22,7 +22,7 @@ from .errors import UserError
 from .job import Job, features_of, inputs_of, plain, prepare, read_pool, run_folder
 from .offline.base import OfflineMethod
 from .records import Pool, Scores, Subset
-from .run import CONFIG, RunFolder, identity, peak_memory_mb, read_manifest
+from .run import CONFIG, MANIFEST, RunFolder, identity, peak_memory_mb, read_manifest
 from .stored import ROWS, SCORES, SELECTED, counted, read_scores, write_rows, write_scores
 
 if TYPE_CHECKING:
@@ -195,10 +195,13 @@ def recut(run: str, options: KeepOptions) -> Selection:
     if not (folder / SCORES).is_file() or hash_file(folder / SCORES) != scored["files"].get(SCORES):
         raise UserError(f"{folder / SCORES} is not as its run left it; {again}, which makes it again")
     reading = {item.name: config.get(item.name) for item in dataclasses.fields(Reading)}
+    sources, columns = reading.get("pool"), reading.get("columns")
+    if not isinstance(sources, list) or not sources or not isinstance(columns or {}, dict):
+        raise UserError(f"{folder / MANIFEST} is damaged: it does not name the run's pool; {again}, in another --run")
     pool = read_pool(SelectOptions(**reading, cache=options.cache))
-    if pool.fingerprint != manifest["inputs"]["pool"]:
+    if pool.fingerprint != manifest["inputs"].get("pool"):
         raise UserError(
-            f"the pool {', '.join(config['pool'])} has changed since {folder} scored it; run siftune select"
+            f"the pool {', '.join(map(str, sources))} has changed since {folder} scored it; run siftune select"
         )
     scores = read_scores(folder / SCORES, pool, manifest.get("info", {}))
     budget.check(pool, scores.domains)

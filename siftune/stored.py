@@ -67,7 +67,7 @@ def write_rows(path: Path, scores: Scores, kept: np.ndarray[Any, np.dtype[np.int
 
     Columns: row, id, file, line, tokens, score, kept, reason, pseudo_label, and p_<domain> for each domain.
     """
-    import pyarrow.parquet as pq
+    from .data.checked_parquet import open_writer
 
     mask = np.zeros(len(scores.pool), dtype=bool)
     mask[kept] = True
@@ -75,7 +75,7 @@ def write_rows(path: Path, scores: Scores, kept: np.ndarray[Any, np.dtype[np.int
     with atomic_path(path) as temporary:
         for start in range(0, len(scores.pool), ROWS_AT_ONCE):
             table = _rows_table(scores, mask, start, min(start + ROWS_AT_ONCE, len(scores.pool)))
-            writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
+            writer = writer or open_writer(temporary, table.schema, compression="zstd")
             writer.write_table(table)
         assert writer is not None, "load_pool refuses an empty pool"
         writer.close()

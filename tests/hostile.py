@@ -20,6 +20,9 @@ MISBEHAVIOUR = {
     "half": "replies cut in the middle",
     "drop": "dropped connections",
     "hang": "requests that hung",
+    "bytes": "replies out of bounds or of wrong types",
+    "drip": "replies sent slowly",
+    "redirect": "redirects",
 }
 Behaviour = str | tuple[str, Any]
 
@@ -27,7 +30,9 @@ Behaviour = str | tuple[str, Any]
 class Hostile(ThreadingHTTPServer):
     """Answers each question by `answer`, after it has gone through the behaviours of its script, one per try.
 
-    `429` (with seconds of Retry-After), a status, `garbage`, `html`, `empty`, `half`, `drop`, `hang` (seconds).
+    `429` (with seconds of Retry-After), a status, `garbage`, `html`, `empty`, `half`, `drop`, `hang` (seconds), `bytes`
+    (a body and its headers), `drip` (seconds between bytes, and whether they are the header's), `redirect` (status and
+    target).
     """
 
     daemon_threads = True
@@ -42,7 +47,7 @@ class Hostile(ThreadingHTTPServer):
         self.headers_seen: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.models = ["tiny-chat", "other"]
-        self.most_at_once = self.at_once = 0
+        self.most_at_once = self.at_once = self.given_up = 0
         self.lock = threading.Lock()
 
     @property
@@ -106,6 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif name == "drop":
             self.close_connection = True
+        elif name == "bytes":
+            data, headers = value
+            self._send_bytes(200, data, "application/json", headers)
+        elif name == "drip":
+            self._drip(*value, self._completion(body, said))
+        elif name == "redirect":
+            self._send(value[0], {}, {"Location": value[1]})
         elif name == "hang":
             time.sleep(value)
         else:
@@ -114,6 +126,18 @@ class _Handler(BaseHTTPRequestHandler):
             if value:
                 time.sleep(value)
             self._send_bytes(200, self._completion(body, said), "application/json")
+
+    def _drip(self, seconds: float, in_header: bool, data: bytes) -> None:
+        """A byte at a time until the client gives up."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        self.wfile.write(b"X-Slow: " if in_header else f"Content-Length: {len(data)}\r\n\r\n".encode())
+        try:
+            for byte in data:
+                self.wfile.write(bytes([byte]) if not in_header else b"x")
+                time.sleep(seconds)
+        except OSError:
+            self.server.given_up += 1
+        self.close_connection = True
 
     def _completion(self, body: dict[str, Any], said: str) -> bytes:
         text = self.server.answer(body)

@@ -1,8 +1,8 @@
 """Rows on disk: every row of a pool once, with id, place and reason, at random access and in constant memory.
 
 One folder per pool content: `lines.bin` (rows of text files, their own bytes), `table-*.arrow` (rows of Parquet files
-and datasets, in their own types), `ids.npy`, `lines.npy`, `offsets.npy`, `duplicates.npy`, `reasons.json` and
-`meta.json`. Text rows keep their bytes, not an Arrow struct, so that a JSON row comes back as it was: key order, number
+and datasets, in their own types), `ids.npy`, `lines.npy`, `offsets.npy`, `sums.npy`, `duplicates.npy`, `reasons.json` and
+`meta.json`. Every file is checked by its sum when a pool is loaded, every text row again when it is read. Text rows keep their bytes, not an Arrow struct, so that a JSON row comes back as it was: key order, number
 spelling, absent against null. Files are read by position (`pread`), not mapped: what was read does not stay resident.
 Written once, aside, then renamed; a `StoredRows` pickles as its folder and opens the files again elsewhere.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,20 +29,16 @@ from ..records import Row
 from . import write
 from .files import json_value, plain_errors, read_json, without_nan
 from .formats import Reading
+from .sums import are_intact, read_checked_json
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the files below, or what counts as a bad row, change."""
 
 
 def is_whole(folder: Path) -> bool:
-    """Is this a finished store, every file of its full size?"""
-    try:
-        meta = read_json(folder / "meta.json")
-        return bool(meta["version"] == VERSION) and all(
-            (folder / name).stat().st_size == size for name, size in meta["sizes"].items()
-        )
-    except (UserError, OSError, KeyError, TypeError):
-        return False
+    """Is this a finished store, every file of it as it was written?"""
+    meta = read_checked_json(folder / "meta.json")
+    return meta is not None and meta.get("version") == VERSION and are_intact(folder, meta["sums"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +127,10 @@ class StoredRows:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """What `meta.json` says."""
-        return cast("dict[str, Any]", read_json(self.folder / "meta.json"))
+        meta = read_checked_json(self.folder / "meta.json")
+        if meta is None:
+            raise self._damaged("meta.json")
+        return meta
 
     @cached_property
     def reading(self) -> Reading:
@@ -159,6 +159,11 @@ class StoredRows:
     def _offsets(self) -> NDArray[np.int64]:
         return cast("NDArray[np.int64]", self._array("offsets"))
 
+    @cached_property
+    def _sums(self) -> NDArray[np.uint32]:
+        """CRC-32 of every text row's bytes."""
+        return cast("NDArray[np.uint32]", self._array("sums"))
+
     def _array(self, name: str, *, mapped: bool = True) -> NDArray[Any]:
         try:
             with plain_errors(self.folder):
@@ -166,9 +171,11 @@ class StoredRows:
         except (ValueError, EOFError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
-                f"{self.folder / name}.npy is damaged; delete {self.folder}, it will be made again"
-            ) from error
+            raise self._damaged(f"{name}.npy") from error
+
+    def _damaged(self, name: str) -> UserError:
+        """For a file that was damaged after the pool was loaded: loading checks all of them."""
+        return UserError(f"{self.folder / name} is damaged; run the same command again, which writes it anew")
 
     @cached_property
     def _text(self) -> int:
@@ -181,12 +188,20 @@ class StoredRows:
 
     def _bytes(self, row: int) -> bytes:
         start, stop = int(self._offsets[row]), int(self._offsets[row + 1])
-        return os.pread(self._text, stop - start, start)
+        if not 0 <= start <= stop <= self.meta["sums"]["lines.bin"][0]:
+            raise self._damaged("offsets.npy")
+        raw = os.pread(self._text, stop - start, start)
+        if zlib.crc32(raw) != self._sums[row]:
+            raise self._damaged("lines.bin")
+        return raw
 
     @cached_property
     def _readers(self) -> list[pa.RecordBatchFileReader]:
-        with plain_errors(self.folder):
-            return [pa.ipc.open_file(pa.OSFile(str(self.folder / table["file"]))) for table in self.meta["tables"]]
+        try:
+            with plain_errors(self.folder):
+                return [pa.ipc.open_file(pa.OSFile(str(self.folder / table["file"]))) for table in self.meta["tables"]]
+        except pa.ArrowException as error:
+            raise self._damaged("table-*.arrow") from error
 
     @cached_property
     def _table_starts(self) -> NDArray[np.int64]:
@@ -209,7 +224,10 @@ class StoredRows:
                 wanted.setdefault(place, []).append((row, row - int(self._table_starts[place])))
         for place in sorted(wanted):
             table, index = self._batches[place]
-            batch = self._readers[table].get_batch(index)
+            try:
+                batch = self._readers[table].get_batch(index)
+            except (pa.ArrowException, OSError) as error:
+                raise self._damaged(self.meta["tables"][table]["file"]) from error
             inside = [(row, position) for row, position in wanted[place] if position < len(batch)]
             if inside:
                 yield batch, inside

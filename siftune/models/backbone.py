@@ -3,7 +3,7 @@
 A `Backbone` holds the embedding layer, the first `layer` decoder layers and the final norm, so its last hidden state is
 what `hidden_states[-1]` of a `layer`-layer model gives (DaaR, arXiv 2502.04380, stage 4). The other layers' tensors are
 never read. Cost: the embedding table and `layer` layers of memory; one content hash of them, remembered by the files'
-size, time and inode.
+stamps (see `checkpoint.file_stamp`).
 
 Shapes: `B` rows, `T` tokens, `D` hidden width.
 """
@@ -22,7 +22,7 @@ import torch
 from ..data.files import cache_folder
 from ..errors import UserError
 from . import checkpoint
-from .checkpoint import Made
+from .checkpoint import Made, file_stamp
 from .store import Store
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -188,7 +188,7 @@ def _load(backbone: Backbone) -> torch.nn.Module:
 
 
 def _content_key(backbone: Backbone) -> str:
-    """Hash of the parts; the weights' own hash is remembered for files whose size, time and inode are unchanged."""
+    """Hash of the parts; the weights' own hash is remembered for files whose stamps are unchanged."""
     import transformers
 
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
@@ -213,12 +213,10 @@ def _config_facts(backbone: Backbone) -> dict[str, Any]:
 
 def _weights_digest(backbone: Backbone) -> str:
     """Hash of the tensors that were read, by name. Reading them again is avoided while their files are untouched."""
-    stamps = []
-    for path in sorted(backbone.folder.glob("*.safetensors*")):
-        stat = path.stat()
-        stamps.append(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}")
+    files = sorted(backbone.folder.glob("*.safetensors*"))
+    stamps = ["|".join(map(str, file_stamp(path))) for path in files]
     asked = f"{backbone.layer}|{backbone.torch_dtype}|{_config_facts(backbone)}"
-    name = blake2b("\n".join(["weights 1", asked, *stamps]).encode(), digest_size=16).hexdigest()
+    name = blake2b("\n".join(["weights 2", asked, *stamps]).encode(), digest_size=16).hexdigest()
     memory = Store(cache_folder() / "weights")
     if found := memory.get(name):
         return str(found[1]["digest"])

@@ -1,6 +1,6 @@
 """A chat model's folder: how a conversation is put to it, what ends its replies, its weights, its content hash.
 
-Cost: the weights once; their hash once per file, remembered by size, time and inode.
+Cost: the weights once; their hash once per file, remembered by its stamp (see `checkpoint.file_stamp`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..data.files import cache_folder, hash_file, hash_json
 from ..errors import UserError
 from ..redaction import shortened
 from .backbone import Backbone
-from .checkpoint import TOKENIZER_FILES, quiet
+from .checkpoint import TOKENIZER_FILES, file_stamp, quiet
 from .store import Store
 
 SENTINEL = "siftune-end"
@@ -82,8 +82,7 @@ def content_key(files: Backbone) -> str:
 
 
 def _remembered_hash(path: Path) -> str:
-    stat = path.stat()
-    name = hash_json(["file", 1, str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    name = hash_json(["file", 2, *file_stamp(path)])
     memory = Store(cache_folder() / "weights")
     if found := memory.get(name):
         return str(found[1]["digest"])

@@ -36,6 +36,13 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
+def file_stamp(path: Path) -> list[str | int]:
+    """Where a file is, its size, inode, and times of content and of change. A writer can set the time of the content
+    back, the time of change only the system: weights rewritten in place have another stamp."""
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def find_folder(model: str, revision: str | None) -> Path:
     """The folder, or the hub id's folder in the hub's cache, downloaded if need be (safetensors and text files only)."""
     path = Path(model).expanduser()

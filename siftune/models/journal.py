@@ -1,7 +1,8 @@
 """A journal of replies: append-only JSON Lines, flushed to the disk before a reply is used, read first on a rerun.
 
 Nothing that was paid for is asked twice: a line is found again by the content hash of (generator, request). A process
-killed while writing leaves a torn last line, which the next one cuts off. One process writes a journal at a time.
+killed while writing leaves a torn last line, which the next one cuts off; every line holds a hash of itself, and what a
+damaged one held is requested again. One process writes a journal at a time.
 Cost: one flush per reply; in memory 100 bytes per line, the texts stay on the disk.
 """
 
@@ -16,13 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from ..data.files import plain_errors
+from ..data.files import hash_json, plain_errors
 from ..errors import UserError
 from .generate import Generator, Reply, Request, request_key
 
-VERSION = 1
-OPENING = b'{"v": 1, "key": "'
-"""How every line begins."""
+VERSION = 2
+OPENINGS = (b'{"v": 2, "key": "', b'{"v": 1, "key": "')
+"""How lines begin: of this version, and of the one before, whose lines hold no hash of themselves."""
 FIELDS = ("text", "prompt_tokens", "completion_tokens", "finish_reason", "error")
 
 
@@ -76,7 +77,7 @@ class Journal:
         self._file.seek(0)
         place, first = 0, True
         for line in self._file:
-            if not line.endswith(b"\n") and (not first or line[: len(OPENING)] == OPENING[: len(line)]):
+            if not line.endswith(b"\n") and (not first or _opens(line)):
                 os.ftruncate(self._file.fileno(), place)
                 break
             entry = _entry(line)
@@ -99,8 +100,8 @@ class Journal:
             return None
         self._file.seek(place)
         entry = _entry(self._file.readline())
-        assert entry is not None, f"{self.path} was changed while it was open"
-        assert entry["key"] == key, f"{self.path} was changed while it was open"
+        if entry is None or entry["key"] != key:
+            raise UserError(f"{self.path} was changed while it was open; run the same command again")
         return Reply(key="", **{name: entry[name] for name in FIELDS})
 
     def put(self, key: str, reply: Reply) -> None:
@@ -108,6 +109,7 @@ class Journal:
         assert self._file is not None, "open the journal with `with`"
         said = asdict(reply)
         entry = {"v": VERSION, "key": key, "asked": reply.key, **{name: said[name] for name in FIELDS}}
+        entry["check"] = hash_json(entry)
         line = json.dumps(entry, ensure_ascii=True).encode() + b"\n"
         with plain_errors(self.path):
             place = self._file.seek(0, os.SEEK_END)
@@ -117,15 +119,32 @@ class Journal:
         self._places[bytes.fromhex(key)] = place
 
 
+def _opens(line: bytes) -> bool:
+    """Whether a torn line begins as an entry does."""
+    return any(line[: len(opening)] == opening[: len(line)] for opening in OPENINGS)
+
+
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """A line's JSON object when it is an entry of ours, else None."""
+    """A line's JSON object when it is an entry as it was written, else None."""
     try:
-        entry = json.loads(line)
-        if entry["v"] == VERSION and all(name in entry for name in FIELDS) and len(bytes.fromhex(entry["key"])) == 16:
-            return dict(entry)
-    except (ValueError, TypeError, KeyError):
-        pass
-    return None
+        entry = dict(json.loads(line))
+        check = entry.pop("check", None)
+        if entry["v"] not in (1, VERSION) or (entry["v"] == VERSION and check != hash_json(entry)):
+            return None
+        return entry if len(bytes.fromhex(entry["key"])) == 16 and _is_reply(entry) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _is_reply(entry: dict[str, Any]) -> bool:
+    """Whether an entry's fields have the types of a reply's."""
+    counts = (entry["prompt_tokens"], entry["completion_tokens"])
+    return (
+        isinstance(entry["text"], str)
+        and all(isinstance(count, int) and count >= 0 for count in counts)
+        and isinstance(entry["finish_reason"], str)
+        and (entry["error"] is None or isinstance(entry["error"], str))
+    )
 
 
 @dataclass

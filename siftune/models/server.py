@@ -1,8 +1,9 @@
 """Replies from any OpenAI-compatible server, asked several at a time and patiently, through the `openai` client.
 
 Retried with exponential back-off and jitter, at most `attempts` times: 408, 409, 429, 5xx, time-outs, dropped connections,
-replies that are no chat completion. `Retry-After` holds every thread back, not only the one that was told. A request
-that the server refuses for good (400, 413, 422) gets a reply that says so; a wrong key or an unknown model ends the run.
+replies that are no chat completion or exceed the bounds (see `bounded_http`). `Retry-After` holds every thread back, not
+only the one that was told. A request that the server refuses for good (400, 413, 422) gets a reply that says so; a wrong
+key, an unknown model or a redirect ends the run.
 The API key comes from OPENAI_API_KEY alone and stands in no message, no identity and no file.
 """
 
@@ -23,6 +24,8 @@ from urllib.parse import urlsplit
 from ..data.files import hash_json
 from ..errors import MissingExtra, UserError
 from ..redaction import redact_text
+from .bounded_http import Redirected, bounded_client
+from .completion import BadReply, read_completion, read_models
 from .generate import Reply, Request
 
 API_KEY = "OPENAI_API_KEY"
@@ -54,10 +57,6 @@ def read_address(spec: str) -> tuple[str, str | None]:
     return address.rstrip("/"), model or None
 
 
-class _Garbage(Exception):
-    """The server answered with something that is no chat completion."""
-
-
 @dataclass(eq=False)
 class OpenAIGenerator:
     """A server that speaks the OpenAI chat-completions protocol (vLLM, llama.cpp, Ollama, `transformers serve`, ...).
@@ -75,7 +74,7 @@ class OpenAIGenerator:
     attempts: int = 6
     """Tries of one request, the first included; then its reply is an error."""
     timeout: float = 300.0
-    """Seconds of silence after which a try is given up."""
+    """Seconds after which a try is given up, whether the server is silent or sends slowly."""
     first_wait: float = 1.0
     """Seconds before the second try; doubled for each further one, times a jitter of 0.5 to 1.5."""
     longest_wait: float = 120.0
@@ -156,7 +155,8 @@ class OpenAIGenerator:
                 if error.status_code in REFUSED and not self._other_limit(error):
                     return Reply(key=request.key, finish_reason="refused", error=self._clean(said))
                 told = _retry_after(error.response.headers.get("retry-after"))
-            except (APIError, ValueError, _Garbage) as error:  # dropped, half a reply, not JSON, not ours
+            except (APIError, ValueError, BadReply) as error:  # dropped, half a reply, not JSON, not ours
+                self._refuse_redirect(error)
                 said = _short(error)
             if told is not None and told > self.longest_wait:
                 said += f" (the server asks for {told:g} s of patience)"
@@ -175,7 +175,7 @@ class OpenAIGenerator:
 
     def _once(self, request: Request) -> Reply:
         limit = self._made.get("limit", "max_tokens")
-        answer = self._client().chat.completions.create(
+        raw = self._client().chat.completions.with_raw_response.create(
             model=self.model,
             messages=[{"role": role, "content": content} for role, content in request.messages],
             temperature=request.temperature,
@@ -184,22 +184,17 @@ class OpenAIGenerator:
             **({"stop": list(request.stop)} if request.stop else {}),
             **{limit: request.max_new_tokens},
         )
-        try:
-            choice, usage = answer.choices[0], answer.usage
-            text = choice.message.content
-            assert text is None or isinstance(text, str)
-            reason = str(choice.finish_reason or "stop")
-        except (AttributeError, IndexError, TypeError, AssertionError) as error:
-            raise _Garbage("the answer is no chat completion") from error
+        completion = read_completion(raw.http_response.content)
+        text, reason = completion.text, completion.finish_reason
         if text is None and reason != "content_filter":
-            raise _Garbage("the answer holds no text")
+            raise BadReply("the reply holds no text")
         if text is None:
             return Reply(key=request.key, finish_reason="refused", error="the server's content filter took the reply")
         return Reply(
             key=request.key,
             text=self._clean(text),  # a server that repeats the key
-            prompt_tokens=_count(usage, "prompt_tokens"),
-            completion_tokens=_count(usage, "completion_tokens"),
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
             finish_reason=reason if reason not in ("error", "refused") else f"server said {reason}",
         )
 
@@ -226,7 +221,13 @@ class OpenAIGenerator:
                     raise MissingExtra("openai", extra="generate", needed_for="a server as generator") from error
                 base, _ = read_address(self.address)
                 key = os.environ.get(API_KEY) or "none"
-                self._made["client"] = OpenAI(base_url=base, api_key=key, max_retries=0, timeout=self.timeout)
+                self._made["client"] = OpenAI(
+                    base_url=base,
+                    api_key=key,
+                    max_retries=0,
+                    timeout=self.timeout,
+                    http_client=bounded_client(self.timeout),
+                )
             return self._made["client"]
 
     def _first_model(self) -> str:
@@ -234,9 +235,10 @@ class OpenAIGenerator:
 
         said = f"generator={self.address!r}"
         try:
-            listed = self._client().with_options(max_retries=2, timeout=min(30.0, self.timeout)).models.list()
-            names = [str(model.id) for model in listed.data or []]
-        except (OpenAIError, ValueError, AttributeError, TypeError) as error:
+            client = self._client().with_options(max_retries=2, timeout=min(30.0, self.timeout))
+            names = read_models(client.models.with_raw_response.list().http_response.content)
+        except (OpenAIError, ValueError, BadReply) as error:
+            self._refuse_redirect(error)
             status = getattr(error, "status_code", None)
             if status in FATAL[:2]:
                 raise UserError(self._fatal(status, _short(error))) from None
@@ -256,22 +258,30 @@ class OpenAIGenerator:
             )
         return f"generator={base!r} refuses the key ({self._clean(said)}); set {API_KEY} in the environment"
 
+    def _refuse_redirect(self, error: Exception) -> None:
+        """Raise `UserError` where the error is a redirect: following it would send the rows to another address."""
+        for cause in (error, error.__cause__):
+            if isinstance(cause, Redirected):
+                base, _ = read_address(self.address)
+                raise UserError(
+                    f"generator={base!r} redirects to {cause}, and siftune follows no redirect, so that rows and key go "
+                    "to no other address; give the address of the server itself"
+                ) from None
+
     def _clean(self, said: str) -> str:
         return redact_text(said)
 
 
 def _short(error: Exception) -> str:
     """An error on one line of at most 200 characters, with the cause that the client hides, secrets masked."""
-    said = str(getattr(error, "message", "") or error) or type(error).__name__
+    if isinstance(error.__cause__, BadReply):  # older versions of the client wrap it
+        error = error.__cause__
+    message = str(getattr(error, "message", "") or error) or type(error).__name__
     if error.__cause__ is not None and str(error.__cause__):
-        said += f" ({error.__cause__})"
-    said = " ".join(redact_text(said).split())  # masked before it is cut: half a key is a secret too
-    return said if len(said) <= 200 else said[:197] + "..."
-
-
-def _count(usage: Any, name: str) -> int:
-    found = getattr(usage, name, None)
-    return found if isinstance(found, int) and found >= 0 else 0
+        message += f" ({error.__cause__})"
+    message = message.encode("utf-8", "replace").decode()  # a lone surrogate has no place in a file
+    message = " ".join(redact_text(message).split())  # masked before it is cut: half a key is a secret too
+    return message if len(message) <= 200 else message[:197] + "..."
 
 
 def _retry_after(said: str | None) -> float | None:
@@ -283,6 +293,6 @@ def _retry_after(said: str | None) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(said).timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
     return max(0.0, seconds) if seconds == seconds else None

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..models.generate import Generator
 from ..records import Pool, Scores
 from .draw import blocks, numbers
-from .judge_task import Form, Unreadable
+from .judge_task import Form, Unreadable, check_length
 from .judged import Judged
 
 TOP = 5
@@ -47,8 +47,10 @@ and to the point.
 Give your reason in one or two sentences. Then end with one line of exactly this form:
 Score: <number>"""
 
-_MARKUP = r"[\s*_`\"'>#(\[{]*"
-_NUMBER = r"(?P<value>[-+]?\d+(?:\.\d+)?)(?![\d.,%]*\d|%)"
+_RUN = re.compile(r"([ \t*_`\"'>#(\[{)\]}.]{32})[ \t*_`\"'>#(\[{)\]}.]+")
+"""More spaces and decoration than the patterns below need to see: they would try every way to divide them."""
+_MARKUP = r"[\s*_`\"'>#(\[{]*+"
+_NUMBER = r"(?P<value>[-+]?\d++(?:\.\d++)?+)(?![\d.,%]*\d|%|[eE][-+]?\d)"
 _RANGE = r"(?![\s*_`\"']*(?:-|–|—|\bto\b|\bor\b)[\s*_`\"']*\d)"
 _SCALE = r"(?:[\s*_`\"')\]]*(?:/|out\s+of)[\s*_`\"']*(?P<scale>\d+(?:\.\d+)?))?"
 _NAME = rf"(?:^{_MARKUP}(?:[^\W\d]+[ \t]+){{0,3}}|[{{,]\s*\")(?:score|rating)[ \t*_`\"']*"
@@ -62,13 +64,14 @@ _ALONE = re.compile(rf"{_MARKUP}{_NUMBER}{_SCALE}[\s*_`\"')\]}}.]*")
 def read_rating(text: str, cut: bool = False) -> float:
     """The one rating that a reply states: on lines that begin with a score's label, else alone on its first or last line.
 
-    Raises `Unreadable` for no rating, several different ones, one outside 0 to 5 or on another scale, a range, or one
-    that the end of a reply that was cut off may have shortened.
+    Raises `Unreadable` for no rating, several different ones, one outside 0 to 5 or on another scale, a range, one that
+    the end of a reply that was cut off may have shortened, or a reply that is too long to be a rating.
 
     >>> read_rating("Correct, but wordy.\\n**Score: 4.5/5**")
     4.5
     """
-    lines = [line for line in text.splitlines() if line.strip()]
+    check_length(text)
+    lines = [line for line in _RUN.sub(r"\1", text).splitlines() if line.strip()]
     if not lines:
         raise Unreadable("an empty reply")
     whole = "\n".join(lines[:-1] if cut else lines)  # the last line of a reply that was cut off may say less than meant
@@ -95,7 +98,7 @@ def _read(text: str, cut: bool) -> NDArray[np.float32]:
     return np.array(read_rating(text, cut), dtype=np.float32)
 
 
-FORM = Form("alpagasus", WORDS, True, _read, np.array(np.nan, dtype=np.float32), reply_tokens=60)
+FORM = Form("alpagasus", WORDS, True, _read, np.array(np.nan, dtype=np.float32), reply_tokens=60, version=2)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -26,7 +26,7 @@ from ..models.generate import Generator
 from ..records import Pool, Scores
 from .draw import blocks, numbers
 from .instag_walk import NO_TAG, passes
-from .judge_task import Form, Unreadable
+from .judge_task import Form, Unreadable, check_length
 from .judged import Judged
 
 _OPENING = re.compile(r"[\[{]")
@@ -62,11 +62,12 @@ def read_tags(text: str, cut: bool = False) -> list[str]:
     """The distinct normalised tags of a reply, in its order: its one JSON array of strings, or of objects with `tag`.
 
     `{"tags": [...]}` and objects one a line are read too, with any chatter around. Raises `Unreadable` for no list,
-    two different ones, more than `MOST_TAGS` tags, and a reply that was cut off.
+    two different ones, more than `MOST_TAGS` tags, JSON nested too deeply, and a reply that was cut off or is too long.
 
     >>> read_tags('Sure: ["Translation", "french", "FRENCH"]')
     ['translation', 'french']
     """
+    check_length(text)
     if cut:
         raise Unreadable("a reply cut off at its longest")
     found = list(_lists(text))
@@ -87,7 +88,9 @@ def _lists(text: str) -> Iterator[list[str]]:
         place = opening.start() + 1
         try:
             value, end = decoder.raw_decode(text, opening.start())
-        except (ValueError, RecursionError):
+        except RecursionError:
+            raise Unreadable("JSON nested too deeply") from None
+        except ValueError:
             continue
         tags = _tags_of(value["tags"] if isinstance(value, dict) and "tags" in value else value)
         if tags is not None:
@@ -124,7 +127,7 @@ def _read(text: str, cut: bool) -> NDArray[np.int64]:
     return numbers_T
 
 
-FORM = Form("instag", WORDS, False, _read, np.full(MOST_TAGS, -1, dtype=np.int64), reply_tokens=40)
+FORM = Form("instag", WORDS, False, _read, np.full(MOST_TAGS, -1, dtype=np.int64), reply_tokens=40, version=2)
 
 
 def frequent(tags_nT: NDArray[np.int64], least_rows: int) -> tuple[NDArray[np.int64], dict[str, int]]:

@@ -35,9 +35,13 @@ RETRY_TEMPERATURE = 0.7
 """Least temperature of a second try: at 0 it would be the first one again."""
 SHOWN = 300
 """Characters of an unreadable reply that a row's reason shows; the journal has all of it."""
+LONGEST_REPLY = 20_000
+"""Characters of a reply, thoughts left out; a longer one is no rating and no list of tags, and slow to search."""
 ROWS_AT_ONCE = 64
 FENCE = "{fence}"
 COUNTS = ("requests", "prompt_tokens", "completion_tokens")
+MOST = int(np.iinfo(np.int32).max)
+"""Of a row's count: a generator of the caller's own may report any number."""
 
 
 class Unreadable(Exception):
@@ -97,6 +101,12 @@ def spoken(text: str) -> str:
     if text.lstrip().startswith("<think>") and "</think>" not in text:
         return ""
     return text.rpartition("</think>")[2]
+
+
+def check_length(text: str) -> None:
+    """Raise `Unreadable` for a reply that is longer than `LONGEST_REPLY` characters."""
+    if len(text) > LONGEST_REPLY:
+        raise Unreadable(f"a reply of {len(text):,} characters, more than {LONGEST_REPLY:,}")
 
 
 @dataclass(eq=False)
@@ -240,7 +250,8 @@ class _Work:
                 continue
             self.strikes = 0
             for name, count in zip(COUNTS, (1, reply.prompt_tokens, reply.completion_tokens), strict=True):
-                self.columns[name][row - self.start] += count
+                column, at = self.columns[name], row - self.start
+                column[at] = min(int(column[at]) + count, MOST)
             if self._read(reply, row):
                 again.append(row)
         if lost and (self.gone or self.task.asking.unanswered == "stop"):

@@ -26,6 +26,8 @@ from .base import Batch, Measured, OnlineMethod
 from .losses import MaxLoss
 from .token_id import token_ids
 
+REMAKE = "make the table again with siftune.reference_losses(trainer, ref_model)"
+
 Table = Mapping[bytes, float]
 TABLES = (".parquet", ".safetensors")
 
@@ -135,16 +137,21 @@ def read_table(path: Path) -> Table:
             f"there is no reference table {path}; make one with siftune.reference_losses(trainer, ref_model)"
         )
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read ({error}); {REMAKE}") from error
         _expect(path, set(tensors))
         names = tensors["token_id"].contiguous().numpy().tobytes()
         return {names[16 * at : 16 * at + 16]: float(loss) for at, loss in enumerate(tensors["loss"].tolist())}
-    import pyarrow.parquet as pq
+    from ..data.checked_parquet import read_checked
 
-    _expect(path, set(pq.read_schema(path).names))
-    columns = pq.read_table(path, columns=["token_id", "loss"]).to_pydict()
+    table = read_checked(path, way_out=REMAKE)
+    _expect(path, set(table.column_names))
+    columns = table.select(["token_id", "loss"]).to_pydict()
     pairs = zip(columns["token_id"], columns["loss"], strict=True)
     return {_digest(name): float("nan") if loss is None else loss for name, loss in pairs}
 

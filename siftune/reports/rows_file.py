@@ -23,6 +23,8 @@ from ..records import Pool, Row
 from .untrusted import visible
 
 ROWS, MANIFEST, SELECTED = "rows.parquet", "manifest.json", "selected.jsonl"
+COLUMNS = ("file", "line", "tokens", "score", "kept", "reason", "pseudo_label")
+"""Those of `rows.parquet` that are read here."""
 READING = ("columns", "format", "on_bad_row", "duplicates")
 
 
@@ -116,16 +118,13 @@ def read_selection(folder: Path) -> Selection:
 
 
 def _table(path: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from ..data.checked_parquet import read_checked
 
-    try:
-        table = pq.read_table(path).combine_chunks()
-        for name in ("file", "line", "tokens", "score", "kept", "reason", "pseudo_label"):
-            table.column(name)
-    except (OSError, KeyError, pa.ArrowException) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read ({said}); run the same siftune select command again") from error
+    again = "run the same siftune select command again"
+    table = read_checked(path, way_out=again).combine_chunks()
+    absent = [name for name in COLUMNS if name not in table.column_names]
+    if absent:
+        raise UserError(f"{path} cannot be read (it has no column {absent[0]}); {again}")
     return table
 
 

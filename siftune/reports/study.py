@@ -70,14 +70,10 @@ def is_study(folder: Path) -> bool:
 
 def read_study(folder: Path) -> Study:
     """A study's folder. Raises `UserError` for damaged tables, and for a study without a finished cell."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from ..data.checked_parquet import read_checked
 
-    try:
-        cells, differences = (pq.read_table(folder / name).to_pylist() for name in (CELLS, DIFFERENCES))
-    except (OSError, pa.ArrowException) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} holds tables that cannot be read ({said}); run siftune compare again") from error
+    again = "run siftune compare again"
+    cells, differences = (read_checked(folder / name, way_out=again).to_pylist() for name in (CELLS, DIFFERENCES))
     if not cells:
         raise UserError(f"{folder} holds a study without a finished cell; run siftune compare again")
     facts = read_json(folder / STUDY) if (folder / STUDY).is_file() else {}

@@ -160,10 +160,12 @@ def read_ledger(folder: Path) -> Ledger | None:
     if not paths:
         return None
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    from ..data.checked_parquet import read_checked
+
+    tables = [read_checked(path, way_out="remove it, or give another folder") for path in paths]
     try:
-        table = pa.concat_tables([pq.read_table(path) for path in paths], promote_options="default")
+        table = pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="default")
         numbers = {name: table[name].to_numpy(zero_copy_only=False) for name in ("step", "kept")}
         row = table["row"].fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         names = [name for name in table.column_names if name not in FIXED and pa.types.is_floating(table[name].type)]
@@ -176,9 +178,9 @@ def read_ledger(folder: Path) -> Ledger | None:
             parts={visible(name): table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in names},
             whole=merged.is_file(),
         )
-    except (OSError, KeyError, pa.ArrowException) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{paths[0]} is no ledger of siftune ({said}); remove it, or give another folder") from error
+    except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{paths[0]} is no ledger of siftune ({reason}); remove it, or give another folder") from error
 
 
 def read_behind(
@@ -215,11 +217,14 @@ def characters(texts: Texts, rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _positions(folder: Path, pool: Pool) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
     """Row of the pool and tokens of each row of the training set, as `siftune train` wrote them."""
-    import pyarrow.parquet as pq
+    from ..data.checked_parquet import read_checked
 
-    if not (folder / ROWS).is_file() or "position" not in pq.read_schema(folder / ROWS).names:
+    if not (folder / ROWS).is_file():
         return None, None
-    table = pq.read_table(folder / ROWS, columns=["row", "position", "tokens"])
+    table = read_checked(folder / ROWS, way_out="run siftune train again")
+    if "position" not in table.column_names:
+        return None, None
+    table = table.select(["row", "position", "tokens"])
     table = table.filter(table["position"].is_valid()).sort_by("position")
     if table.num_rows and table["row"][-1].as_py() >= len(pool):
         raise UserError(f"the rows of {folder} are not those that it was trained on any more")

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ..data.checked_parquet import read_checked
 from .cell import selection_folder
 from .frame import Done, Frame
 from .statistics import mean_of
 from .tables import markdown
+
+AGAIN = "run siftune compare again"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def trained(frame: Frame, done: Done, labels_of: Callable[[Path], list[str]]) ->
     given = run / "rows.parquet"
     if not given.is_file():
         return None
-    table = pq.read_table(given, columns=["row", "position"]).drop_null()
+    table = read_checked(given, columns=["row", "position"], way_out=AGAIN).drop_null()
     row_of = np.empty(len(table), dtype=np.int64)
     row_of[table["position"].to_numpy()] = table["row"].to_numpy()
     positions = _positions(run, len(row_of), int(done.facts["tokens"]["trained_rows"]))
@@ -58,7 +60,7 @@ def _positions(run: Path, rows: int, count: int) -> NDArray[np.int64] | None:
     """The place in the training set of every trained row."""
     ledger = run / "siftune" / "selection.parquet"
     if ledger.is_file():
-        table = pq.read_table(ledger, columns=["row", "kept"])
+        table = read_checked(ledger, columns=["row", "kept"], way_out=AGAIN)
         kept = table.filter(table["kept"])["row"]
         return None if kept.null_count else kept.to_numpy().astype(np.int64)
     if not rows or count % rows:

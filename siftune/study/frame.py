@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ..data.checked_parquet import write_checked
 from ..data.files import atomic_path, read_json
 from .cell import BASE, CELL, Work
 from .cells import Arm, Cell, arms_of, baseline_of, groups_of
@@ -167,4 +167,4 @@ def write_differences(frame: Frame, path: Path) -> None:
 
 def _write(columns: Mapping[str, list[Any]], path: Path) -> None:
     with atomic_path(path) as temporary:
-        pq.write_table(pa.table(dict(columns)), temporary)
+        write_checked(pa.table(dict(columns)), temporary)

@@ -3,7 +3,7 @@
 `OUTPUT_DIR/siftune/selection/part-<step>.parquet` holds the lines since the part before, up to and including that
 optimiser step. A part ends at every checkpoint, so resuming from checkpoint N keeps the parts up to N and drops the
 rest; at the end the parts are merged into `OUTPUT_DIR/siftune/selection.parquet`. Files are written under a temporary
-name and renamed. Cost: about 60 bytes a candidate on disk.
+name and renamed; a damaged one is noticed when it is read. Cost: about 60 bytes a candidate on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from ..data.checked_parquet import open_writer, read_checked, write_checked
 
 BUFFERED = 65_536
 """Lines held before a part is written even though no checkpoint is due."""
@@ -93,13 +94,15 @@ class Ledger:
         name = f"part-{step}.parquet" if self.rank == 0 else f"part-{step}-rank{self.rank}.parquet"
         path = self._parts_folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({field.name: self._columns[field.name] for field in schema}, schema=schema), _new(path))
+        table = pa.table({field.name: self._columns[field.name] for field in schema}, schema=schema)
+        write_checked(table, _new(path))
         os.replace(_new(path), path)
         self._columns, self._lines = {}, 0
 
     def forget_after(self, step: int) -> None:
         """Drop what lies beyond `step`: the buffer, later parts of this rank (and, by rank 0, of ranks that an earlier run
-        had and this one has not), half-written files and the merged file."""
+        had and this one has not), half-written files and the merged file. Raises `UserError` where an earlier part of
+        this rank is damaged: better before the training than after it."""
         self._columns, self._lines = {}, 0
         if self._parts_folder.is_dir():
             for path in self._parts_folder.iterdir():
@@ -107,6 +110,8 @@ class Ledger:
                 mine = found and (found[1] == self.rank or (self.rank == 0 and found[1] >= self.world))
                 if path.name.endswith(".tmp") or (found and found[0] > step and mine):
                     path.unlink(missing_ok=True)
+                elif found and mine:
+                    _read(path)
         if self.rank == 0:
             self.merged.unlink(missing_ok=True)
 
@@ -116,12 +121,12 @@ class Ledger:
         if not found:
             return None
         paths = [path for _, path in sorted(found)]
-        schema = pa.unify_schemas([pq.read_schema(path) for path in paths])
+        schema = pa.unify_schemas([_read(path).schema.remove_metadata() for path in paths])
         parts = [field for field in schema if field.name not in {name for name, _ in _FRONT + _BACK}]
         schema = pa.schema([*_FRONT, *((field.name, field.type) for field in parts), *_BACK])
-        with pq.ParquetWriter(_new(self.merged), schema) as writer:
+        with open_writer(_new(self.merged), schema) as writer:
             for path in paths:
-                table = pq.read_table(path)
+                table = _read(path)
                 columns = [
                     table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
                     for field in schema
@@ -138,6 +143,12 @@ class Ledger:
 def _part(path: Path) -> tuple[int, int] | None:
     match = re.fullmatch(r"part-(\d+)(?:-rank(\d+))?\.parquet", path.name)
     return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def _read(path: Path) -> pa.Table:
+    return read_checked(
+        path, way_out="delete it to go without the selection of its steps, or train into another folder"
+    )
 
 
 def _new(path: Path) -> Path:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
+from ..data.checked_parquet import read_checked, write_checked
+from ..data.files import read_json
 from ..errors import UserError
 from ..models.layout import LaidOut
 from ..online.losses import MaxLoss
@@ -75,11 +76,11 @@ def reference_losses(
         with random_state_kept():
             batches, owners = _batches(dataset, collate, rows)
         names = [digest.hex() for batch in batches for digest in token_ids(batch)]
-        if part.is_file() and pq.read_table(part)["token_id"].to_pylist() == names:
+        if _holds(part, names):
             continue
         _write(part, _measured(method, ref_model, batches, owners, names))
     parts = sorted(folder.glob("part-*.parquet"))[: -(-len(dataset) // PART)]
-    tables = [pq.read_table(part) for part in parts]
+    tables = [read_checked(part, way_out="run the same command again, which measures it again") for part in parts]
     _write(path, pa.concat_tables(tables) if tables else _SCHEMA.empty_table())
     shutil.rmtree(folder)
     return path
@@ -89,12 +90,23 @@ def _begin(folder: Path, model: torch.nn.Module, rows: int) -> None:
     """Keep the parts of an interrupted run only where they were made by this model."""
     made_by = {"model": _fingerprint(model), "rows": rows}
     note = folder / "made-by.json"
-    if note.is_file() and json.loads(note.read_text()) == made_by:
-        return
+    try:
+        if note.is_file() and read_json(note) == made_by:
+            return
+    except UserError:  # damaged: the parts are measured again
+        pass
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "made-by.json.tmp").write_text(json.dumps(made_by) + "\n")
     os.replace(folder / "made-by.json.tmp", note)
+
+
+def _holds(part: Path, names: list[str]) -> bool:
+    """Whether a part is there, sound, and of these rows."""
+    try:
+        return part.is_file() and read_checked(part, way_out="")["token_id"].to_pylist() == names
+    except UserError:
+        return False
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
@@ -142,5 +154,5 @@ def _write(path: Path, table: pa.Table) -> None:
             {"token_id": ids.reshape(-1, 16).clone(), "loss": torch.tensor(losses, dtype=torch.float64)}, temporary
         )
     else:
-        pq.write_table(table, temporary)
+        write_checked(table, temporary)
     os.replace(temporary, path)

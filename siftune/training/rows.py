@@ -33,6 +33,7 @@ from ..data.files import (
     write_json,
 )
 from ..data.formats import BadRow
+from ..data.sums import are_intact, read_checked_json, sums_of, write_checked_json
 from ..errors import UserError
 from ..models.checkpoint import TOKENIZER_FILES, quiet
 from ..records import Pool
@@ -116,15 +117,23 @@ def training_rows(
     """
     name = hash_json([VERSION, pool.fingerprint, key, text, max_length, max_rows])
     folder = cache_folder(cache) / "tokens" / name
-    if not (folder / META).is_file():
+    if not _is_sound(folder):
         _make(folder, pool, Encoder(tokenizer, text, max_length), max_rows, name)
     reasons = {int(row): str(reason) for row, reason in read_json(folder / REASONS).items()}
-    meta = read_json(folder / META)
+    meta = read_checked_json(folder / META)
+    if meta is None:
+        raise UserError(f"{folder / META} is damaged; run the same command again, which writes it anew")
     if not meta["rows"]:
         kinds = Counter(reason.partition(":")[0] for reason in reasons.values()).most_common()
         told = ", ".join(f"{count} {kind}" for kind, count in kinds)
         raise UserError(f"no row of {_name(pool)} can be trained on ({told}); raise sft.max_length, or mend the rows")
     return TrainingRows(folder, meta, reasons)
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether a finished folder is there, every file of it as it was written."""
+    meta = read_checked_json(folder / META)
+    return meta is not None and are_intact(folder, meta["sums"])
 
 
 def _name(pool: Pool) -> str:
@@ -146,13 +155,13 @@ def _make(folder: Path, pool: Pool, encode: Encoder, max_rows: int | None, key: 
                 for batch in _batches(pool, encode, max_rows, reasons, meta):
                     writer.write_batch(batch)
             write_json(temporary / REASONS, reasons)
-            write_json(temporary / META, meta)
-            if folder.exists() and not (folder / META).is_file():
+            write_checked_json(temporary / META, {**meta, "sums": sums_of(temporary)})
+            if folder.exists() and not _is_sound(folder):
                 remove(folder)
             try:
                 os.rename(temporary, folder)
             except OSError:
-                if not (folder / META).is_file():
+                if not _is_sound(folder):
                     raise
         finally:
             remove(temporary)
@@ -192,7 +201,7 @@ def write_rows(path: Path, pool: Pool, rows: TrainingRows) -> None:
 
     Streamed in pieces, so that memory does not grow with the texts.
     """
-    import pyarrow.parquet as pq
+    from ..data.checked_parquet import open_writer
 
     position = np.full(len(pool), -1, dtype=np.int64)
     position[rows.positions] = np.arange(rows.meta["rows"])
@@ -220,7 +229,7 @@ def write_rows(path: Path, pool: Pool, rows: TrainingRows) -> None:
                     "reason": pa.array(left, pa.string()),
                 }
             )
-            writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
+            writer = writer or open_writer(temporary, table.schema, compression="zstd")
             writer.write_table(table)
         assert writer is not None, "load_pool refuses an empty pool"
         writer.close()

@@ -1,7 +1,7 @@
 """A selector's state inside the trainer's checkpoints, so that a resumed run keeps the rows it would have kept.
 
 `checkpoint-N/siftune/` holds `selector.safetensors` (tensors), `selector.json` (everything else) and, written last,
-`COMPLETE`. Ranks that choose together remember the same, so rank 0's files serve any number of processes; ranks that
+`COMPLETE` with the sums of these files, so that a damaged one is noticed. Ranks that choose together remember the same, so rank 0's files serve any number of processes; ranks that
 choose alone (`scope="local"`) add files of their own. A checkpoint without `COMPLETE` was not finished.
 """
 
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..data.sums import are_intact, read_checked_json, sums_of, write_checked_json
 from ..errors import UserError
 from ..online.base import OnlineMethod
 
@@ -61,10 +63,32 @@ def write(
 
 
 def finish(checkpoint: Path, *, step: int) -> None:
-    """Mark the state as complete, once every rank has written."""
+    """Mark the state as complete, once every rank has written. Files that this machine cannot see have no sum in it."""
     folder = folder_of(checkpoint)
-    (folder / "COMPLETE.tmp").write_text(f"{step}\n")
-    os.replace(folder / "COMPLETE.tmp", folder / "COMPLETE")
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = {name: total for name, total in sums_of(folder).items() if name != "COMPLETE"}
+    write_checked_json(folder / "COMPLETE", {"step": step, "sums": sums})
+
+
+def check(checkpoint: Path, *names: str) -> None:
+    """Raise `UserError` where one of these files of a finished state is not as it was written."""
+    folder = folder_of(checkpoint)
+    if not is_complete(checkpoint) or (folder / "COMPLETE").read_bytes().strip().isdigit():  # as earlier versions wrote
+        return
+    record = read_checked_json(folder / "COMPLETE")
+    if record is None:
+        raise damaged(folder / "COMPLETE")
+    for name in names:
+        if name in record["sums"] and not are_intact(folder, {name: record["sums"][name]}):
+            raise damaged(folder / name)
+
+
+def damaged(path: Path) -> UserError:
+    """What is raised for a file of a checkpoint that cannot be used; nothing else holds what it held."""
+    checkpoint = path.parent.parent
+    return UserError(
+        f"{path} is damaged; delete {checkpoint} and run again, which resumes from the checkpoint before it or starts anew"
+    )
 
 
 def read(checkpoint: Path, selector: OnlineMethod, *, rank: int = 0, world: int = 1, together: bool = False) -> Saved:
@@ -78,11 +102,18 @@ def read(checkpoint: Path, selector: OnlineMethod, *, rank: int = 0, world: int 
         raise UserError(
             f"{folder} holds no selection state of rank {rank}; resume with as many processes as the run was saved with"
         )
-    record = json.loads((folder / f"{stem}.json").read_text())
-    if record["selector"] != selector.name:
+    check(checkpoint, f"{stem}.json", f"{stem}.safetensors")
+    try:
+        record = json.loads((folder / f"{stem}.json").read_text())
+        tensors = load_file(folder / f"{stem}.safetensors")
+        values, totals = dict(record["values"]), dict(record["totals"])
+        saved_by = str(record["selector"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        raise damaged(folder / f"{stem}.json") from error
+    if saved_by != selector.name:
         raise UserError(
-            f"{checkpoint} was saved with the selector {record['selector']}, and {selector.name} is attached; "
-            f"attach {record['selector']} or start anew without resume_from_checkpoint"
+            f"{checkpoint} was saved with the selector {saved_by}, and {selector.name} is attached; "
+            f"attach {saved_by} or start anew without resume_from_checkpoint"
         )
     processes = record.get("processes", world)
     if record.get("scope") == "local" and processes > 1 and (together or processes != world):
@@ -90,7 +121,7 @@ def read(checkpoint: Path, selector: OnlineMethod, *, rank: int = 0, world: int 
             f'{checkpoint} was saved by {processes} processes with scope="local", which remember different rows; resume '
             f'with {processes} processes and scope="local"'
         )
-    return Saved({**record["values"], **load_file(folder / f"{stem}.safetensors")}, record["totals"])
+    return Saved({**values, **tensors}, totals)
 
 
 def checkpoint_to_resume(said: str | bool | None, output_dir: str, *, allow_fresh: bool) -> str | bool | None:

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..models.layout import layout_of
-from .state import finish, folder_of, is_complete
+from .state import check, damaged, finish, folder_of, is_complete
 
 IGNORED = -100
 
@@ -137,7 +137,12 @@ class Tally:
         """Start, or take back what the checkpoint to resume from has counted."""
         self._began = time.perf_counter()
         if checkpoint is not None:
-            self.counts = Counts(**json.loads(_file(checkpoint).read_text(encoding="utf-8")))
+            path = _file(checkpoint)
+            check(checkpoint, path.name)
+            try:
+                self.counts = Counts(**json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise damaged(path) from error
 
     def save(self, checkpoint: Path) -> None:
         """Into a checkpoint."""

@@ -121,12 +121,19 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size and path.name != ".lock")
 
 
-DAMAGES = ("cut", "emptied", "removed")
+def flip(path: Path, draw: random.Random) -> None:
+    """Turn one bit of a file over."""
+    data = bytearray(path.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+
+
+DAMAGES = ("cut", "emptied", "removed", "flipped")
 
 
 def test_files_of_the_cache_may_be_damaged(folder: Path, tmp_path: Path) -> None:
     for index, damage in enumerate(DAMAGES):
-        damage_cache(folder, tmp_path, damage, files_below(folder / "cache")[index::3])
+        damage_cache(folder, tmp_path, damage, files_below(folder / "cache")[index :: len(DAMAGES)])
 
 
 @pytest.mark.soak
@@ -146,6 +153,8 @@ def damage_cache(folder: Path, tmp_path: Path, damage: str, damaged: list[Path])
         path = cache / original.relative_to(folder / "cache")
         if damage == "removed":
             path.unlink()
+        elif damage == "flipped":
+            flip(path, draw)
         else:
             os.truncate(path, 0 if damage == "emptied" else draw.randrange(path.stat().st_size))
         run = tmp_path / f"run-{index}"
@@ -161,9 +170,7 @@ def test_a_flipped_bit_in_a_stored_shard_is_noticed(folder: Path, tmp_path: Path
     draw = random.Random(3)
     entries = [path for path in files_below(tmp_path / "cache") if path.suffix == ".safetensors"]
     for path in entries:
-        data = bytearray(path.read_bytes())
-        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        path.write_bytes(data)
+        flip(path, draw)
     assert siftune(inter(folder, tmp_path / "run", tmp_path / "cache")).code == 0
     as_undisturbed(folder, tmp_path / "run")
     count("stored entries with a flipped bit", len(entries))

@@ -23,6 +23,7 @@ from siftune.training.exchange import Ranks
 from siftune.training.identity import index_rows
 from siftune.training.ledger import Ledger
 from siftune.training.rebalance import build_batches, rebalance
+from siftune.training.tally import Tally
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import Drifting, rows
 
@@ -276,3 +277,64 @@ class TestState:
         with pytest.raises(UserError, match=r"checkpoint-11 .* allow_fresh_selector=True"):
             state.checkpoint_to_resume(str(tmp_path / "checkpoint-11"), folder, allow_fresh=False)
         assert state.checkpoint_to_resume(None, folder, allow_fresh=False) is None
+
+
+class TestDamage:
+    """What a resumed run reads back: used as it was written, or refused in one sentence that names the file."""
+
+    def test_any_flipped_bit_in_a_part_is_noticed_when_a_run_resumes(self, tmp_path: Path) -> None:
+        book = Ledger(tmp_path)
+        _line(book, 5)
+        book.flush(5)
+        path = tmp_path / "selection" / "part-5.parquet"
+        sound, content = pq.read_table(path), path.read_bytes()
+        messages = []
+        for place in range(0, len(content), 7):
+            path.write_bytes(flipped(content, place))
+            try:
+                Ledger(tmp_path).forget_after(9)
+                merged = Ledger(tmp_path).merge()
+                assert merged is not None
+                assert pq.read_table(merged).equals(sound), place
+            except UserError as error:
+                messages.append(str(error))
+        assert messages
+        assert all(f"{path} cannot be read" in message and "delete it" in message for message in messages)
+
+    @pytest.mark.parametrize("name", ["selector.json", "selector.safetensors", "COMPLETE"])
+    def test_any_flipped_bit_in_a_selectors_state_is_noticed(self, tmp_path: Path, name: str) -> None:
+        state.write(tmp_path, Drifting(keep=1), {"tokens_trained": 3}, step=7)
+        state.finish(tmp_path, step=7)
+        path = tmp_path / "siftune" / name
+        content = path.read_bytes()
+        for place in range(0, len(content), 5):
+            path.write_bytes(flipped(content, place))
+            with pytest.raises(UserError, match=r"is damaged; delete .* and run again"):
+                state.read(tmp_path, Drifting(keep=1))
+        path.write_bytes(content)
+        state.read(tmp_path, Drifting(keep=1))
+
+    def test_a_state_that_was_cut_is_one_sentence_even_without_sums(self, tmp_path: Path) -> None:
+        for name in ("selector.json", "selector.safetensors"):
+            state.write(tmp_path, Drifting(keep=1), {}, step=7)
+            (tmp_path / "siftune" / "COMPLETE").write_text("7\n")  # as earlier versions wrote it
+            state.read(tmp_path, Drifting(keep=1))
+            (tmp_path / "siftune" / name).write_bytes((tmp_path / "siftune" / name).read_bytes()[:20])
+            with pytest.raises(UserError, match="is damaged"):
+                state.read(tmp_path, Drifting(keep=1))
+
+    def test_damaged_counts_of_a_training_run_are_one_sentence(self, tmp_path: Path) -> None:
+        tally = Tally(None)
+        tally.save(tmp_path)
+        state.finish(tmp_path, step=7)
+        path = tmp_path / "siftune" / "tally.json"
+        for content in (path.read_bytes().replace(b'"steps": 0', b'"steps": 8'), b"{", b'{"a": 1}'):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=r"tally.json is damaged; delete"):
+                Tally(None).begin(tmp_path)
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    data = bytearray(content)
+    data[place] ^= 1 << place % 8
+    return bytes(data)

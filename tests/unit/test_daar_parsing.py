@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -151,3 +152,61 @@ def test_any_rows_come_back_from_any_layout(wanted: list[dict[str, str]], layout
 def test_nothing_makes_it_fail(text: str) -> None:
     for item in parse_rows(text):
         assert item.reason or (item.instruction and item.output)
+
+
+@pytest.mark.parametrize(
+    "filler",
+    [
+        "[",
+        "{",
+        '{"instruction":',
+        "<think>",
+        "</think>",
+        "<think></think>",
+        "Instruction: x Input:",
+        "Input: ",
+        "\n ",
+        "\n\n",
+    ],
+)
+def test_a_hostile_reply_is_read_in_no_time(filler: str) -> None:
+    text = ("Instruction: a\nOutput: b" + filler * 50_000)[:50_000] + "x"
+    started = time.process_time()
+    parse_rows(text)
+    parse_rows(text.replace("Output", "Result"))
+    assert time.process_time() - started < 4
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"instruction": "a", "output": ' + "[" * 40_000 + "]" * 40_000 + "}", "nested too deeply"),
+        ("x" * 200_000, "a reply of more than 100000 characters"),
+        ('{"instruction": "a", "output": 1e999}', "broken JSON"),
+        ('{"instruction": "a", "output": NaN}', "broken JSON"),
+        ('{"instruction": "a", "output": ' + "9" * 5000 + "}", "broken JSON"),
+    ],
+)
+def test_what_json_cannot_hold_is_no_row(text: str, reason: str) -> None:
+    (item,) = parse_rows(text)
+    assert reason in str(item.reason)
+
+
+def test_rows_nested_as_deep_as_json_allows_never_fail() -> None:
+    row = json.dumps(FRUIT)
+    for depth in range(100, 1100, 25):
+        text = '{"instruction": null, "a": ' + "[" * depth + row + "]" * depth + "}"
+        assert len(parse_rows(text)) == 1
+
+
+def test_thoughts_are_removed_wherever_they_are() -> None:
+    row = "Instruction: Name a fruit.\nOutput: An apple."
+    for text in (
+        f"<think>a</think>{row}",
+        f"a</think>{row}",
+        f"a</think>b</think>{row}",
+        f"<think>a<think>b</think>{row}<thinking>c",
+        f"{row}<think>a</think><THINK>b",
+    ):
+        (item,) = parse_rows(text)
+        assert item.row == FRUIT, text

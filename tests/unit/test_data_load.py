@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -372,12 +373,46 @@ def test_the_second_load_parses_nothing_and_changed_bytes_are_seen(
     assert built == [1]
 
 
-def test_a_damaged_store_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_damaged_store_is_made_again(tmp_path: Path, kind: str) -> None:
+    path = _write(tmp_path / f"a.{kind}")
+    pool = load_pool(path)
+    folder = pool.source.folder  # type: ignore[attr-defined]
+    originals, ids, places = (getattr(pool.source, name)(range(5)) for name in ("originals", "ids", "locations"))
+    draw = random.Random(0)
+    names = sorted(file.name for file in folder.iterdir() if file.stat().st_size)
+    assert {"ids.npy", "lines.npy", "offsets.npy", "sums.npy", "meta.json", "reasons.json"} <= {*names}
+    for name in names:
+        for damage in ("cut", "flipped", "flipped", "removed"):
+            file = folder / name
+            data = bytearray(file.read_bytes())
+            if damage == "removed":
+                file.unlink()
+            elif damage == "cut":
+                os.truncate(file, len(data) // 2)
+            else:
+                data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+                file.write_bytes(data)
+            again = load_pool(path)
+            assert again.fingerprint == pool.fingerprint
+            assert again.source.originals(range(5)) == originals, (name, damage)
+            assert again.source.ids(range(5)) == ids, (name, damage)
+            assert again.source.locations(range(5)) == places, (name, damage)
+
+
+@pytest.mark.parametrize("name", ["lines.bin", "offsets.npy", "sums.npy"])
+def test_a_row_that_is_damaged_after_loading_is_one_sentence_and_the_next_load_stores_it_again(
+    tmp_path: Path, name: str
+) -> None:
     path = _write(tmp_path / "a.jsonl")
-    folder = load_pool(path).source.folder  # type: ignore[attr-defined]
-    for name in ("lines.bin", "meta.json"):
-        os.truncate(folder / name, 10)
-        assert load_pool(path).source.originals([4]) == [ROWS[4]]
+    pool = load_pool(path)
+    file = pool.source.folder / name  # type: ignore[attr-defined]
+    data = bytearray(file.read_bytes())
+    data[-8 if name == "offsets.npy" else -4] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"is damaged; run the same command again, which writes it anew"):
+        pool.read([4])
+    assert load_pool(path).read([4])[0].instruction == ROWS[4]["instruction"]
 
 
 def test_a_killed_load_leaves_nothing_that_a_later_one_keeps(tmp_path: Path) -> None:

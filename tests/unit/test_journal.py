@@ -130,6 +130,55 @@ def test_a_damaged_line_costs_one_question(tmp_path: Path) -> None:
     assert echo.asked == ["b"]
 
 
+def test_any_flipped_bit_costs_one_question_and_changes_no_reply(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    sound, _ = run(path, Echo(), questions("a", "b"))
+    content = path.read_bytes()
+    start = content.index(b"\n") + 1
+    for place in range(start, len(content) - 1, 3):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 7
+        path.write_bytes(damaged)
+        echo = Echo()
+        assert run(path, echo, questions("a", "b"))[0] == sound
+        assert echo.asked in (["b"], ["a"], ["a", "b"], ["b", "a"]), place
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"text": 3}, {"prompt_tokens": "1"}, {"completion_tokens": -1}, {"finish_reason": None}, {"error": []}, {"v": 9}],
+)
+def test_a_line_of_wrong_types_costs_one_question(tmp_path: Path, change: dict[str, object]) -> None:
+    path, echo = tmp_path / "r.jsonl", Echo()
+    run(path, Echo(), questions("a", "b"))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["check"]
+        line["v"] = 1
+    lines[1] |= change
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(path, echo, questions("a", "b"))
+    assert len(echo.asked) == 1
+
+
+def test_lines_of_the_version_before_are_read(tmp_path: Path) -> None:
+    path, echo = tmp_path / "r.jsonl", Echo()
+    sound, _ = run(path, Echo(), questions("a"))
+    line = json.loads(path.read_text())
+    del line["check"]
+    path.write_text(json.dumps({**line, "v": 1}) + "\n")
+    assert run(path, echo, questions("a"))[0] == sound
+    assert not echo.asked
+
+
+def test_a_nested_line_is_damage(tmp_path: Path) -> None:
+    path, echo = tmp_path / "r.jsonl", Echo()
+    run(path, Echo(), questions("a"))
+    path.write_bytes(path.read_bytes() + b"[" * 100_000 + b"\n")
+    run(path, echo, questions("a"))
+    assert not echo.asked
+
+
 @pytest.mark.parametrize("content", [b"my notes\n", b"my notes", b'{"instruction": "a"}\n'])
 def test_another_file_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"

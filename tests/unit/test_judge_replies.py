@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import pytest
 
 from siftune.offline.alpagasus import read_rating
@@ -56,6 +59,10 @@ def test_a_rating(text: str, rating: float) -> None:
         ("Score: 6", "outside 0 to 5"),
         ("Score: -1", "outside 0 to 5"),
         ("Score: 45", "outside 0 to 5"),
+        ("Score: " + "9" * 400, "a rating of inf, outside 0 to 5"),
+        ("Score: NaN", "no single number"),
+        ("Score: 1e999", "no single number"),
+        ("Score: 4" + " " * 20_000, "a reply of 20,008 characters, more than 20,000"),
     ],
 )
 def test_no_rating(text: str, said: str) -> None:
@@ -71,6 +78,23 @@ def test_a_rating_at_the_end_of_a_reply_that_was_cut_off_is_none() -> None:
             continue
         with pytest.raises(Unreadable, match="cut off"):
             read_rating(text, cut=True)
+
+
+@pytest.mark.parametrize(
+    "filler", [" ", "_", "*", "1", "\n```", "Score ", "word ", "(", "Score: 3 ", '{"', '["a",', '{"a":']
+)
+def test_a_hostile_reply_is_read_in_no_time(filler: str) -> None:
+    text = ("Score" + filler * 20_000)[:20_000]
+    started = time.process_time()
+    for read in (read_rating, read_tags):
+        with contextlib.suppress(Unreadable):
+            read(text)
+    assert time.process_time() - started < 3
+
+
+def test_decoration_of_any_length_changes_no_rating() -> None:
+    assert read_rating("**Score:**" + " " * 500 + "4") == 4
+    assert read_rating("#" * 500 + " Score: " + "*" * 99 + "4" + "*" * 99) == 4
 
 
 @pytest.mark.parametrize(
@@ -103,7 +127,9 @@ def test_tags(text: str, tags: list[str]) -> None:
         ('["a", "b"', "no list"),
         ('[{"tag": "x"}, {"tag": "y"', "no list"),
         ('Not ["a"] but ["b"]', "several lists"),
-        ("[" * 5000, "no list"),
+        ("[" * 5000, "nested too deeply"),
+        ('["a"] ' + "[" * 5000, "nested too deeply"),
+        ("[" * 200_000, "a reply of 200,000 characters, more than 20,000"),
         (str([str(n) for n in range(MOST_TAGS + 1)]).replace("'", '"'), "more than 32"),
     ],
 )

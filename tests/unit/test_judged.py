@@ -513,3 +513,26 @@ def test_a_preview_asks_nothing_and_estimates(pool: Pool) -> None:
     assert facts["prompt_tokens"] == pytest.approx(size, abs=1)
     assert facts["cost"] == cost({"prompt": 2.0, "completion": 4.0}, facts["prompt_tokens"], 29 * 60)
     assert facts["cost_at_most"] > facts["cost"]
+
+
+def test_counts_of_any_size_fit_their_column(pool: Pool) -> None:
+    judge = Stub(lambda prompt: {"text": rate(prompt), "prompt_tokens": 10**400})
+    scores = AlpaGasus(judge=judge).score(pool)
+    assert scores.info["judge"]["prompt_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "reply", [b"[" * 200_000, b'{"choices": [{"message": {"content": "Score: 3"}}], "usage": {"prompt_tokens": NaN}}']
+)
+def test_a_reply_that_cannot_be_used_leaves_its_row_and_the_run_continues(pool: Pool, reply: bytes) -> None:
+    pytest.importorskip("openai")
+    from siftune.models.server import OpenAIGenerator
+
+    prompt = AlpaGasus(judge=Stub(rate)).shard_task(pool).request(pool.read([7])[0]).messages[0][1]  # type: ignore[attr-defined]
+    with hostile({prompt: [("bytes", (reply, {}))] * 2}, answer_rows) as server:
+        judge = OpenAIGenerator(server.url, attempts=2, first_wait=0.01)
+        scores = AlpaGasus(judge=judge, unanswered="skip").score(pool)
+        assert set(scores.reasons) == {4, 7}
+        assert scores.reasons[7].startswith("no reply: no reply in 2 tries: the reply")
+        again = AlpaGasus(judge=judge).score(pool)
+    assert set(again.reasons) == {4}, "the next run asks again"

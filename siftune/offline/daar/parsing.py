@@ -8,6 +8,7 @@ chatter around them. What cannot be read is handed back with a reason; nothing i
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 
 MOST_CHARACTERS = 20_000
 """A longer field is a model that did not stop, no example."""
+LONGEST_REPLY = 100_000
+"""Characters of a reply, thoughts left out; a longer one is no list of a few rows, and slow to search."""
 
 FAMILIES: tuple[dict[str, tuple[str, ...]], ...] = (
     {"instruction": ("instruction",), "input": ("input",), "output": ("output", "response")},
@@ -29,7 +32,7 @@ EMPTY = {"", "none", "n/a", "na", "nil", "null", "empty", "no input", "noinput",
 """An input that says, in words, that there is none."""
 PLACEHOLDERS = {"...", "…", "what is asked", "the complete, correct answer", "output", "answer", "your answer here"}
 CLOSING = re.compile(
-    r"\n\s*\n(?:let me know|i hope|hope (?:this|these)|feel free|would you like|if you(?:'d| would| need| want)|"
+    r"\n[^\S\n]*\n(?:let me know|i hope|hope (?:this|these)|feel free|would you like|if you(?:'d| would| need| want)|"
     r"these (?:\w+ ){0,2}examples|this example|note that these|is there anything|please let me)\b[^\n]*\s*\Z",
     re.IGNORECASE,
 )
@@ -39,6 +42,9 @@ HEADING = re.compile(
     re.IGNORECASE,
 )
 """A number, an `Example 2` or a rule that stands before the next row."""
+
+
+_THOUGHT = re.compile(r"<(?P<closes>/?)think(?:ing)?>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ def parse_rows(text: str, *, cut: bool = False) -> list[Found]:
     text = _without_thoughts(text.replace("\r\n", "\n"))
     if not text.strip():
         return [Found(reason="empty reply")]
+    if len(text) > LONGEST_REPLY:
+        return [Found(reason=f"too long: a reply of more than {LONGEST_REPLY} characters")]
     found = list(_json_rows(text)) if _looks_like_json(text) else []
     whole = bool(found) and text.rstrip().rstrip("`").rstrip().endswith(("]", "}"))
     found = found or list(_labelled_rows(text))
@@ -81,9 +89,19 @@ def parse_rows(text: str, *, cut: bool = False) -> list[Found]:
 
 def _without_thoughts(text: str) -> str:
     """The text after a model's thinking aloud, if it does; a thought that never ends leaves nothing."""
-    text = re.sub(r"<think(?:ing)?>.*?</think(?:ing)?>", "", text, flags=re.DOTALL | re.IGNORECASE)
-    text = re.sub(r"\A.*</think(?:ing)?>", "", text, flags=re.DOTALL | re.IGNORECASE)
-    return re.sub(r"<think(?:ing)?>.*\Z", "", text, flags=re.DOTALL | re.IGNORECASE)
+    parts: list[str] = []
+    start, thought = 0, -1  # where the text that stays begins, and where the open thought does
+    for mark in _THOUGHT.finditer(text):
+        if not mark["closes"]:
+            thought = mark.start() if thought < 0 else thought
+            continue
+        if thought < 0:  # closed and never opened: all before it was the thought
+            parts.clear()
+        else:
+            parts.append(text[start:thought])
+        start, thought = mark.end(), -1
+    parts.append(text[start:] if thought < 0 else text[start:thought])
+    return "".join(parts)
 
 
 def _checked(found: Found) -> Found:
@@ -129,18 +147,30 @@ def _looks_like_json(text: str) -> bool:
 
 def _json_rows(text: str) -> Iterator[Found]:
     """Every object with an instruction, wherever it stands; a broken one does not hide those after it."""
-    decoder, place = json.JSONDecoder(strict=False), 0
+    decoder, place = json.JSONDecoder(strict=False, parse_float=_finite, parse_constant=_finite), 0
     while (place := text.find("{", place)) >= 0:
         try:
             value, end = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError):
+            rows = list(_objects(value))
+        except RecursionError:
+            yield Found(reason="broken JSON: nested too deeply")
+            return
+        except ValueError:
             key = re.match(rf'\{{\s*"(?:{"|".join(_names("instruction"))})"\s*:', text[place:], re.IGNORECASE)
             if key:
                 yield Found(reason="broken JSON")
             place += 1
             continue
-        yield from _objects(value)
+        yield from rows
         place = end
+
+
+def _finite(number: str) -> float:
+    """A JSON number; `ValueError` for one that overflows, for NaN and for Infinity: as a field's text it would be wrong."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:20]} is no number of JSON")
+    return value
 
 
 def _objects(value: Any) -> Iterator[Found]:
@@ -230,6 +260,8 @@ def _rows_between(text: str, labels: list[tuple[str, bool, re.Match[str]]]) -> I
 def _on_one_line(parts: dict[str, str]) -> dict[str, str]:
     """A row whose labels follow each other on one line: `Instruction: ... Input: ... Output: ...`."""
     name = "input" if "input" in parts else "instruction"
+    if re.search(r"\b(?:Output|Response):", parts[name]) is None:
+        return parts
     match = re.fullmatch(r"(.*?)(?:\bInput:(.*?))?\b(?:Output|Response):(.*)", parts[name], re.DOTALL)
     if match is None:
         return parts
