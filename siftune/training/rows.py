@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..data.exports import clear
 from ..data.files import (
     atomic_path,
     cache_folder,
@@ -148,7 +149,7 @@ def _make(folder: Path, pool: Pool, encode: Encoder, max_rows: int | None, key: 
             write_json(temporary / REASONS, reasons)
             write_json(temporary / META, meta)
             if folder.exists() and not (folder / META).is_file():
-                remove(folder)
+                clear(folder, (TOKENS, META, REASONS))
             try:
                 os.rename(temporary, folder)
             except OSError:

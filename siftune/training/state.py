@@ -8,7 +8,6 @@ choose alone (`scope="local"`) add files of their own. A checkpoint without `COM
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..data.files import atomic_path
 from ..errors import UserError
 from ..online.base import OnlineMethod
 
@@ -54,17 +54,17 @@ def write(
     record = {"format": FORMAT, "selector": selector.name, "step": step, "values": values, "totals": dict(totals)}
     record |= {"processes": world, "scope": getattr(selector, "scope", "global")}
     stem = _stem(rank)
-    save_file(tensors, folder / f"{stem}.safetensors.tmp")
-    os.replace(folder / f"{stem}.safetensors.tmp", folder / f"{stem}.safetensors")
-    (folder / f"{stem}.json.tmp").write_text(json.dumps(record, indent=1, allow_nan=True) + "\n")
-    os.replace(folder / f"{stem}.json.tmp", folder / f"{stem}.json")
+    with atomic_path(folder / f"{stem}.safetensors") as temporary:
+        save_file(tensors, temporary)
+    with atomic_path(folder / f"{stem}.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=True) + "\n")
 
 
 def finish(checkpoint: Path, *, step: int) -> None:
     """Mark the state as complete, once every rank has written."""
     folder = folder_of(checkpoint)
-    (folder / "COMPLETE.tmp").write_text(f"{step}\n")
-    os.replace(folder / "COMPLETE.tmp", folder / "COMPLETE")
+    with atomic_path(folder / "COMPLETE") as temporary:
+        temporary.write_text(f"{step}\n")
 
 
 def read(checkpoint: Path, selector: OnlineMethod, *, rank: int = 0, world: int = 1, together: bool = False) -> Saved:
