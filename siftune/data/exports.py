@@ -100,8 +100,15 @@ def discard(folder: Path) -> bool:
     return not folder.exists()
 
 
+def refill(folder: Path, new: Path, *, last: str) -> None:
+    """Put the files of `new` in place of those of a damaged cache folder, `last` at the end; other files there stay."""
+    for path in sorted(new.iterdir(), key=lambda path: path.name == last):
+        os.replace(path, folder / path.name)
+    sync(folder)
+
+
 def clear(folder: Path, names: Sequence[str]) -> None:
-    """Remove a folder of the cache whose files all fit `names` (patterns). Raises `UserError` where one does not."""
+    """Remove a folder whose files all fit `names` (patterns). Raises `UserError` where one does not."""
     held = [name for name, path in _entries(folder) if path.is_symlink() or not path.is_dir()]
     for name in held:
         if not any(fnmatch(name, pattern) for pattern in names):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..records import Pool
 from .build import Writer
-from .exports import clear
+from .exports import refill
 from .files import (
     cache_folder,
     hash_file,
@@ -33,7 +33,7 @@ from .formats import FIELDS, Reading, candidates, check_format, recognise
 from .parse import Chunk
 from .protect import places
 from .sources import Part, resolve
-from .store import FILES, VERSION, StoredRows, is_whole
+from .store import VERSION, StoredRows, is_whole
 
 _HEAD_ROWS = 1000
 """Rows within which one must show the pool's format."""
@@ -140,7 +140,8 @@ def _stamps(parts: list[Part]) -> list[tuple[int, int]]:
 def _publish(temporary: Path, folder: Path) -> Path:
     """Give a finished folder its name, unless another process was first."""
     if folder.exists() and not is_whole(folder):
-        clear(folder, FILES)
+        refill(folder, temporary, last="meta.json")
+        return folder
     try:
         os.rename(temporary, folder)
         sync(folder.parent)

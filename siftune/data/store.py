@@ -30,18 +30,6 @@ from .files import json_value, plain_errors, read_json, without_nan
 from .formats import Reading
 from .protect import refuse_overlap
 
-FILES = (
-    "lines.bin",
-    "table-*.arrow",
-    "ids.npy",
-    "lines.npy",
-    "offsets.npy",
-    "duplicates.npy",
-    "reasons.json",
-    "meta.json",
-)
-"""All that a store's folder holds."""
-
 VERSION = 1
 """Raised whenever the files below, or what counts as a bad row, change."""
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..data.exports import clear
+from ..data.exports import refill
 from ..data.files import (
     atomic_path,
     cache_folder,
@@ -149,7 +149,8 @@ def _make(folder: Path, pool: Pool, encode: Encoder, max_rows: int | None, key: 
             write_json(temporary / REASONS, reasons)
             write_json(temporary / META, meta)
             if folder.exists() and not (folder / META).is_file():
-                clear(folder, (TOKENS, META, REASONS))
+                refill(folder, temporary, last=META)
+                return
             try:
                 os.rename(temporary, folder)
             except OSError:

@@ -18,7 +18,7 @@ CALLS = {
     "shutil": {"rmtree", "move", "copyfile", "copytree", "copy", "copy2"},
 }
 METHODS = {"unlink", "rename", "rmdir", "write_text", "write_bytes"}
-OURS = {"remove", "clear", "discard", "place"}
+OURS = {"remove", "clear", "discard", "place", "refill"}
 """Functions of siftune.data that remove or replace; `remove` takes anything, so its arguments are checked below."""
 
 EXPORT = "unit/test_protect.py::test_an_export_with_anything_of_the_users_stays"
@@ -46,10 +46,11 @@ LISTED: dict[tuple[str, str, str], tuple[int, str]] = {
     ("data/files.py", "remove", "shutil.rmtree"): (1, SWEPT),
     ("data/files.py", "remove", "unlink"): (1, SWEPT),
     # the cache: folders and files called by content hashes
-    ("data/load.py", "_publish", "clear"): (1, POOL),
+    ("data/exports.py", "refill", "os.replace"): (1, POOL),
+    ("data/load.py", "_publish", "refill"): (1, POOL),
     ("data/load.py", "_publish", "os.rename"): (1, POOL),
     ("data/load.py", "_stored", "remove"): (1, POOL),
-    ("training/rows.py", "_make", "clear"): (1, TOKENS),
+    ("training/rows.py", "_make", "refill"): (1, TOKENS),
     ("training/rows.py", "_make", "os.rename"): (1, TOKENS),
     ("training/rows.py", "_make", "remove"): (1, TOKENS),
     ("models/store.py", "Store.get", "unlink"): (1, "unit/test_user_files.py::test_an_unsound_entry_is_removed_alone"),
