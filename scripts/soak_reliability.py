@@ -43,6 +43,7 @@ GROUPS = (
             "results",
             "damaged",
             "cut",
+            "commands pointed",
             *CHANGED,
         ),
     ),
@@ -84,6 +85,16 @@ MEANING = """
   tried again; it is not journaled, so that the next run requests it again, and the other rows are judged.
 - A worker process or Ray actor that dies is replaced and its shard tried again. Where a shard keeps failing, the rows that
   are to blame are found and left out with a reason; every other row has the number it would have had without them.
+- No input is ever an output: `--out`, `--run` and the figures beside a page are refused where they are the same file as (by any
+  link), lie inside, or contain a pool, seeds, target, prompt, domains, recipe, study, model, adapter, an adapter's base or
+  another file that the command reads; `Subset.write` refuses the files that its pool was read from.
+- Nothing of the user's is deleted. A folder is replaced only where siftune wrote it and it is as it was written:
+  `.siftune-export.json` in it lists its files with size and hash. One with another file or a changed one, the working folder, and
+  those above it are refused; the old export is renamed aside and removed once the new one has its name.
+- A run folder is new, empty, or has siftune's own mark (`manifest.json`, `study.json`, `.siftune-folder.json`, each checked by
+  what it holds). Inside it, and in the cache, siftune writes its own files again where they are damaged, and leaves others alone.
+- A file named by `--out` replaces an ordinary file of that name, as in every command line, and the figures of a page those of
+  theirs; a table of `score-reference` and the `report.html` of a run replace only what siftune wrote.
 - What a user can mend is one sentence and exit code 2. Every row that drops out has a reason, and the counts add up.
 - Nothing that siftune reads can run code: no pickle is opened, YAML is read safely, arrays hold no objects. A recipe,
   study, suite, configuration or `--set` that names code (`trust_remote_code`, a class, a callback, a kernel of the hub, a

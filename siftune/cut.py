@@ -92,6 +92,17 @@ def check_out(out: str | None, *, copied: bool = False) -> None:
         raise UserError(f"--out {out} has no known suffix; give one of {', '.join(known)}")
 
 
+def refuse_inside(out: str | None, run: Path, *, but: str | None = None) -> None:
+    """Refuse a result among a run folder's own files, save the one that is called `but`. Raises `UserError`."""
+    if out is None:
+        return
+    path, folder = Path(out).resolve(), run.resolve()
+    if folder in path.parents and path != folder / (but or "."):
+        raise UserError(
+            f"--out {out} lies inside the run folder {run}, whose files stay as they are; choose another path"
+        )
+
+
 def copy_out(
     subset: Subset, written: Path, out: str | None, *, order: Literal["original", "score"] = "original"
 ) -> Path:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import Everywhere
+from .cut import refuse_inside
 from .data.files import atomic_path, hash_json, read_json, write_json
+from .data.protect import refuse_overlap
 from .errors import UserError
 from .evaluation.results import Results, averaged, facts, markdown
-from .evaluation.suite import Suite, SuiteTask
+from .evaluation.suite import Suite, SuiteTask, suite_file
 from .job import RUNS, plain
 from .run import RunFolder, identity, make_folder
 
@@ -101,6 +103,10 @@ class Job:
             raise UserError(f"batch_size={options.batch_size} asks nothing; give at least 1")
         self.suite = _suite(options, suite)
         self.files = dict(self.suite.held_out) | dict(options.held_out or {})
+        inputs = {f"--{name}": getattr(options, name) for name in ("model", "adapter", "data", "config")}
+        inputs["--suite"] = suite_file(options.suite)
+        inputs |= {f"the held-out rows {name}": files for name, files in self.files.items()}
+        refuse_overlap({"--out": options.out, "--run": options.run}, inputs)
         if not self.suite.tasks and not self.files:
             raise UserError("nothing to evaluate: give --suite daar, uds or a file, or --held-out NAME=FILE")
         if self.suite.tasks:
@@ -248,6 +254,7 @@ def run(job: Job, *, told: Callable[[str], None] = lambda line: None, bars: bool
         return Results(None, {}, {}, None, {}, about=job.plan["tasks"], manifest=job.plan)
     key = identity(job.config, job.inputs)
     folder = Path(job.options.run) if job.options.run else RUNS / f"evaluate-{job.suite.name}-{key}"
+    refuse_inside(job.options.out, folder, but=RESULTS)
     with RunFolder(folder, config=job.config, inputs=job.inputs) as opened:
         loaded = Loaded(job)
         for name, encoded in job.encoded.items():

@@ -15,6 +15,7 @@ from . import registry
 from .config import PARTS, Reading, SelectOptions, unknown
 from .cut import DEFAULT_KEEP, Budget, check_out
 from .data.files import hash_file
+from .data.protect import refuse_overlap, setting_inputs
 from .engines import check_engine
 from .errors import UserError
 from .offline.base import OfflineMethod
@@ -46,6 +47,8 @@ def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, p
     check_out(options.out)
     check_engine(options)
     method = build(name, options.seed, settings)
+    outputs = {"--out": options.out, "--run": options.run}
+    refuse_overlap(outputs, named_inputs(options, {item: getattr(method, item) for item in settings}))
     started = perf_counter()
     pool = read_pool(options)
     seconds = perf_counter() - started
@@ -57,6 +60,12 @@ def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, p
 
         part_of(pool.shards(), options.shards)
     return Job(method, pool, options, budget, resolved(name, options, method), seconds, progress)
+
+
+def named_inputs(options: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command reads, by name, for `refuse_overlap`: the pool, the method's own settings, the configuration."""
+    given = {"the pool": list(getattr(options, "pool", ())), "--config": options.config}
+    return given | {name.replace("_", "-"): value for name, value in setting_inputs(settings, "--{}").items()}
 
 
 def read_pool(options: Reading) -> Pool:

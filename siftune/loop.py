@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import Running, SelectOptions
-from .cut import check_out
+from .cut import check_out, refuse_inside
 from .data.files import FolderLock, atomic_path, hash_file, hash_json, read_json, write_json
+from .data.protect import claim, refuse_overlap
 from .errors import UserError
-from .job import RUNS, plain
+from .job import RUNS, named_inputs, plain
 from .pipeline import Selection, select
 from .records import Pool
 
@@ -133,11 +134,14 @@ def loop(
     if options.shards is not None:
         raise UserError("siftune loop takes no --shards; leave it out")
     check_out(options.out, copied=True)
+    refuse_overlap({"--out": options.out, "--run": options.run}, _inputs(options, given))
     if options.dry_run:
         select(method, SelectOptions(**_chosen(options)), given)
         return []
     folder = Path(options.run) if options.run else RUNS / f"loop-{method}-{_identity(method, options, given)}"
+    refuse_inside(options.out, folder)
     with FolderLock(folder):
+        claim(folder, "loop")
         rounds: list[Round] = []
         for number in range(1, options.rounds + 1):
             rounds.append(_round(number, folder, words, method, options, given, rounds, progress, told))
@@ -183,6 +187,17 @@ def _round(
         tuned, seconds = _tune(number, place, words, model, selection.out, options.seed)
     told(f"round {number}: tuned model in {tuned}")
     return Round(number, model, selection, tuned, seconds)
+
+
+def _inputs(options: LoopOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a loop reads, by name."""
+    given = named_inputs(options, settings)
+    if options.recipe is not None:
+        from .training.inputs import recipe_inputs
+
+        given |= {"the recipe": options.recipe}
+        given |= recipe_inputs(_recipe(options, str(settings["model"]), "rows.jsonl")) | {"train": None}
+    return given
 
 
 def _chosen(options: LoopOptions) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import KeepOptions, Reading, SelectOptions
-from .cut import Budget, check_out, copy_out
+from .cut import Budget, check_out, copy_out, refuse_inside
 from .data.files import cache_folder, hash_file, hash_json
+from .data.protect import refuse_overlap, setting_inputs
 from .errors import UserError
 from .job import Job, features_of, inputs_of, plain, prepare, read_pool, run_folder
 from .offline.base import OfflineMethod
@@ -59,6 +60,7 @@ def select(
         return Selection(None, facts, pool=job.pool)
     inputs = {"pool": job.pool.fingerprint} | inputs_of(job.method)
     folder = run_folder(options, method, identity(job.config, inputs))
+    refuse_inside(options.out, folder, but=SELECTED)
     with RunFolder(folder, config=job.config, inputs=inputs) as run:
         key = identity(job.config, inputs)
         with run.stage("load", hash_json([key, "load"])) as stage:
@@ -194,6 +196,8 @@ def recut(run: str, options: KeepOptions) -> Selection:
         raise UserError(f"{folder} has no scores yet; {again} first")
     if not (folder / SCORES).is_file() or hash_file(folder / SCORES) != scored["files"].get(SCORES):
         raise UserError(f"{folder / SCORES} is not as its run left it; {again}, which makes it again")
+    refuse_overlap({"--out": options.out}, setting_inputs(config, "the run's {}") | {"--config": options.config})
+    refuse_inside(options.out, folder)
     reading = {item.name: config.get(item.name) for item in dataclasses.fields(Reading)}
     sources, columns = reading.get("pool"), reading.get("columns")
     if not isinstance(sources, list) or not sources or not isinstance(columns or {}, dict):

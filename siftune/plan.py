@@ -17,8 +17,9 @@ import numpy as np
 
 from .config import PlanOptions
 from .data.files import cache_folder
+from .data.protect import refuse_overlap
 from .errors import UserError
-from .job import build, read_pool
+from .job import build, named_inputs, read_pool
 from .records import SHARD_ROWS, Pool
 from .run import peak_memory_mb
 from .stored import counted
@@ -35,6 +36,7 @@ def plan(options: PlanOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
     >>> plan(PlanOptions(pool=["pool.jsonl"]), {"model": "./model"})["estimate"]["minutes"]
     """
     method = build(METHOD, options.seed, settings)
+    refuse_overlap({"--out": options.out, "--run": options.run}, named_inputs(options, settings))
     task = method.feature_task(for_fit=True)  # type: ignore[attr-defined]
     cache = cache_folder(options.cache)
     pools_before = _entries(cache / "pools")

@@ -269,7 +269,10 @@ class Subset:
         raise UserError(f"order={order!r} is not known; give original or score")
 
     def write(self, path: str | Path, *, order: Literal["original", "score"] = "original") -> Path:
-        """Write the user's own rows, every original column and type, as JSONL or Parquet by the file's suffix."""
+        """Write the user's own rows, every original column and type, as JSONL or Parquet by the file's suffix.
+
+        An ordinary file of that name is replaced. Raises `UserError` for a file that the pool was read from, by any link.
+        """
         self.scores.pool.source.write(self.ordered(order).tolist(), Path(path))
         return Path(path)
 

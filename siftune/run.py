@@ -20,6 +20,7 @@ from typing import Any, Self
 from . import __version__
 from .config import write_yaml
 from .data.files import FolderLock, atomic_path, hash_file, hash_json, read_json, sweep_temporaries, write_json
+from .data.protect import foreign_name
 from .errors import UserError
 from .redaction import redact
 
@@ -106,9 +107,9 @@ class RunFolder:
             "stages": [],
             **{name: previous[name] for name in ("rows", "info") if name in previous},
         }
+        self._save()  # first: it is what makes the folder ours
         with atomic_path(self.folder / CONFIG) as temporary:
             temporary.write_text(write_yaml(self.config), encoding="utf-8")
-        self._save()
 
     def _agree(self, previous: Mapping[str, Any]) -> None:
         """Refuse a folder whose run was asked something else, naming the first difference."""
@@ -119,17 +120,15 @@ class RunFolder:
                     what = "option" if part == "config" else "input"
                     raise UserError(
                         f"run folder {self.folder} holds another run: its {what} {name} was {before.get(name)} and is "
-                        f"now {now.get(name)}; give another --run, or delete that folder"
+                        f"now {now.get(name)}; give another --run"
                     )
 
     def _refuse_strangers(self) -> None:
-        ours = {CONFIG}
-        for path in sorted(self.folder.iterdir()):
-            if path.name not in ours and not path.name.startswith("."):
-                raise UserError(
-                    f"run folder {self.folder} holds {path.name} and no {MANIFEST}, so it is no run of siftune; "
-                    "give a new or empty folder as --run"
-                )
+        if (name := foreign_name(self.folder)) is not None:
+            raise UserError(
+                f"run folder {self.folder} holds {name} and no {MANIFEST}, so it is no run of siftune; "
+                "give a new or empty folder as --run"
+            )
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -212,11 +211,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json(folder / MANIFEST)
     except (ValueError, OSError) as error:
-        raise UserError(f"{folder / MANIFEST} cannot be read ({error}); delete the folder and run again") from error
+        raise UserError(f"{folder / MANIFEST} cannot be read ({error}); give another --run") from error
     if not _is_manifest(manifest):
-        raise UserError(
-            f"run folder {folder} has a {MANIFEST} that siftune did not write; delete the folder and run again"
-        )
+        raise UserError(f"run folder {folder} has a {MANIFEST} that siftune did not write; give another --run")
     found: dict[str, Any] = manifest
     return found
 

@@ -7,14 +7,15 @@ model is not loaded: only its tokenizer is needed. Cost: one forward of the refe
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data.files import FolderLock, cache_folder, hash_file, hash_json, read_json, temporary_beside, write_json
+from .data.files import FolderLock, cache_folder, hash_file, hash_json, read_json, remove, temporary_beside, write_json
+from .data.protect import refuse_overlap
 from .errors import UserError
+from .training.inputs import recipe_inputs
 from .training.recipe import Recipe
 
 ENDINGS = (".parquet", ".safetensors")
@@ -41,9 +42,9 @@ def score_reference(
 ) -> Scored:
     """Write the table `out` (.parquet or .safetensors) of the recipe's rows under the model, or adapter, `reference`.
 
-    A finished table of the same rows and model is left as it is, an interrupted one goes on, another one is replaced.
-    `score_tokens` bounds the padded tokens of one forward pass. Raises `UserError` as `siftune train` does, before a
-    weight is loaded.
+    A finished table of the same rows and model is left as it is, an interrupted one resumes, another table of ours (known
+    by the note beside it) is replaced. `score_tokens` bounds the padded tokens of one forward pass. Raises `UserError` as
+    `siftune train` does, and for an `out` that is an input or a file that siftune did not write, before a weight is loaded.
 
     >>> score_reference(Recipe.read("recipe.yaml"), "./held-out-model", out="reference.parquet").rows
     """
@@ -52,6 +53,9 @@ def score_reference(
         raise UserError(f"--out {out} must end in {' or '.join(ENDINGS)}")
     if score_tokens < 1:
         raise UserError(f"--score-tokens {score_tokens} reads nothing; give at least 1")
+    inputs = {"--reference": reference, **recipe_inputs(recipe)}
+    refuse_overlap({"--out": path, "the note beside --out": _note(path)}, inputs)
+    _check_ours(path)
     from .models.checkpoint import find_folder
     from .training.merge import load_tuned, model_key
     from .training.trainer import prepare
@@ -72,6 +76,18 @@ def _finished(path: Path, key: str) -> bool:
     return path.is_file() and note.is_file() and read_json(note) == {"key": key, "table": hash_file(path)}
 
 
+def _check_ours(path: Path) -> None:
+    """Refuse a table, or a note beside it, that siftune did not write."""
+    note = _note(path)
+    content = read_json(note) if note.is_file() else None
+    if note.exists() and not (isinstance(content, dict) and content.keys() == {"key", "table"}):
+        raise UserError(f"{note} was not written by siftune; move it away, or choose another --out")
+    if path.exists() and content is None:
+        raise UserError(
+            f"--out {path} exists and has no {note.name} beside it, so siftune did not write it; choose another path"
+        )
+
+
 def _note(path: Path) -> Path:
     return path.with_name(path.name + ".made-by.json")
 
@@ -81,11 +97,12 @@ def _make(path: Path, key: str, prepared: Any, network: Any, score_tokens: int) 
 
     from .training.reference import reference_losses
 
+    write_json(_note(path), {"key": key, "table": None})  # whatever is killed now, the table is known to be ours
     scratch = temporary_beside(path.absolute())
     network = network.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
         trainer = prepared.trainer(scratch, network=network)
         reference_losses(trainer, network.eval(), out=path, score_tokens=score_tokens)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(scratch)
     write_json(_note(path), {"key": key, "table": hash_file(path)})

@@ -23,11 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import write_yaml
-from .data.files import atomic_path, hash_file, hash_json, remove, temporary_beside
+from .data.exports import MARK, check_export, check_replaceable, discard, place, seal
+from .data.files import atomic_path, cache_folder, hash_file, hash_json, remove, temporary_beside
+from .data.protect import refuse_overlap
 from .errors import UserError
 from .job import RUNS
 from .run import RunFolder, identity, versions
 from .stored import counted
+from .training.inputs import recipe_inputs
 from .training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ class TuneOptions:
     run: str | None = None
     """Run folder; the default name holds a hash of recipe and inputs, so the same command finds its own run."""
     out: str | None = None
-    """Folder for a copy of the model; the run folder has it in any case."""
+    """Folder for a copy of the model: new, empty, or an earlier copy as it was written; the run folder has it in any case."""
     quiet: bool = False
     """Print the model's folder and nothing else."""
     json: bool = False
@@ -97,20 +100,22 @@ def tune(
 ) -> Tuned:
     """Fine-tune by a recipe; a killed run goes on, a finished one is returned as it is. `told` hears a line per event.
 
-    Raises `UserError` for whatever in recipe, rows or model cannot work, before any weight is loaded; and under
-    `torchrun` with several processes, where `build_trainer` is the way.
+    Raises `UserError` for whatever in recipe, rows or model cannot work, for a run folder or `out` that is an input or
+    holds anything of the user's, before any weight is loaded; and under `torchrun` with several processes, where
+    `build_trainer` is the way.
 
     >>> tuned = tune(Recipe.read("recipe.yaml"), TuneOptions(run="runs/first"))
     >>> tuned.model, tuned.manifest["tokens"]["trained_tokens"]
     """
     options = options or TuneOptions()
+    file = recipe if isinstance(recipe, (str, Path)) else None
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"siftune train runs in one process, and WORLD_SIZE={os.environ['WORLD_SIZE']}; in a script of your own call "
             "siftune.build_trainer(recipe, folder).train() under torchrun"
         )
-    _check_out(options.out)
+    _check_places(recipe, options, file)
     from .training.rows import write_rows
     from .training.trainer import prepare
 
@@ -118,6 +123,7 @@ def tune(
     config = {"command": "train", **recipe.plain}
     inputs = _inputs(prepared)
     folder = Path(options.run) if options.run else RUNS / f"train-{identity(config, inputs)}"
+    _check_places(recipe, options, file, run=folder, model=prepared.folder)
     if options.dry_run:
         return Tuned(folder, folder / MODEL, {"config": config, "rows": _row_facts(prepared)})
     with RunFolder(folder, config=config, inputs=inputs) as run:
@@ -131,6 +137,8 @@ def tune(
                 run.note(rows=_row_facts(prepared))
         with run.stage("train", hash_json([key, "train"])) as stage:
             if not stage.reused:
+                for name in (MODEL, MERGED):  # before the hours, not after them
+                    check_replaceable(run.folder / name)
                 stage.files, facts = job.train()
                 stage.counts = {"steps": facts["steps"], **facts["tokens"]}
                 run.note(info=facts)
@@ -164,23 +172,29 @@ def _inputs(prepared: Prepared) -> dict[str, str]:
     return found
 
 
-def _check_out(out: str | None) -> None:
-    if out is None:
-        return
-    path = Path(out)
-    if path.is_file():
-        raise UserError(f"--out {out} is a file; give a folder for the model")
-    if path.is_dir() and any(path.iterdir()) and not (path / "README.md").is_file():
-        raise UserError(f"--out {out} is a folder with other things in it; give a new or empty one")
+def _check_places(
+    recipe: Recipe,
+    options: TuneOptions,
+    file: str | Path | None,
+    *,
+    run: Path | None = None,
+    model: Path | None = None,
+) -> None:
+    """Refuse a run folder or an `--out` that is an input or belongs to the user: by what the recipe names and, once they
+    are known, by the run folder and the model's own folder."""
+    inputs = {"the recipe": file, **recipe_inputs(recipe), "the model's folder": model}
+    refuse_overlap({"--run": options.run, "--out": options.out}, inputs)
+    refuse_overlap({"--out": options.out}, {"the run folder": run, "the cache": cache_folder(options.cache)})
+    if options.out is not None and run is None:  # once: it reads an earlier export
+        check_export("--out", Path(options.out))
 
 
 def _copy(model: Path, out: Path) -> None:
-    """The model's folder at `out` too, whole or absent."""
-    temporary = temporary_beside(out.absolute())
+    """The model's folder at `out` too, complete or absent."""
+    temporary = temporary_beside(out.resolve())
     try:
-        shutil.copytree(model, temporary)
-        remove(out)
-        temporary.rename(out)
+        shutil.copytree(model, temporary, ignore=shutil.ignore_patterns(MARK))
+        place(temporary, out)
     finally:
         remove(temporary)
 
@@ -259,9 +273,11 @@ class _Job:
                 trainer.save_model(str(temporary))
             (temporary / NOT_OURS).unlink(missing_ok=True)
             (temporary / "README.md").write_text(self._card(temporary, facts), encoding="utf-8")
-            remove(folder / MODEL)
-            remove(folder / MERGED)
-            temporary.rename(folder / MODEL)
+            if not discard(folder / MERGED):  # it was made of the model that goes
+                check_replaceable(folder / MERGED)
+            place(temporary, folder / MODEL)
+            if (folder / CHECKPOINTS).is_dir():
+                seal(folder / CHECKPOINTS, hashed=False)
         finally:
             remove(temporary)
         with atomic_path(folder / LOG) as log:
@@ -318,7 +334,7 @@ class _Job:
 
 
 def _newest(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint; half-written ones are removed."""
+    """The newest complete checkpoint. One that was not finished stays: the trainer writes it again at the same step."""
     from .training.state import folder_of, is_complete
 
     found = []
@@ -328,6 +344,4 @@ def _newest(checkpoints: Path) -> Path | None:
             continue
         if is_complete(path) and (folder_of(path) / "tally.json").is_file():
             found.append((int(step[1]), path))
-        else:
-            remove(path)
     return max(found)[1] if found else None

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from siftune.budget import parse_keep
+from siftune.data.exports import seal
 from siftune.data.files import hash_json, write_json
 from siftune.study import cell as cells
 from siftune.study import compare as comparing
@@ -110,6 +111,7 @@ class Fakes:
         (run / "model").mkdir(parents=True, exist_ok=True)
         said = {key: value for key, value in recipe.items() if key not in ("train", "model")}
         (run / "model" / "told.json").write_text(json.dumps([said, sorted(rows)], default=str))
+        seal(run / "model")  # as siftune train leaves it
         tokens = {"trained_rows": trained, "trained_tokens": 10 * trained, "trained_label_tokens": 4 * trained,
                   "forward_tokens": 10 * trained, "candidates": len(rows)}  # fmt: skip
         return run / "model", {"tokens": tokens, "seconds": 1.5, "train_loss": 2.0, "peak_memory_mb": 100}

@@ -67,10 +67,14 @@ def run(words: list[str]) -> int:
         raise UserError("siftune compare needs a study: siftune compare STUDY.yaml; examples/study-demo.yaml is one")
     if options.out is not None and not options.out.endswith(".md"):
         raise UserError(f"--out {options.out} is a Markdown page; give a path that ends in .md")
+    from ..data.protect import refuse_overlap
     from ..study.compare import compare
     from ..study.spec import read_study
 
     study = _adjusted(read_study(options.study, {**_parsed(options.set), **_parsed(said)}), options)
+    refuse_overlap(
+        {"--out": options.out, "--run": options.run}, {"the study": options.study, "--config": options.config}
+    )
     speaks = not (options.quiet or options.json)
     done = compare(
         study,

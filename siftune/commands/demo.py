@@ -26,13 +26,17 @@ def run(words: list[str]) -> int:
     for flag, least in (("rows", 100), ("steps", 0)):
         if getattr(options, flag) < least:
             raise UserError(f"--{flag} {getattr(options, flag)} is too few; give at least {least}")
-    from ..cut import check_out, copy_file
+    from ..cut import check_out, copy_file, refuse_inside
+    from ..data.protect import refuse_overlap
     from ..demo import story
     from ..job import RUNS
     from ..pipeline import select
     from ..terminal import progress
 
     check_out(options.out, copied=True)
+    folder = Path(options.run or RUNS / f"demo-{options.rows}-{options.seed}")
+    refuse_inside(options.out, folder)
+    refuse_overlap({"--out": options.out, "--run": options.run}, {"--config": options.config})
     bars = progress(wanted=not (options.quiet or options.json))
 
     def select_daar(pool: Path, *, run: Path, keep: str, seed: int, cache: str | None, settings: Any) -> Any:
@@ -40,7 +44,7 @@ def run(words: list[str]) -> int:
         return select("daar", chosen, settings, progress=bars)
 
     facts = story.run(
-        options.run or RUNS / f"demo-{options.rows}-{options.seed}",
+        folder,
         select=select_daar,
         quiet=options.quiet,
         json=options.json,

@@ -58,11 +58,13 @@ def run(words: list[str]) -> int:
     options = ScoreReferenceOptions(**values)
     if options.reference is None:
         raise UserError("siftune score-reference needs --reference: the model whose losses are subtracted")
+    from ..data.protect import refuse_overlap
     from ..score_reference import score_reference
     from ..training.recipe import Recipe
 
     recipe = Recipe.read(named(values, "score-reference"), overrides(values, said))
     out = options.out or (f"{options.run}/reference.parquet" if options.run else "reference.parquet")
+    refuse_overlap({"--out": out}, {"the recipe": options.recipe, "--config": options.config})
     speaks = not (options.quiet or options.json)
     done = score_reference(
         recipe,

@@ -59,11 +59,15 @@ def run(words: list[str]) -> int:
     if values is None:
         return 0
     options = TuneOptions(**{item.name: values[item.name] for item in fields(TuneOptions)})
+    from ..data.protect import refuse_overlap
     from ..terminal import console, progress
     from ..training.recipe import Recipe
     from ..tune import tune
 
     recipe = Recipe.read(named(values, "train"), overrides(values, said))
+    refuse_overlap(
+        {"--out": options.out, "--run": options.run}, {"the recipe": values["recipe"], "--config": values["config"]}
+    )
     speaks = not (options.quiet or options.json)
     shown = console()
     done = tune(

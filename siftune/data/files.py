@@ -55,6 +55,7 @@ _WAYS_OUT = {
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.ENOENT: "it does not exist; check the path",
     errno.EFBIG: "the file would be larger than the file system or a limit allows; choose another folder",
+    errno.EBUSY: "it is in use, such as a mount point; choose a folder inside it",
     errno.ELOOP: "its symbolic links run in a circle; choose another path",
 }
 
@@ -108,6 +109,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "", str(path))
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no ordinary file, so it is not replaced; choose another path")
         try:
             yield temporary
             os.chmod(temporary, 0o644)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..records import Pool
 from .build import Writer
+from .exports import refill
 from .files import (
     cache_folder,
     hash_file,
@@ -31,6 +32,7 @@ from .files import (
 )
 from .formats import FIELDS, Reading, candidates, check_format, recognise
 from .parse import Chunk
+from .protect import places
 from .sources import Part, resolve
 from .store import VERSION, StoredRows, is_whole
 
@@ -71,7 +73,8 @@ def load_pool(
     if format is not None:
         check_format(format, columns)
     parts = resolve(source)
-    rows = StoredRows(_stored(parts, columns, format, cache), tuple(part.name for part in parts))
+    stored = _stored(parts, columns, format, cache)
+    rows = StoredRows(stored, tuple(part.name for part in parts), _read_from(source, parts))
     _check(rows, on_bad_row)
     reasons = dict(rows.reasons)
     if duplicates == "drop":
@@ -118,6 +121,13 @@ def _stored(parts: list[Part], columns: dict[str, str], format: str | None, cach
             remove(temporary)
 
 
+def _read_from(source: Any, parts: list[Part]) -> tuple[str, ...]:
+    """Absolute paths of the files, and of the folders of saved datasets, that hold these rows."""
+    files = [part.path for part in parts if part.path is not None]
+    datasets = [path for path in places(source) if (path / "state.json").is_file()]
+    return tuple(os.path.abspath(path) for path in (*files, *datasets))
+
+
 def _stamps(parts: list[Part]) -> list[tuple[int, int]]:
     stamps = []
     for part in parts:
@@ -131,7 +141,8 @@ def _stamps(parts: list[Part]) -> list[tuple[int, int]]:
 def _publish(temporary: Path, folder: Path) -> Path:
     """Give a finished folder its name, unless another process was first."""
     if folder.exists() and not is_whole(folder):
-        remove(folder)
+        refill(folder, temporary, last="meta.json")
+        return folder
     try:
         os.rename(temporary, folder)
         sync(folder.parent)

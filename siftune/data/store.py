@@ -29,6 +29,7 @@ from ..records import Row
 from . import write
 from .files import json_value, plain_errors, read_json, without_nan
 from .formats import Reading
+from .protect import refuse_overlap
 from .sums import are_intact, read_checked_json
 
 VERSION = 2
@@ -45,15 +46,17 @@ def is_whole(folder: Path) -> bool:
 class StoredRows:
     """The `RowSource` of every pool: a finished folder, and the names of the files that its rows came from.
 
-    Pickles as these two; memory does not grow with the pool beyond the pages of ids and lines that were looked at.
+    Pickles as its fields; memory does not grow with the pool beyond the pages of ids and lines that were looked at.
     """
 
     folder: Path
     files: tuple[str, ...]
     """Name of each part, as the user gave it."""
+    sources: tuple[str, ...] = ()
+    """Absolute paths of the files and folders that were read, which are never written over."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "files": self.files}
+        return {"folder": self.folder, "files": self.files, "sources": self.sources}
 
     def __len__(self) -> int:
         return int(self.meta["rows"])
@@ -81,7 +84,8 @@ class StoredRows:
         return [(self.files[part], int(self._lines[int(row)])) for part, row in zip(parts.tolist(), rows, strict=True)]
 
     def write(self, rows: Sequence[int], path: Path) -> None:
-        """Write the user's own rows, in this order (see `siftune.data.write`)."""
+        """Write the user's own rows, in this order (see `siftune.data.write`). Raises `UserError` for a path that was read."""
+        refuse_overlap({"the output": path}, {"the pool": self.sources})
         write.write_rows(self, rows, path)
 
     # --- what writing needs beside them ---------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def stream(domain: str, seed: int) -> Iterator[tuple[str, Made]]:
 
 
 def write(folder: str | Path, *, count: int = 6000, per_domain: int = 15, held: int = 400, seed: int = 0) -> Path:
-    """Write `pool.jsonl`, `seeds.jsonl` and `held_out.jsonl` into a folder and return it.
+    """Write `pool.jsonl`, `seeds.jsonl` and `held_out.jsonl` into a folder, in place of files of these names, and return it.
 
     The pool's `source` and `kind` columns are there for reports alone; no method reads them.
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.files import read_json, write_json
+from ..data.protect import claim
 from ..records import Subset
 from . import corpus, show
 from .embedded import model_folder
@@ -68,6 +69,7 @@ def run(
     >>> story.run("siftune-runs/demo", select=select)["offline"]["agreement"]
     """
     folder = Path(run_folder)
+    claim(folder, "demo")
     screen = show.Screen(silent=quiet or json)
     started = perf_counter()
     data = corpus.write(folder / "data", count=count, seed=seed)

@@ -25,6 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..data.files import read_json, write_json
+from ..data.protect import foreign_name
 from . import corpus, prompts
 from .embedded import MODEL
 
@@ -223,6 +224,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     said = vars(parser.parse_args())
+    if said["out"].resolve() != MODEL.resolve() and said["out"].exists() and foreign_name(said["out"]) is not None:
+        parser.error(f"--out {said['out']} is not empty; give a new or empty folder")
     torch.set_num_threads(1)
     log = train(said.pop("out"), **said)
     print(json.dumps({key: value for key, value in log.items() if key != "losses"}, indent=1))

@@ -41,6 +41,11 @@ class SuiteTask:
     """What siftune knows of it; None for a task of the harness alone."""
 
 
+def suite_file(suite: str | None) -> str | None:
+    """The path of a suite that is a file; None for a shipped one."""
+    return suite if suite is not None and Path(suite).suffix in (".yaml", ".yml") else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Suite:
     """Tasks and held-out files that are run together.

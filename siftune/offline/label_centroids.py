@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..data.files import atomic_path, hash_json
 from ..data.formats import TEXT_FORM, text_of
+from ..data.protect import RUN, refuse_foreign
 from ..errors import UserError
 from ..models.backbone import Backbone
 from ..models.features import NO_TOKENS, NOT_FINITE, ROWS_AT_ONCE, TOKEN_BUDGET, FeatureTask, batches
@@ -203,9 +204,14 @@ class LabelCentroids:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write one safetensors file."""
+        """Write one safetensors file. Raises `UserError` for a file of that name that is not ours."""
         from safetensors.numpy import save
 
+        if (Path(folder) / FILE).exists():
+            try:
+                self.load(folder)
+            except UserError:
+                refuse_foreign(Path(folder), [FILE], RUN)
         arrays = {"centroids": self.centroids, "variance": self.variance, "rows": self.rows}
         with atomic_path(Path(folder) / FILE) as temporary:
             temporary.write_bytes(save(arrays, {"domains": json.dumps(list(self.domains))}))

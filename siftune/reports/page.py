@@ -21,6 +21,9 @@ from .untrusted import embedded_json
 
 SCRIPTS = ("palette.js", "charts.js", "map.js", "rows.js", "page.js")
 """One script, in this order."""
+GENERATOR = b'<meta name="generator" content="siftune">'
+HEAD_BYTES = 8192
+"""Within which a page names its generator."""
 NEEDED = {"jinja2": "jinja2", "plotly": "plotly"}
 
 
@@ -38,6 +41,12 @@ def save(page: Page, path: Path) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return path
+
+
+def is_ours(path: Path) -> bool:
+    """Was this file written by `save`? Its head names the generator."""
+    with path.open("rb") as file:
+        return GENERATOR in file.read(HEAD_BYTES)
 
 
 def render(page: Page) -> str:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..data.files import read_json
+from ..data.protect import refuse_overlap, setting_inputs
 from ..errors import MissingExtra, UserError
 from . import page
 from .blocks import Page
@@ -54,6 +55,7 @@ def write(
     path = folder / REPORT if out is None else Path(out)
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; give the path of a file, such as {path / REPORT}")
+    _check_out(path, out, folder, made_of, rows=rows, figures=figures)
     page.require(mapped=map_rows > 0 and made_of in ("selection", "demo"))
     if figures:
         require_matplotlib()
@@ -63,6 +65,22 @@ def write(
 
         draw(made, figures_beside(path))
     return page.save(made, path)
+
+
+def _check_out(
+    path: Path, out: str | Path | None, folder: Path, made_of: str, *, rows: str | None, figures: bool
+) -> None:
+    """Refuse a page that is no .html, that is an input of the run, or (in the run folder) that siftune did not write."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {path} is no page; give a path that ends in .html")
+    if out is None and path.exists() and not page.is_ours(path):
+        raise UserError(f"{path} was not written by siftune report; give another path with --out")
+    own = folder / DEMO if made_of == "demo" else folder
+    manifest = read_json(own / MANIFEST) if (own / MANIFEST).is_file() else {}
+    config = manifest.get("config") if isinstance(manifest, dict) else None
+    inputs = setting_inputs(config if isinstance(config, dict) else {}, "the run's {}") | {"--rows": rows}
+    beside = figures_beside(path) if figures else None
+    refuse_overlap({"--out": path, "the figures' folder": beside}, inputs)
 
 
 def figures_beside(path: Path) -> Path:

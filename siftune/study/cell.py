@@ -8,7 +8,6 @@ Each piece of work is a plain record that another process can be handed. A finis
 from __future__ import annotations
 
 import fcntl
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ..data.exports import discard
 from ..data.files import read_json, write_json
 from ..errors import UserError
 from .cells import Cell
@@ -227,10 +227,10 @@ def _seconds(manifest: Mapping[str, Any], spent: float) -> float:
 
 
 def _drop_model(run: Path, study: Study) -> None:
-    """A cell's weights are of no more use once it is measured."""
+    """A cell's weights are of no more use once it is measured; a folder that holds anything else stays."""
     if not study.keep_models:
         for name in ("checkpoints", "model"):
-            shutil.rmtree(run / name, ignore_errors=True)
+            discard(run / name)
 
 
 def check_cell(work: Work, cell: Cell, found: Mapping[str, Any], baseline: Mapping[str, Any], *, kept: int) -> None:

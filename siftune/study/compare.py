@@ -11,7 +11,6 @@ A study's folder belongs to one study; its parts may run at the same time on sev
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..cut import copy_file, refuse_inside
 from ..data.files import atomic_path, hash_json, read_json, write_json
+from ..data.protect import foreign_name, refuse_overlap, setting_inputs
 from ..errors import UserError
+from ..evaluation.suite import suite_file
 from ..job import RUNS, build, check_method
 from ..redaction import redact
 from ..run import make_folder
@@ -44,10 +46,10 @@ from .frame import Frame, read_frame, write_cells, write_differences
 from .page import draw, write_page
 from .plan import Plan, check_equal, plan_arm, stop_of
 from .schedule import Failure, Task, run_tasks
-from .spec import Study
+from .spec import DEMO, Study
 from .tables import tables
 
-STUDY = "study.json"
+STUDY, PAGE = "study.json", "study.md"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ def compare(
     cells = part_of(cells_of(study), part)
     key = hash_json([__version__, _identity(study), study.budgets, study.cells, study.seeds])
     folder = Path(run) if run else RUNS / f"{study.name}-{key[:12]}"
+    figures = None if out is None else figures_beside(Path(out))
+    refuse_overlap({"--run": run, "--out": out, "the figures beside --out": figures}, study_inputs(study))
+    refuse_inside(out, folder, but=PAGE)
     make_folder(folder)
     work, plans = _ready(study, arms, folder, cache)
     if dry_run:
@@ -169,13 +174,14 @@ def _own(study: Study, folder: Path) -> None:
     now = {"version of siftune": __version__, "model's content": model_key(study), **_identity(study)}
     path = folder / STUDY
     before: dict[str, Any] = read_json(path) if path.is_file() else {}
-    if not before and (strangers := [one.name for one in folder.iterdir() if not one.name.startswith(".")]):
-        raise UserError(f"{folder} holds {strangers[0]} and no {STUDY}, so it is no study; give a new --run")
+    if not before and (name := foreign_name(folder)) is not None:
+        raise UserError(f"{folder} holds {name} and no {STUDY}, so it is no study; give a new --run")
+    if before and not (isinstance(before, dict) and now.keys() <= before.keys()):
+        raise UserError(f"{path} was not written by siftune; give another --run")
     for name, value in now.items():
         if name in before and before[name] != value:
             raise UserError(
-                f"{folder} holds another study: its {name} was {before[name]} and is now {value}; give another --run, "
-                "or delete that folder"
+                f"{folder} holds another study: its {name} was {before[name]} and is now {value}; give another --run"
             )
     write_json(path, before | now)
 
@@ -282,16 +288,34 @@ def _write(frame: Frame, out: str | None, *, command: str, notes: Sequence[str])
         write_cells(frame, folder / "cells.parquet")
         write_differences(frame, folder / "differences.parquet")
         drawn = draw(frame, folder / "figures")
-        page = folder / "study.md"
+        page = folder / PAGE
         write_page(frame, page, drawn, command=command, notes=notes)
         if out is not None:
             page = Path(out)
-            copies = [page.parent / "figures" / f"{page.stem}-{one.name}" for one in drawn]
+            copies = [figures_beside(page) / f"{page.stem}-{one.name}" for one in drawn]
             for one, copy in zip(drawn, copies, strict=True):
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(one, copy)
+                copy_file(one, copy)
             write_page(frame, page, copies, command=command, notes=notes)
     return page
+
+
+def figures_beside(page: Path) -> Path:
+    """The folder of a page's figures."""
+    return page.parent / "figures"
+
+
+def study_inputs(study: Study) -> dict[str, Any]:
+    """What a study reads, by name, for `refuse_overlap`."""
+    given: dict[str, Any] = {
+        "the model": study.model,
+        "the suite": suite_file(study.suite),
+        "evaluate.data": study.evaluate.get("data"),
+    }
+    given |= {f"pool {name}": source for name, source in study.pool.items()}
+    given |= {f"held_out {name}": source for name, source in study.held_out.items()}
+    for entry in (*study.offline, *study.online):
+        given |= setting_inputs(entry.settings, f"{entry.name}: {{}}")
+    return {name: value for name, value in given.items() if value != DEMO}
 
 
 def _complain(failures: Sequence[Failure], unequal: Sequence[str], folder: Path) -> None:

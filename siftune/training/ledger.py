@@ -3,21 +3,24 @@
 `OUTPUT_DIR/siftune/selection/part-<step>.parquet` holds the lines since the part before, up to and including that
 optimiser step. A part ends at every checkpoint, so resuming from checkpoint N keeps the parts up to N and drops the
 rest; at the end the parts are merged into `OUTPUT_DIR/siftune/selection.parquet`. Files are written under a temporary
-name and renamed; a damaged one is noticed when it is read. Cost: about 60 bytes a candidate on disk.
+name and renamed; a damaged one is noticed when it is read, and a file of one of these names that is no part of a ledger is
+refused. Cost: about 60 bytes a candidate on disk.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..data.checked_parquet import open_writer, read_checked, write_checked
+from ..data.files import atomic_path
+from ..errors import UserError
 
 BUFFERED = 65_536
 """Lines held before a part is written even though no checkpoint is due."""
@@ -94,25 +97,28 @@ class Ledger:
         name = f"part-{step}.parquet" if self.rank == 0 else f"part-{step}-rank{self.rank}.parquet"
         path = self._parts_folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        _check_ours(path)
         table = pa.table({field.name: self._columns[field.name] for field in schema}, schema=schema)
-        write_checked(table, _new(path))
-        os.replace(_new(path), path)
+        with atomic_path(path) as temporary:
+            write_checked(table, temporary)
         self._columns, self._lines = {}, 0
 
     def forget_after(self, step: int) -> None:
         """Drop what lies beyond `step`: the buffer, later parts of this rank (and, by rank 0, of ranks that an earlier run
-        had and this one has not), half-written files and the merged file. Raises `UserError` where an earlier part of
-        this rank is damaged: better before the training than after it."""
+        had and this one has not) and the merged file. Raises `UserError` for a file of such a name that is not ours, and
+        where an earlier part of this rank is damaged: better before the training than after it."""
         self._columns, self._lines = {}, 0
         if self._parts_folder.is_dir():
             for path in self._parts_folder.iterdir():
                 found = _part(path)
                 mine = found and (found[1] == self.rank or (self.rank == 0 and found[1] >= self.world))
-                if path.name.endswith(".tmp") or (found and found[0] > step and mine):
+                if found and found[0] > step and mine:
+                    _check_ours(path)
                     path.unlink(missing_ok=True)
                 elif found and mine:
                     _read(path)
         if self.rank == 0:
+            _check_ours(self.merged)
             self.merged.unlink(missing_ok=True)
 
     def merge(self) -> Path | None:
@@ -121,10 +127,12 @@ class Ledger:
         if not found:
             return None
         paths = [path for _, path in sorted(found)]
+        for path in (*paths, self.merged):
+            _check_ours(path)
         schema = pa.unify_schemas([_read(path).schema.remove_metadata() for path in paths])
         parts = [field for field in schema if field.name not in {name for name, _ in _FRONT + _BACK}]
         schema = pa.schema([*_FRONT, *((field.name, field.type) for field in parts), *_BACK])
-        with open_writer(_new(self.merged), schema) as writer:
+        with atomic_path(self.merged) as temporary, open_writer(temporary, schema) as writer:
             for path in paths:
                 table = _read(path)
                 columns = [
@@ -132,7 +140,6 @@ class Ledger:
                     for field in schema
                 ]
                 writer.write_table(pa.table(columns, schema=schema))
-        os.replace(_new(self.merged), self.merged)
         return self.merged
 
     @property
@@ -151,8 +158,16 @@ def _read(path: Path) -> pa.Table:
     )
 
 
-def _new(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+def _check_ours(path: Path) -> None:
+    """Raise `UserError` for a file that is there and is no part of a ledger."""
+    if not path.exists():
+        return
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        names = []
+    if names[: len(_FRONT)] != [name for name, _ in _FRONT]:
+        raise UserError(f"{path} is no part of a selection's ledger, so it is not replaced; move it away")
 
 
 def _or_null(value: float) -> float | None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from ..data.exports import check_export, place
 from ..data.files import hash_file, hash_json, read_json, remove, temporary_beside
+from ..data.protect import refuse_overlap
 from ..errors import MissingExtra, UserError
 from ..models.backbone import Backbone
 from ..models.chat import content_key
@@ -95,24 +97,26 @@ def model_key(folder: Path) -> str:
 
 
 def merge(adapter: Path, out: Path) -> Path:
-    """Write the adapter, folded into its base, with its tokenizer, as the model folder `out`; whole or absent.
+    """Write the adapter, folded into its base, with its tokenizer, as the model folder `out`; complete or absent.
 
-    Raises `UserError` where `adapter` is none, or its base is not there.
+    An earlier export at `out` is replaced. Raises `UserError` where `adapter` is none or its base is not there, and where
+    `out` holds anything else, is the adapter, its base or the working folder, or contains one of them.
 
     >>> merge(Path("run/model"), Path("run/merged"))
     """
     if not is_adapter(adapter):
         raise UserError(f"{adapter} holds no adapter ({ADAPTER}); it is a model already, or the wrong folder")
+    check_export("out", out)
+    refuse_overlap({"out": out}, {"the adapter": adapter})
     from transformers import AutoTokenizer
 
     network = load_tuned(adapter)
-    temporary = temporary_beside(out)
+    temporary = temporary_beside(out.resolve())
     try:
         with quiet():
             network.save_pretrained(temporary, safe_serialization=True)
             AutoTokenizer.from_pretrained(adapter).save_pretrained(temporary)
-        remove(out)
-        temporary.rename(out)
+        place(temporary, out)
     finally:
         remove(temporary)
     return out

@@ -8,9 +8,6 @@ an interrupted run goes on where it stopped and gives the same file. Cost: one f
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from ..data.checked_parquet import read_checked, write_checked
-from ..data.files import read_json
+from ..data.exports import clear
+from ..data.files import atomic_path, read_json, write_json
+from ..data.protect import foreign_name
 from ..errors import UserError
 from ..models.layout import LaidOut
 from ..online.losses import MaxLoss
@@ -32,6 +31,9 @@ PART = 512
 """Rows of a part: what an interruption costs at most."""
 CHUNK = 32
 """Rows collated together."""
+NOTE = "made-by.json"
+"""Which model made the parts: the mark of their folder."""
+PARTS = (NOTE, "part-*.parquet", ".*.siftune-tmp")
 
 _SCHEMA = pa.schema(
     [
@@ -82,23 +84,28 @@ def reference_losses(
     parts = sorted(folder.glob("part-*.parquet"))[: -(-len(dataset) // PART)]
     tables = [read_checked(part, way_out="run the same command again, which measures it again") for part in parts]
     _write(path, pa.concat_tables(tables) if tables else _SCHEMA.empty_table())
-    shutil.rmtree(folder)
+    clear(folder, PARTS)
     return path
 
 
 def _begin(folder: Path, model: torch.nn.Module, rows: int) -> None:
-    """Keep the parts of an interrupted run only where they were made by this model."""
+    """Keep the parts of an interrupted run only where they were made by this model. Raises `UserError` for a folder of
+    the user's."""
     made_by = {"model": _fingerprint(model), "rows": rows}
-    note = folder / "made-by.json"
-    try:
-        if note.is_file() and read_json(note) == made_by:
+    note = folder / NOTE
+    if note.is_file():
+        try:
+            previous = read_json(note)
+        except UserError:  # damaged: the parts are measured again
+            previous = None
+        if previous == made_by:
             return
-    except UserError:  # damaged: the parts are measured again
-        pass
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / "made-by.json.tmp").write_text(json.dumps(made_by) + "\n")
-    os.replace(folder / "made-by.json.tmp", note)
+        if previous is not None and (not isinstance(previous, dict) or previous.keys() != made_by.keys()):
+            raise UserError(f"{note} was not written by siftune; move {folder} away, or choose another path")
+        clear(folder, PARTS)
+    elif (name := foreign_name(folder)) is not None:
+        raise UserError(f"{folder} holds {name} and no {NOTE}; move it away, or choose another path")
+    write_json(note, made_by)
 
 
 def _holds(part: Path, names: list[str]) -> bool:
@@ -144,15 +151,15 @@ def _measured(
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    if path.suffix == ".safetensors":
+    with atomic_path(path) as temporary:
+        _write_table(temporary, path.suffix, table)
+
+
+def _write_table(path: Path, suffix: str, table: pa.Table) -> None:
+    if suffix == ".safetensors":
         names = bytearray(b"".join(bytes.fromhex(name) for name in table["token_id"].to_pylist()))
         ids = torch.frombuffer(names, dtype=torch.uint8) if names else torch.zeros(0, dtype=torch.uint8)
         losses = [float("nan") if loss is None else loss for loss in table["loss"].to_pylist()]
-        save_file(
-            {"token_id": ids.reshape(-1, 16).clone(), "loss": torch.tensor(losses, dtype=torch.float64)}, temporary
-        )
+        save_file({"token_id": ids.reshape(-1, 16).clone(), "loss": torch.tensor(losses, dtype=torch.float64)}, path)
     else:
-        write_checked(table, temporary)
-    os.replace(temporary, path)
+        write_checked(table, path)

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..data.exports import refill
 from ..data.files import (
     atomic_path,
     cache_folder,
@@ -157,7 +158,8 @@ def _make(folder: Path, pool: Pool, encode: Encoder, max_rows: int | None, key: 
             write_json(temporary / REASONS, reasons)
             write_checked_json(temporary / META, {**meta, "sums": sums_of(temporary)})
             if folder.exists() and not _is_sound(folder):
-                remove(folder)
+                refill(folder, temporary, last=META)
+                return
             try:
                 os.rename(temporary, folder)
             except OSError:

@@ -8,7 +8,6 @@ choose alone (`scope="local"`) add files of their own. A checkpoint without `COM
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..data.files import atomic_path
 from ..data.sums import are_intact, read_checked_json, sums_of, write_checked_json
 from ..errors import UserError
 from ..online.base import OnlineMethod
@@ -56,10 +56,10 @@ def write(
     record = {"format": FORMAT, "selector": selector.name, "step": step, "values": values, "totals": dict(totals)}
     record |= {"processes": world, "scope": getattr(selector, "scope", "global")}
     stem = _stem(rank)
-    save_file(tensors, folder / f"{stem}.safetensors.tmp")
-    os.replace(folder / f"{stem}.safetensors.tmp", folder / f"{stem}.safetensors")
-    (folder / f"{stem}.json.tmp").write_text(json.dumps(record, indent=1, allow_nan=True) + "\n")
-    os.replace(folder / f"{stem}.json.tmp", folder / f"{stem}.json")
+    with atomic_path(folder / f"{stem}.safetensors") as temporary:
+        save_file(tensors, temporary)
+    with atomic_path(folder / f"{stem}.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=True) + "\n")
 
 
 def finish(checkpoint: Path, *, step: int) -> None:

@@ -9,7 +9,6 @@ at the first optimiser step that reaches a number of trained tokens. Cost: two s
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..data.files import atomic_path
 from ..models.layout import layout_of
 from .state import check, damaged, finish, folder_of, is_complete
 
@@ -147,11 +147,8 @@ class Tally:
     def save(self, checkpoint: Path) -> None:
         """Into a checkpoint."""
         self.close()
-        path = _file(checkpoint)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self.counts)) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with atomic_path(_file(checkpoint)) as temporary:
+            temporary.write_text(json.dumps(asdict(self.counts)) + "\n", encoding="utf-8")
 
     def callbacks(self) -> tuple[TrainerCallback, TrainerCallback]:
         """The first belongs before the selector's own callback, the second after it."""

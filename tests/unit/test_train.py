@@ -478,6 +478,7 @@ def test_held_out_files_are_measured_and_watched(said: Callable[..., Recipe]) ->
 def written(said: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> Path:
     path = Path("recipe.yaml")
     path.write_text(json.dumps(said().plain))
+    Path("file.txt").write_text("")
     capsys.readouterr()
     return path
 
@@ -516,7 +517,8 @@ def test_the_command_trains_and_says_so(written: Path, capsys: pytest.CaptureFix
         ),
         (["recipe.yaml", "--keep", "2"], "online names no method; write method: uds, or give --online METHOD"),
         (["recipe.yaml", "--online", "none", "--keep", "2"], "--keep chooses rows and --online none does not"),
-        (["recipe.yaml", "--out", "recipe.yaml"], "--out recipe.yaml is a file; give a folder"),
+        (["recipe.yaml", "--out", "recipe.yaml"], "--out recipe.yaml is the same as the recipe (recipe.yaml)"),
+        (["recipe.yaml", "--out", "file.txt"], "--out file.txt is a file; give a folder"),
     ],
 )
 def test_the_command_tells_mistakes(

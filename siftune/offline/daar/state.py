@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ...data.files import atomic_path, read_json, write_json
+from ...data.protect import RUN, refuse_foreign
 from ...errors import UserError
 from .probes import Probe
 
@@ -80,8 +81,10 @@ class Learned:
         return {"domains": list(self.domains), "info": dict(self.info)}
 
     def save(self, folder: str | Path, settings: Mapping[str, Any]) -> Path:
-        """Write the folder; `settings` are the method's own, for `load`."""
+        """Write the folder; `settings` are the method's own, for `load`. Raises `UserError` for files of the user's there."""
         folder = Path(folder)
+        names = [FACTS, *(f"{part}.safetensors" for part in PARTS)]
+        refuse_foreign(folder, names, {FACTS: ("version", "key", "settings"), **RUN})
         folder.mkdir(parents=True, exist_ok=True)
         arrays = self.arrays()
         for part in PARTS:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.files import atomic_path, read_json, write_json
+from ...data.protect import RUN, refuse_foreign
 
 SEEDS = "seeds.jsonl"
 REJECTED = "rejected.jsonl"
@@ -75,7 +76,7 @@ class Written:
         return said
 
     def write(self, folder: str | Path, *, counts: Mapping[str, int] | None = None) -> Path:
-        """Write all files into a folder; returns the seeds file, written last. `counts` says what asking cost.
+        """Write all files into a folder, in place of those of their names; returns the seeds file, written last. `counts` says what asking cost.
 
         >>> DaaR(model=model, seeds=written.write("run"))
         """
@@ -112,8 +113,9 @@ def _write(path: Path, lines: Sequence[str]) -> None:
 
 def copy_written(source: str | Path, folder: str | Path) -> list[Path]:
     """Copy what was written into a run folder; files of a domain that are there already stay, for a user may have
-    edited them. Returns the files at the top."""
+    edited them. Returns the files at the top. Raises `UserError` for a folder with files of these names that are the user's."""
     source, folder = Path(source), Path(folder)
+    refuse_foreign(folder, (SEEDS, REJECTED, FACTS), {FACTS: ("domains", "rejected", "told"), **RUN})
     for path in sorted((source / FOLDER).glob("*.jsonl")):
         if not (folder / FOLDER / path.name).exists():
             with atomic_path(folder / FOLDER / path.name) as temporary:
