@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from .. import registry
 from ..arguments import Command, HelpWanted
 from ..config import PARTS, Option, options_of, read_config
 from ..errors import UserError
+from ..output import as_json, say
 
 SEEDS = 2**32
 """Seeds below it are sound for every library underneath."""
@@ -23,7 +23,7 @@ def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
     try:
         values = command.read(words)
     except HelpWanted:
-        print(command.help(), end="")
+        say(command.help(), multiline=True, end="")
         return None
     seed = values.get("seed")
     if seed is not None and not 0 <= seed < SEEDS:
@@ -34,7 +34,8 @@ def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """One JSON object on standard output."""
+    say(as_json(value, indent=2), multiline=True)
 
 
 def own_options(method: str) -> list[Option]:

@@ -25,6 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..data.files import read_json, write_json
+from ..output import as_json, say
 from . import corpus, prompts
 from .embedded import MODEL
 
@@ -199,7 +200,7 @@ def fit(model: LlamaForCausalLM, source: Iterator[torch.Tensor], *, steps: int, 
         if step % 25 == 0 or step == steps:
             losses.append({"step": step, "loss": round(loss.item(), 4)})
             speed = tokens / (time.monotonic() - started)
-            print(f"step {step}/{steps} loss {loss.item():.3f} {speed:,.0f} tokens/s", flush=True)
+            say(f"step {step}/{steps} loss {loss.item():.3f} {speed:,.0f} tokens/s")
     model.eval()
     return losses
 
@@ -225,7 +226,7 @@ def main() -> None:
     said = vars(parser.parse_args())
     torch.set_num_threads(1)
     log = train(said.pop("out"), **said)
-    print(json.dumps({key: value for key, value in log.items() if key != "losses"}, indent=1))
+    say(as_json({key: value for key, value in log.items() if key != "losses"}, indent=1), multiline=True)
 
 
 if __name__ == "__main__":
