@@ -18,6 +18,7 @@ from typing import Any
 from .config import unknown
 from .errors import UserError
 from .output import say
+from .progress import end
 
 OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fine-tuned on.
 
@@ -74,6 +75,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         return _our_fault(error)
+    finally:
+        end()
 
 
 def _tell_warnings() -> None:

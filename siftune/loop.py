@@ -26,6 +26,7 @@ from .data.files import FolderLock, atomic_path, hash_file, hash_json, read_json
 from .errors import UserError
 from .job import RUNS, plain
 from .pipeline import Selection, select
+from .progress import doing
 from .records import Pool
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ def loop(
     with FolderLock(folder):
         rounds: list[Round] = []
         for number in range(1, options.rounds + 1):
-            rounds.append(_round(number, folder, words, method, options, given, rounds, progress, told))
+            with doing(f"round {number} of {options.rounds}"):
+                rounds.append(_round(number, folder, words, method, options, given, rounds, progress, told))
             write_json(
                 folder / "loop.json",
                 {"tune": options.tune or f"siftune train {options.recipe}", "rounds": [done.facts for done in rounds]},
@@ -214,7 +216,7 @@ def _tune(number: int, folder: Path, words: list[str], model: str, rows: Path, s
     started = perf_counter()
     log = folder / "log.txt"
     try:
-        with log.open("wb") as output:
+        with log.open("wb") as output, doing(f"tuning by {command[0]}"):
             code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
     except OSError as error:
         raise UserError(f"--tune: {command[0]!r} cannot be run ({error.strerror}); check the command") from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 controls but tab and newline
@@ -49,10 +49,18 @@ def as_json(value: Any, *, indent: int | None = None) -> str:
     return _UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
-def say(text: object = "", *, multiline: bool = False, error: bool = False, end: str = "\n") -> None:
-    """Print a message of one line, on standard output or, with `error`, on standard error.
+def say(
+    text: object = "",
+    *,
+    multiline: bool = False,
+    error: bool = False,
+    end: str = "\n",
+    file: TextIO | None = None,
+) -> None:
+    """Print a message of one line: on standard output, with `error` on standard error, or to `file`.
 
     `multiline` keeps line breaks: for help, YAML, JSON and prompts, which are shown as they are.
     """
     shown = visible(str(text)) if multiline else single_line(str(text))
-    print(shown, end=end, file=sys.stderr if error else sys.stdout, flush=True)
+    stream = file or (sys.stderr if error else sys.stdout)
+    print(shown + end, end="", file=stream, flush=True)  # one write: threads print too

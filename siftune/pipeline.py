@@ -21,6 +21,7 @@ from .data.files import cache_folder, hash_file, hash_json
 from .errors import UserError
 from .job import Job, features_of, inputs_of, plain, prepare, read_pool, run_folder
 from .offline.base import OfflineMethod
+from .progress import current
 from .records import Pool, Scores, Subset
 from .run import CONFIG, RunFolder, identity, peak_memory_mb, read_manifest
 from .stored import ROWS, SCORES, SELECTED, counted, read_scores, write_rows, write_scores
@@ -51,7 +52,7 @@ def select(
 
     >>> select("random", SelectOptions(pool=["pool.jsonl"], keep="10%")).out
     """
-    job = prepare(method, options, settings or {}, progress=progress)
+    job = prepare(method, options, settings or {}, progress=progress or current())
     if options.dry_run:
         facts = {"config": job.config, "rows": counted(job.pool)}
         if (preview := getattr(job.method, "preview", None)) is not None:  # what would be asked of a judge

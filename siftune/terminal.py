@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .output import single_line
+from .progress import ProgressLines, current
 from .screen import Screen, console, error_console
 
 FACTS = {
@@ -52,7 +53,7 @@ class Bars:
         self._shown: Progress | None = None
         self._task: Any = None
 
-    def start(self, label: str, total: int) -> None:
+    def start(self, label: str, total: int, unit: str = "rows") -> None:
         """Show a new bar."""
         self.close()
         self._shown = Progress(
@@ -79,9 +80,11 @@ class Bars:
             self._shown = None
 
 
-def progress(*, wanted: bool) -> Bars | None:
-    """Bars where a person looks on, else None."""
-    return Bars() if wanted and sys.stderr.isatty() else None
+def progress(*, wanted: bool) -> Bars | ProgressLines | None:
+    """Bars on a terminal, lines elsewhere; None where no progress is wanted."""
+    if not wanted:
+        return None
+    return Bars() if sys.stderr.isatty() else current()
 
 
 # --- the summary of a selection -------------------------------------------------------------------------------------

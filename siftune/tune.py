@@ -26,6 +26,7 @@ from .config import write_yaml
 from .data.files import atomic_path, hash_file, hash_json, remove, temporary_beside
 from .errors import UserError
 from .job import RUNS
+from .progress import current
 from .run import RunFolder, identity, versions
 from .stored import counted
 from .training.recipe import Recipe
@@ -225,7 +226,7 @@ class _Job:
         tally = Tally(recipe.stop_at)
         speaks = not (self.options.quiet or self.options.json)
         trainer = self.prepared.trainer(folder / CHECKPOINTS, tally=tally, quiet=not speaks)
-        trainer.add_callback(Shown(self.progress, self.told))
+        trainer.add_callback(Shown(self.progress or current(), self.told))
         if newest is not None:
             self.told(f"going on from {newest}")
         cuda = torch.cuda.is_available()

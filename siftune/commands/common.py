@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..arguments import Command, HelpWanted
 from ..config import PARTS, Option, options_of, read_config
 from ..errors import UserError
 from ..output import as_json, say
+from ..progress import begin
 
 SEEDS = 2**32
 """Seeds below it are sound for every library underneath."""
@@ -25,6 +27,8 @@ def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
     except HelpWanted:
         say(command.help(), multiline=True, end="")
         return None
+    if not (values.get("quiet") or values.get("json") or sys.stderr.isatty()):
+        begin(command.name)
     seed = values.get("seed")
     if seed is not None and not 0 <= seed < SEEDS:
         raise UserError(f"--seed {str(seed)[:20]} is not from 0 to {SEEDS - 1}; give another")

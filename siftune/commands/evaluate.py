@@ -34,7 +34,7 @@ def run(words: list[str]) -> int:
     from ..evaluate import RESULTS, TABLE
     from ..evaluation.results import HELD_COLUMNS, TASK_COLUMNS, facts, lines
     from ..screen import console
-    from ..terminal import progress, show_stages, table
+    from ..terminal import Bars, progress, show_stages, table
 
     speaks = not (options.quiet or options.json)
     shown = console()
@@ -42,7 +42,7 @@ def run(words: list[str]) -> int:
     done = run_job(
         job,
         told=shown.line if speaks else lambda line: None,
-        bars=speaks and progress(wanted=True) is not None,
+        bars=isinstance(progress(wanted=speaks), Bars),
     )
     if done.folder is None:
         _show_plan(job.plan, as_json=options.json, speaks=speaks)
