@@ -27,7 +27,7 @@ def visible(text: str) -> str:
     >>> visible("a" + chr(0x202E) + "b")
     'a[U+202E]b'
     """
-    return _UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text.replace("\r\n", "\n"))
+    return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text.replace("\r\n", "\n"))
 
 
 def single_line(text: str) -> str:
@@ -46,7 +46,7 @@ def as_json(value: Any, *, indent: int | None = None) -> str:
     '{"name": "\\\\u009b"}'
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
-    return _UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    return _UNSEEN.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def say(

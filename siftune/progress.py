@@ -136,7 +136,7 @@ class ProgressLines:
             with _printing:
                 try:
                     say(self.line(), file=self._stream)
-                except (OSError, ValueError):  # the stream is closed: nobody reads on
+                except (OSError, ValueError):  # the stream is closed: no reader is left
                     return
 
 

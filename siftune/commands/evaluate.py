@@ -65,7 +65,7 @@ def _show_plan(plan: Mapping[str, Any], *, as_json: bool, speaks: bool) -> None:
     if as_json:
         print_json(plan)
     elif speaks:
-        say("dry run: model, tasks and files are sound; nothing was asked")
+        say("dry run: model, tasks and files are valid; no question was put to the model")
         for name, about in plan["tasks"].items():
             count = "all" if about["questions"] is None else f"{about['questions']:,}"
             say(f"  {name}: {count} questions, {about['shots']} worked examples, from {about['source']}")

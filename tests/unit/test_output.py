@@ -46,7 +46,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def clean(printed: str) -> str:
     """What was printed, without a single character that steers a terminal."""
-    assert not (found := STEERING.findall(printed)), f"{found} in {printed!r}"
+    assert not (steering := STEERING.findall(printed)), f"{steering} in {printed!r}"
     return printed
 
 
@@ -199,7 +199,7 @@ def test_a_server(attack: str, capsys: pytest.CaptureFixture[str], monkeypatch: 
         words = ("select", "alpagasus", "pool.jsonl", "--judge-url", server.url, "--run", "a", "--cache", "c")
         assert ran(capsys, *words)[0] == 2, "no reply can be read"
 
-        def refuse(self: Any, step: Any, body: Any, asked: str) -> None:
+        def refuse(self: Any, step: Any, body: Any, question: str) -> None:
             self._send(404, {"error": {"message": attack, "type": attack}})
 
         monkeypatch.setattr("tests.hostile._Handler._behave", refuse)
@@ -266,16 +266,16 @@ WAYS_OUT = {"print": {"output.py"}, "Console": {"screen.py"}, "print_exc": set()
 
 def calls(path: Path) -> set[str]:
     """Which of the ways to a terminal a file calls: `print`, a Rich `Console`, `sys.stdout.write` and its like."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         if name in ("print", "Console", "rich.print", "traceback.print_exc", "traceback.print_exception"):
-            found.add(name.rpartition(".")[2])
+            names.add(name.rpartition(".")[2])
         if name in ("sys.stdout.write", "sys.stderr.write", "sys.__stdout__.write", "sys.__stderr__.write"):
-            found.add("write")
+            names.add("write")
         if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Console" for base in node.bases):
-            found.add("Console")
-    return found
+            names.add("Console")
+    return names
 
 
 def test_nothing_else_in_the_package_prints(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A command without a terminal shows a line at least every few seconds, and nothing when it is told to be quiet."""
+"""A command without a terminal shows a line at least every few seconds, and nothing with --quiet."""
 
 from __future__ import annotations
 
@@ -257,9 +257,9 @@ def test_replies_of_earlier_rounds_are_counted(tmp_path: Path, lines: ProgressLi
 
     requests = [Request(key=str(n), messages=(("user", f"q {n}"),), seed=n) for n in range(4)]
     with Journal(tmp_path / "replies.jsonl") as journal:
-        asked = Journaled(Stub(lambda prompt: prompt), journal)
-        assert len(list(asked.replies(requests[:3]))) == 3
-        last = asked.replies(requests[3:])
+        judge = Journaled(Stub(lambda prompt: prompt), journal)
+        assert len(list(judge.replies(requests[:3]))) == 3
+        last = judge.replies(requests[3:])
         next(last)
         assert lines.line().endswith("asking: 3 replies")
         last.close()
