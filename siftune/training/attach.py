@@ -219,7 +219,7 @@ class Attachment:
         if self.selector.window != "step" and not self._together:
             self.selector.check_keep(max(segments))
         if not self._quiet and self.trainer.is_world_process_zero():
-            sys.stderr.write(describe_packed(self.selector, laid_out, self._model()) + "\n")
+            say(describe_packed(self.selector, laid_out, self._model()), error=True)
 
     def _joined_ranks(self, device: torch.device) -> Ranks:
         """The ranks whose candidates are chosen from together: all of them, or this one alone."""
