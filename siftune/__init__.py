@@ -3,6 +3,7 @@
 The data's way, top to bottom (a folder imports only from those above it):
 
     records, budget, registry   what crosses folders
+    output, progress, screen    the only ways to the terminal
     data/        text in and out: files to a pool of rows, chosen rows to a file
     models/      first layers as feature extractor, LM head as a linear map, content-addressed store
     engines/     where it runs

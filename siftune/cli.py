@@ -17,6 +17,8 @@ from typing import Any
 
 from .config import unknown
 from .errors import UserError
+from .output import say
+from .progress import end
 from .redaction import redact_text
 
 OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fine-tuned on.
@@ -36,7 +38,7 @@ OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fi
 
 Every command: --run DIR --out FILE --seed INT --quiet --json --config FILE --cache DIR
 Help on one: siftune COMMAND --help, and siftune select METHOD --help for a method's own options.
-Exit codes: 0 done, 2 bad input or usage, 1 a fault of siftune."""
+Exit codes: 0 done, 2 bad input or usage, 1 an internal error."""
 
 
 COMMANDS = (
@@ -64,23 +66,25 @@ def main(words: Sequence[str] | None = None) -> int:
             _tell_warnings()
             return _dispatch(words)
     except UserError as error:
-        print(f"siftune: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"siftune: {' '.join(str(error).split())}", error=True)
         return 2
     except KeyboardInterrupt:
-        print("siftune: stopped; the same command goes on where it was", file=sys.stderr)
+        say("siftune: stopped; the same command resumes", error=True)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         return _our_fault(error)
+    finally:
+        end()
 
 
 def _tell_warnings() -> None:
     """Our own warnings as one line on standard error; other packages' are for their developers."""
 
     def tell(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"siftune: note: {' '.join(redact_text(str(message)).split())}", file=sys.stderr)
+        say(f"siftune: note: {' '.join(redact_text(str(message)).split())}", error=True)
 
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", category=UserWarning, module=r"siftune\b")
@@ -89,21 +93,18 @@ def _tell_warnings() -> None:
 
 def _our_fault(error: Exception) -> int:
     if os.environ.get("SIFTUNE_TRACEBACK"):
-        print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
+        say(redact_text(traceback.format_exc()), multiline=True, error=True, end="")
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    said = " ".join(redact_text(str(error)).split())
-    print(
-        f"siftune: a fault of siftune, not of your input: {type(error).__name__}{where}: {said}\n"
-        "hint: run again with SIFTUNE_TRACEBACK=1 in the environment and report what it prints",
-        file=sys.stderr,
-    )
+    message = " ".join(redact_text(str(error)).split())
+    say(f"siftune: internal error: {type(error).__name__}{where}: {message}", error=True)
+    say("hint: run again with SIFTUNE_TRACEBACK=1 in the environment and report what it prints", error=True)
     return 1
 
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(OVERVIEW)
+        say(OVERVIEW, multiline=True)
         return 0
     if words[0] in ("-V", "--version"):
         words[0] = "version"

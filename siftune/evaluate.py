@@ -24,6 +24,7 @@ from .errors import UserError
 from .evaluation.results import Results, averaged, facts, markdown
 from .evaluation.suite import Suite, SuiteTask, suite_file
 from .job import RUNS, plain
+from .progress import doing
 from .run import RunFolder, identity, make_folder
 
 RESULTS, TABLE = "results.json", "table.md"
@@ -255,7 +256,11 @@ def run(job: Job, *, told: Callable[[str], None] = lambda line: None, bars: bool
     key = identity(job.config, job.inputs)
     folder = Path(job.options.run) if job.options.run else RUNS / f"evaluate-{job.suite.name}-{key}"
     refuse_inside(job.options.out, folder, but=RESULTS)
-    with RunFolder(folder, config=job.config, inputs=job.inputs) as opened:
+    pieces = len(job.encoded) + len(job.suite.tasks)
+    with (
+        RunFolder(folder, config=job.config, inputs=job.inputs) as opened,
+        doing("evaluation", pieces, unit="tasks") as evaluation,
+    ):
         loaded = Loaded(job)
         for name, encoded in job.encoded.items():
             with opened.stage(f"held-out {name}", hash_json([key, "held-out", name])) as stage:
@@ -263,12 +268,14 @@ def run(job: Job, *, told: Callable[[str], None] = lambda line: None, bars: bool
                     told(f"held-out {name}: {len(encoded.rows):,} rows")
                     stage.files = [_measure(loaded, name, encoded, folder)]
                     stage.counts = {"rows": len(encoded.rows)}
+            evaluation.advance()
         for task in job.suite.tasks:
             with opened.stage(task.name, hash_json([key, "task", task.name])) as stage:
                 if not stage.reused:
                     told(f"{task.name}: asking")
                     stage.files = _ask(loaded, task, folder, bars=bars)
                     stage.counts = {"questions": read_json(folder / stage.files[0])["about"]["questions"]}
+            evaluation.advance()
         results = _gather(job, folder)
         write_json(folder / RESULTS, facts(results))
         with atomic_path(folder / TABLE) as temporary:

@@ -27,6 +27,7 @@ from .data.protect import claim, refuse_overlap
 from .errors import UserError
 from .job import RUNS, named_inputs, plain
 from .pipeline import Selection, select
+from .progress import doing
 from .records import Pool
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ def loop(
         claim(folder, "loop")
         rounds: list[Round] = []
         for number in range(1, options.rounds + 1):
-            rounds.append(_round(number, folder, words, method, options, given, rounds, progress, told))
+            with doing(f"round {number} of {options.rounds}"):
+                rounds.append(_round(number, folder, words, method, options, given, rounds, progress, told))
             write_json(
                 folder / "loop.json",
                 {"tune": options.tune or f"siftune train {options.recipe}", "rounds": [done.facts for done in rounds]},
@@ -229,7 +231,7 @@ def _tune(number: int, folder: Path, words: list[str], model: str, rows: Path, s
     started = perf_counter()
     log = folder / "log.txt"
     try:
-        with log.open("wb") as output:
+        with log.open("wb") as output, doing(f"tuning by {command[0]}"):
             code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
     except OSError as error:
         raise UserError(f"--tune: {command[0]!r} cannot be run ({error.strerror}); check the command") from error

@@ -22,6 +22,7 @@ from .data.protect import refuse_overlap, setting_inputs
 from .errors import UserError
 from .job import Job, features_of, inputs_of, plain, prepare, read_pool, run_folder
 from .offline.base import OfflineMethod
+from .progress import current
 from .records import Pool, Scores, Subset
 from .run import CONFIG, MANIFEST, RunFolder, identity, peak_memory_mb, read_manifest
 from .stored import ROWS, SCORES, SELECTED, counted, read_scores, write_rows, write_scores
@@ -52,7 +53,7 @@ def select(
 
     >>> select("random", SelectOptions(pool=["pool.jsonl"], keep="10%")).out
     """
-    job = prepare(method, options, settings or {}, progress=progress)
+    job = prepare(method, options, settings or {}, progress=progress or current())
     if options.dry_run:
         facts = {"config": job.config, "rows": counted(job.pool)}
         if (preview := getattr(job.method, "preview", None)) is not None:  # what would be asked of a judge

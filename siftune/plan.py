@@ -148,7 +148,8 @@ def _entries(folder: Any, pattern: str = "*") -> int:
 
 def show(facts: Mapping[str, Any]) -> None:
     """Print a plan for a person."""
-    from .terminal import console, row_lines, share
+    from .screen import console
+    from .terminal import row_lines, share
 
     rows, measured, expected, cache = facts["rows"], facts["measured"], facts["estimate"], facts["cache"]
     error = measured["tokens_per_row_error"]
@@ -174,6 +175,7 @@ def show(facts: Mapping[str, Any]) -> None:
              f"{asked['reply_tokens_at_most']:,} tokens of replies; a rerun asks nothing twice")
         )  # fmt: skip
     shown = console()
-    shown.print(f"plan of siftune select {facts['method']} with {facts['model']}: nothing was kept or scored\n")
+    shown.line(f"plan of siftune select {facts['method']} with {facts['model']}: nothing was kept or scored")
+    shown.print()
     for name, text in lines:
-        shown.print(f"  {name:<10}{text}")
+        shown.line(f"  {name:<10}{text}")

@@ -22,6 +22,7 @@ from .config import write_yaml
 from .data.files import FolderLock, atomic_path, hash_file, hash_json, read_json, sweep_temporaries, write_json
 from .data.protect import foreign_name
 from .errors import UserError
+from .progress import doing
 from .redaction import redact
 
 MANIFEST = "manifest.json"
@@ -143,7 +144,8 @@ class RunFolder:
         self.manifest["running"] = name
         self._save()
         started = time.perf_counter()
-        yield stage
+        with doing(name):
+            yield stage
         spent = stage.seconds + time.perf_counter() - started
         first = record["computed_seconds"] if reused and record is not None else round(spent, 3)
         self._records[name] = {

@@ -1,7 +1,4 @@
-"""What a person sees: progress bars on a terminal, tables and summaries on standard output.
-
-Row text and file names are never read as markup. Colours stop where NO_COLOR is set or the output is no terminal.
-"""
+"""What a person sees: progress bars on a terminal, tables and summaries on standard output."""
 
 from __future__ import annotations
 
@@ -10,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-PIPED_WIDTH = 160
+from .output import single_line
+from .progress import ProgressLines, current
+from .screen import Screen, console, error_console
+
 FACTS = {
     "validation_accuracy": "probe accuracy on held-out rows",
     "temperature": "temperature",
@@ -29,18 +28,13 @@ FACTS = {
 """Facts of a fit that the summary shows, in this order, under these words."""
 
 
-def console() -> Console:
-    """Standard output as a console: as wide as the terminal, wide enough for whole lines where it is none."""
-    return Console(file=sys.stdout, markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
-
-
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[int] = ()) -> Table:
     """A plain table; `numbers` are the columns set to the right."""
-    made = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(title=single_line(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
-        made.add_column(Text(name), justify="right" if index in numbers else "left", overflow="fold")
+        made.add_column(single_line(name), justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
+        made.add_row(*(single_line(str(cell)) for cell in row))
     return made
 
 
@@ -55,11 +49,11 @@ class Bars:
     """Progress as the engines report it (`start`, `advance`, `close`), as a bar on a terminal's standard error."""
 
     def __init__(self) -> None:
-        self._console = Console(file=sys.stderr)
+        self._console = error_console()
         self._shown: Progress | None = None
         self._task: Any = None
 
-    def start(self, label: str, total: int) -> None:
+    def start(self, label: str, total: int, unit: str = "rows") -> None:
         """Show a new bar."""
         self.close()
         self._shown = Progress(
@@ -71,7 +65,7 @@ class Bars:
             console=self._console,
             transient=True,
         )
-        self._task = self._shown.add_task(label, total=total)
+        self._task = self._shown.add_task(single_line(label), total=total)
         self._shown.start()
 
     def advance(self, rows: int) -> None:
@@ -86,9 +80,11 @@ class Bars:
             self._shown = None
 
 
-def progress(*, wanted: bool) -> Bars | None:
-    """Bars where a person looks on, else None."""
-    return Bars() if wanted and sys.stderr.isatty() else None
+def progress(*, wanted: bool) -> Bars | ProgressLines | None:
+    """Bars on a terminal, lines elsewhere; None where no progress is wanted."""
+    if not wanted:
+        return None
+    return Bars() if sys.stderr.isatty() else current()
 
 
 # --- the summary of a selection -------------------------------------------------------------------------------------
@@ -103,10 +99,11 @@ def show_selection(manifest: Mapping[str, Any], *, out: str, following: Sequence
     """Rows, tokens, facts of the fit, domains, stages, files, next commands."""
     shown = console()
     rows = manifest["rows"]
-    shown.print(f"kept {rows['kept']:,} of {rows['read']:,} rows ({share(rows['kept'], rows['read'])}) -> {out}\n")
+    shown.line(f"kept {rows['kept']:,} of {rows['read']:,} rows ({share(rows['kept'], rows['read'])}) -> {out}")
+    shown.print()
     info = manifest.get("info", {})
     for name, text in [*row_lines(rows), *written_lines(info), *judge_lines(info), *fact_lines(info)]:
-        shown.print(f"  {name:<10}{text}")
+        shown.line(f"  {name:<10}{text}")
     if domains := rows.get("domains"):
         read, kept = (sum(domain[name] for domain in domains.values()) for name in ("pool", "kept"))
         lines = [
@@ -121,7 +118,7 @@ def show_selection(manifest: Mapping[str, Any], *, out: str, following: Sequence
         show_stages(shown, manifest)
     shown.print("\nnext:")
     for line in following:
-        shown.print(f"  {line}")
+        shown.line(f"  {line}")
 
 
 def row_lines(rows: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -179,7 +176,7 @@ def show_preview(facts: Mapping[str, Any]) -> None:
     else:
         lines.append(("cost", f"about {facts['cost']:,.4g}, at most {facts['cost_at_most']:,.4g}"))
     for name, text in lines:
-        shown.print(f"  {name:<14}{text}")
+        shown.line(f"  {name:<14}{text}")
     for number, prompt in enumerate(facts["prompts"], 1):
         shown.print(f"\n--- prompt {number} " + "-" * 60)
         shown.print(prompt, soft_wrap=True)
@@ -200,7 +197,7 @@ def fact_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def show_rounds(shown: Console, rounds: Sequence[Mapping[str, Any]]) -> None:
+def show_rounds(shown: Screen, rounds: Sequence[Mapping[str, Any]]) -> None:
     """The rounds of a loop, one line each."""
     lines = []
     for facts in rounds:
@@ -212,7 +209,7 @@ def show_rounds(shown: Console, rounds: Sequence[Mapping[str, Any]]) -> None:
     shown.print(table("", columns, lines, numbers=(0, 3, 4)))
 
 
-def show_stages(shown: Console, manifest: Mapping[str, Any]) -> None:
+def show_stages(shown: Screen, manifest: Mapping[str, Any]) -> None:
     """Time per stage and peak memory."""
     lines = []
     for stage in manifest["stages"]:

@@ -28,6 +28,7 @@ from .data.files import atomic_path, cache_folder, hash_file, hash_json, remove,
 from .data.protect import refuse_overlap
 from .errors import UserError
 from .job import RUNS
+from .progress import current
 from .run import RunFolder, identity, versions
 from .stored import counted
 from .training.inputs import recipe_inputs
@@ -239,7 +240,7 @@ class _Job:
         tally = Tally(recipe.stop_at)
         speaks = not (self.options.quiet or self.options.json)
         trainer = self.prepared.trainer(folder / CHECKPOINTS, tally=tally, quiet=not speaks)
-        trainer.add_callback(Shown(self.progress, self.told))
+        trainer.add_callback(Shown(self.progress or current(), self.told))
         if newest is not None:
             self.told(f"going on from {newest}")
         cuda = torch.cuda.is_available()

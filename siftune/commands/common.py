@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from ..arguments import Command, HelpWanted
 from ..config import PARTS, Option, options_of, read_config
 from ..data.file_keys import check_texts
 from ..errors import UserError
+from ..output import as_json, say
+from ..progress import begin
 
 SEEDS = 2**32
 """Seeds below it are sound for every library underneath."""
@@ -24,10 +26,12 @@ def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
     try:
         values = command.read(words)
     except HelpWanted:
-        print(command.help(), end="")
+        say(command.help(), multiline=True, end="")
         return None
     for name, value in values.items():
         check_texts(value, f"--{name.replace('_', '-')}", command.where)
+    if not (values.get("quiet") or values.get("json") or sys.stderr.isatty()):
+        begin(command.name)
     seed = values.get("seed")
     if seed is not None and not 0 <= seed < SEEDS:
         raise UserError(f"--seed {str(seed)[:20]} is not from 0 to {SEEDS - 1}; give another")
@@ -37,7 +41,8 @@ def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """One JSON object on standard output."""
+    say(as_json(value, indent=2), multiline=True)
 
 
 def own_options(method: str) -> list[Option]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import Command
 from ..config import Everywhere, options_of
 from ..errors import UserError
+from ..output import say
 from .common import page_line, print_json, read, split_set
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(words: list[str]) -> int:
     elif options.dry_run and speaks:
         _show_plan(study, done)
     elif options.quiet:
-        print(done.page or done.folder)
+        say(done.page or done.folder)
     else:
         _show(study, done)
     return 0
@@ -130,7 +130,7 @@ def _shown(options: CompareOptions, said: Mapping[str, str]) -> str:
 
 
 def _tell(name: str, share: float) -> None:
-    sys.stderr.write(f"siftune: {share:4.0%} {name}\n")
+    say(f"siftune: {share:4.0%} {name}", error=True)
 
 
 def _facts(done: Outcome, *, dry_run: bool) -> dict[str, Any]:
@@ -149,7 +149,8 @@ def _facts(done: Outcome, *, dry_run: bool) -> dict[str, Any]:
 
 
 def _show_plan(study: Study, done: Outcome) -> None:
-    from ..terminal import console, table
+    from ..screen import console
+    from ..terminal import table
 
     shown = console()
     seeds = len(study.seeds)
@@ -168,22 +169,24 @@ def _show_plan(study: Study, done: Outcome) -> None:
     shown.print(table(f"study {study.name}: {len(done.cells)} cells", columns, lines, numbers=range(1, 6)))
     trained = sum(plan.trained_tokens for plan in done.plans.values()) * seeds
     forward = sum(plan.forward_tokens for plan in done.plans.values()) * seeds
-    print(
+    say(
         f"per seed, of {seeds}; in all about {trained:,} tokens trained and {forward:,} forward, besides the selections' "
-        "scoring (rows are exact, tokens estimated from the pool's mean)\ndry run: nothing was trained"
+        "scoring (rows are exact, tokens estimated from the pool's mean)"
     )
-    print(f"next: siftune compare {study.name}.yaml   (folder {done.folder})")
+    say("dry run: nothing was trained")
+    say(f"next: siftune compare {study.name}.yaml   (folder {done.folder})")
 
 
 def _show(study: Study, done: Outcome) -> None:
+    from ..screen import console
     from ..study.cells import groups_of
     from ..study.frame import main_value
     from ..study.tables import interval, shown
-    from ..terminal import console, table
+    from ..terminal import table
 
     if done.frame is None or done.page is None:
-        print(f"{done.ran} cells ran, {len(done.cells)} in this part; results are in {done.folder}/cells")
-        print("next: the other parts; then the same command without --part writes tables and figures")
+        say(f"{done.ran} cells ran, {len(done.cells)} in this part; results are in {done.folder}/cells")
+        say("next: the other parts; then the same command without --part writes tables and figures")
         return
     frame = done.frame
     value = main_value(frame.names)
@@ -203,8 +206,8 @@ def _show(study: Study, done: Outcome) -> None:
             f"difference to {study.baseline} [95 %]",
         )
         console().print(table(f"{study.name} {group}".strip(), columns, lines, numbers=range(1, 5)))
-    print(f"{done.ran} cells ran now, {len(frame.done)} are finished -> {done.page}")
-    print(f"  {done.folder}/table.md, figures/   the tables; differences by method and domain, tokens against loss")
-    print(f"  {done.folder}/cells.parquet, differences.parquet   every number")
-    print(f"  {page_line(done.folder)}")
-    print(f"next: read {done.page}; more seeds join with --run {done.folder} --set seeds=[...]")
+    say(f"{done.ran} cells ran now, {len(frame.done)} are finished -> {done.page}")
+    say(f"  {done.folder}/table.md, figures/   the tables; differences by method and domain, tokens against loss")
+    say(f"  {done.folder}/cells.parquet, differences.parquet   every number")
+    say(f"  {page_line(done.folder)}")
+    say(f"next: read {done.page}; more seeds join with --run {done.folder} --set seeds=[...]")

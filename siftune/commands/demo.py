@@ -8,6 +8,7 @@ from typing import Any
 from ..arguments import Command
 from ..config import DemoOptions, SelectOptions, options_of
 from ..errors import UserError
+from ..output import say
 from .common import page_line, read
 
 
@@ -56,5 +57,5 @@ def run(words: list[str]) -> int:
     if options.out is not None:
         copy_file(Path(facts["selected"]), Path(options.out))
     if not (options.quiet or options.json):
-        print(f"  {page_line(facts['run'], cache=options.cache, seed=options.seed)}")
+        say(f"  {page_line(facts['run'], cache=options.cache, seed=options.seed)}")
     return 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..arguments import Command
 from ..config import options_of
+from ..output import say
 from .common import print_json, read
 
 
@@ -32,28 +33,30 @@ def run(words: list[str]) -> int:
     options = EvaluateOptions(**values)
     from ..evaluate import RESULTS, TABLE
     from ..evaluation.results import HELD_COLUMNS, TASK_COLUMNS, facts, lines
-    from ..terminal import console, progress, show_stages, table
+    from ..screen import console
+    from ..terminal import Bars, progress, show_stages, table
 
     speaks = not (options.quiet or options.json)
     shown = console()
     job = Job(options)
     done = run_job(
         job,
-        told=shown.print if speaks else lambda line: None,
-        bars=speaks and progress(wanted=True) is not None,
+        told=shown.line if speaks else lambda line: None,
+        bars=isinstance(progress(wanted=speaks), Bars),
     )
     if done.folder is None:
         _show_plan(job.plan, as_json=options.json, speaks=speaks)
     elif options.json:
         print_json({"run": str(done.folder), **facts(done)})
     elif options.quiet:
-        print(done.folder / RESULTS)
+        say(done.folder / RESULTS)
     else:
         for columns, rows in zip((TASK_COLUMNS, HELD_COLUMNS), lines(done), strict=True):
             if rows:
                 shown.print(table("", columns, rows, numbers=range(1, len(columns) - 1)))
         show_stages(shown, done.manifest)
-        print(f"\n{done.folder}/{TABLE}, {RESULTS}, samples/   the same, and every question with its answer")
+        say()
+        say(f"{done.folder}/{TABLE}, {RESULTS}, samples/   the same, and every question with its answer")
     return 0
 
 
@@ -62,9 +65,9 @@ def _show_plan(plan: Mapping[str, Any], *, as_json: bool, speaks: bool) -> None:
     if as_json:
         print_json(plan)
     elif speaks:
-        print("dry run: model, tasks and files are sound; nothing was asked")
+        say("dry run: model, tasks and files are valid; no question was put to the model")
         for name, about in plan["tasks"].items():
             count = "all" if about["questions"] is None else f"{about['questions']:,}"
-            print(f"  {name}: {count} questions, {about['shots']} worked examples, from {about['source']}")
+            say(f"  {name}: {count} questions, {about['shots']} worked examples, from {about['source']}")
         for name, held in plan["held_out"].items():
-            print(f"  held-out {name}: {held['rows']:,} rows")
+            say(f"  held-out {name}: {held['rows']:,} rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..arguments import Command
 from ..config import Cutting, Everywhere, KeepOptions, options_of
 from ..errors import UserError
+from ..output import say
 from .common import print_json, read
 
 
@@ -32,7 +33,7 @@ def run(words: list[str]) -> int:
     if options.json:
         print_json({"run": options.run, "out": str(done.out), "rows": done.manifest["rows"]})
     elif options.quiet:
-        print(done.out)
+        say(done.out)
     else:
         from ..terminal import show_selection
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..arguments import Command
 from ..config import options_of
+from ..output import say
 from .common import own_options, print_json, read, which_method
 
 
@@ -29,7 +30,8 @@ def run(words: list[str]) -> int:
         return 0
     settings = {option.name: values.pop(option.name) for option in own}
     options = LoopOptions(**values)
-    from ..terminal import console, progress, show_rounds
+    from ..screen import console
+    from ..terminal import progress, show_rounds
 
     speaks = not (options.quiet or options.json)
     shown = console()
@@ -38,15 +40,15 @@ def run(words: list[str]) -> int:
         options,
         settings,
         progress=progress(wanted=speaks),
-        told=shown.print if speaks else lambda line: None,
+        told=shown.line if speaks else lambda line: None,
     )
     facts = [item.facts for item in done]
     if options.json:
         print_json({"rounds": facts})
     elif options.dry_run and speaks:
-        print("dry run: rows, options, budget and the tuning are sound; nothing was computed")
+        say("dry run: rows, options, budget and the tuning are sound; nothing was computed")
     elif options.quiet:
-        print(*(item["tuned"] for item in facts[-1:]))
+        say("".join(item["tuned"] for item in facts[-1:]))
     else:
         show_rounds(shown, facts)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .. import registry
 from ..arguments import Command
 from ..config import Everywhere, options_of
+from ..output import say
 from .common import print_json, read
 
 
@@ -25,9 +26,10 @@ def run(words: list[str]) -> int:
         return 0
     if values["quiet"]:
         for entry in registry.methods():
-            print(f"{entry.side} {entry.name}")
+            say(f"{entry.side} {entry.name}")
         return 0
-    from ..terminal import console, table
+    from ..screen import console
+    from ..terminal import table
 
     titles = {
         "offline": "offline: scores a pool once, before training (siftune select METHOD)",

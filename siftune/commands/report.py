@@ -8,6 +8,7 @@ from pathlib import Path
 from ..arguments import Command
 from ..config import Everywhere, options_of
 from ..errors import UserError
+from ..output import say
 from .common import print_json, read
 
 
@@ -70,8 +71,8 @@ def tell(options: ReportOptions, done: Path) -> None:
     if options.json:
         print_json({"run": options.run, "report": str(done), "bytes": size, "figures": figures})
     elif options.quiet:
-        print(done)
+        say(done)
     else:
-        print(f"{done}   one page, {size / 1e6:.1f} MB; open it in a browser, no network is needed")
+        say(f"{done}   one page, {size / 1e6:.1f} MB; open it in a browser, no network is needed")
         if figures is not None:
-            print(f"{figures}   its charts as PNG and SVG")
+            say(f"{figures}   its charts as PNG and SVG")

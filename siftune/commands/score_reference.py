@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..arguments import Command
 from ..config import options_of
 from ..errors import UserError
+from ..output import say
 from .common import print_json, read
 from .train import named, overrides, settings
 
@@ -72,13 +73,13 @@ def run(words: list[str]) -> int:
         out=out,
         score_tokens=options.score_tokens,
         cache=options.cache,
-        told=print if speaks else lambda line: None,
+        told=say if speaks else lambda line: None,
     )
     if options.json:
         print_json({"table": str(done.table), "rows": done.rows, "reused": done.reused})
     elif options.quiet:
-        print(done.table)
+        say(done.table)
     else:
-        print(f"{done.rows:,} rows{', as made before' if done.reused else ''} -> {done.table}")
-        print(f"next: siftune train RECIPE --online rho-loss --keep 1/8 --set online.reference={done.table}")
+        say(f"{done.rows:,} rows{', as made before' if done.reused else ''} -> {done.table}")
+        say(f"next: siftune train RECIPE --online rho-loss --keep 1/8 --set online.reference={done.table}")
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 from .. import registry
 from ..arguments import Command
 from ..config import Cutting, Everywhere, Option, Reading, Running, SelectOptions, options_of
+from ..output import say
 from .common import own_options, page_line, print_json, read, which_method
 
 EXAMPLES = {
@@ -78,7 +79,7 @@ def _select_overview() -> None:
     command = Command(
         "select", "siftune select METHOD POOL... [options]", "\n".join(about), shared, "pool", examples=examples
     )
-    print(command.help(), end="")
+    say(command.help(), multiline=True, end="")
 
 
 def _would_do(method: str, options: SelectOptions, done: Any) -> int:
@@ -88,12 +89,12 @@ def _would_do(method: str, options: SelectOptions, done: Any) -> int:
     elif not options.quiet:
         from ..terminal import row_lines
 
-        print(f"dry run: rows, options and budget of siftune select {method} are sound; nothing was computed")
+        say(f"dry run: rows, options and budget of siftune select {method} are sound; nothing was computed")
         for name, text in row_lines(done.manifest["rows"]):
-            print(f"  {name:<10}{text}")
+            say(f"  {name:<10}{text}")
         for name, value in done.manifest["config"].items():
             if value is not None:
-                print(f"  {name + ' ':<14}{value}")
+                say(f"  {name + ' ':<14}{value}")
         if "preview" in facts:
             from ..terminal import show_preview
 
@@ -105,12 +106,13 @@ def _part_done(method: str, options: SelectOptions, done: Any) -> int:
     if options.json:
         print_json({"run": str(done.folder), **done.manifest})
     elif options.quiet:
-        print(done.folder)
+        say(done.folder)
     else:
-        from ..terminal import console, show_stages
+        from ..screen import console
+        from ..terminal import show_stages
 
         show_stages(console(), done.manifest)
-        print(
+        say(
             f"part {options.shards} is in the cache; when all parts are, the same siftune select {method} command "
             "without --shards, on the same cache, merges them"
         )
@@ -121,7 +123,7 @@ def _selected(options: SelectOptions, done: Any) -> int:
     if options.json:
         print_json({"run": str(done.folder), "out": str(done.out), **done.manifest})
     elif options.quiet:
-        print(done.out)
+        say(done.out)
     else:
         from ..terminal import show_selection
 

@@ -10,6 +10,7 @@ from ..arguments import Command
 from ..budget import Keep
 from ..config import options_of
 from ..errors import UserError
+from ..output import say
 from ..tune import TuneOptions
 from .common import page_line, print_json, read, split_set
 
@@ -60,7 +61,8 @@ def run(words: list[str]) -> int:
         return 0
     options = TuneOptions(**{item.name: values[item.name] for item in fields(TuneOptions)})
     from ..data.protect import refuse_overlap
-    from ..terminal import console, progress
+    from ..screen import console
+    from ..terminal import progress
     from ..training.recipe import Recipe
     from ..tune import tune
 
@@ -74,14 +76,14 @@ def run(words: list[str]) -> int:
         recipe,
         options,
         progress=progress(wanted=speaks),
-        told=shown.print if speaks else lambda line: None,
+        told=shown.line if speaks else lambda line: None,
     )
     if options.dry_run:
         return _would_do(options, done)
     if options.json:
         print_json({"run": str(done.folder), "model": str(options.out or done.model), **done.manifest})
     elif options.quiet:
-        print(options.out or done.model)
+        say(options.out or done.model)
     else:
         _summary(shown, done, options)
     return 0
@@ -128,10 +130,12 @@ def _would_do(options: TuneOptions, done: Any) -> int:
     elif not options.quiet:
         from ..config import write_yaml
 
-        print("dry run: recipe, rows, model folder and budget are sound; nothing was trained")
-        print(f"  {_rows(done.manifest['rows'])}")
-        print(f"  run folder: {done.folder}\n")
-        print(write_yaml({key: value for key, value in done.manifest["config"].items() if key != "command"}), end="")
+        say("dry run: recipe, rows, model folder and budget are sound; nothing was trained")
+        say(f"  {_rows(done.manifest['rows'])}")
+        say(f"  run folder: {done.folder}")
+        say()
+        recipe = {key: value for key, value in done.manifest["config"].items() if key != "command"}
+        say(write_yaml(recipe), multiline=True, end="")
     return 0
 
 
@@ -147,7 +151,9 @@ def _summary(shown: Any, done: Any, options: TuneOptions) -> None:
 
     manifest = done.manifest
     tokens = manifest["tokens"]
-    shown.print(f"\ntuned model -> {options.out or done.model}\n")
+    shown.print()
+    shown.line(f"tuned model -> {options.out or done.model}")
+    shown.print()
     lines = [
         ("rows", _rows(manifest["rows"])),
         (
@@ -158,7 +164,7 @@ def _summary(shown: Any, done: Any, options: TuneOptions) -> None:
         ("loss", "-" if manifest["train_loss"] is None else f"{manifest['train_loss']:.4f} (mean over steps)"),
     ]
     for name, text in lines:
-        shown.print(f"  {name:<10}{text}")
+        shown.line(f"  {name:<10}{text}")
     if held := manifest.get("held_out"):
         found = [
             (
@@ -176,6 +182,6 @@ def _summary(shown: Any, done: Any, options: TuneOptions) -> None:
     show_stages(shown, manifest)
     page = page_line(done.folder, cache=options.cache)
     shown.print("\nnext:")
-    shown.print(f"  {page}")
-    shown.print(f"  {done.model}/README.md   the model card: which rows, chosen how")
-    shown.print(f"  siftune evaluate {done.model}   the papers' task sets, or held-out loss")
+    shown.line(f"  {page}")
+    shown.line(f"  {done.model}/README.md   the model card: which rows, chosen how")
+    shown.line(f"  siftune evaluate {done.model}   the papers' task sets, or held-out loss")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .. import __version__
 from ..arguments import Command
 from ..config import Everywhere, options_of
+from ..output import say
 from .common import print_json, read
 
 
@@ -21,8 +22,8 @@ def run(words: list[str]) -> int:
     if values["json"]:
         print_json(found)
     elif values["quiet"]:
-        print(__version__)
+        say(__version__)
     else:
         for name, number in found.items():
-            print(f"{name} {number}")
+            say(f"{name} {number}")
     return 0

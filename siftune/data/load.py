@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..progress import Activity, doing
 from ..records import Pool
 from .build import Writer
 from .exports import refill
@@ -73,7 +74,8 @@ def load_pool(
     if format is not None:
         check_format(format, columns)
     parts = resolve(source)
-    stored = _stored(parts, columns, format, cache)
+    with doing(f"reading {parts[0].name}" + (f" and {len(parts) - 1} more" if len(parts) > 1 else "")) as reading:
+        stored = _stored(parts, columns, format, cache, reading)
     rows = StoredRows(stored, tuple(part.name for part in parts), _read_from(source, parts))
     _check(rows, on_bad_row)
     reasons = dict(rows.reasons)
@@ -95,7 +97,9 @@ def load_pool(
 # --- the stored rows ------------------------------------------------------------------------------------------------
 
 
-def _stored(parts: list[Part], columns: dict[str, str], format: str | None, cache: str | Path | None) -> Path:
+def _stored(
+    parts: list[Part], columns: dict[str, str], format: str | None, cache: str | Path | None, reading: Activity
+) -> Path:
     """The folder that holds these parts' rows, written now unless an earlier load left it."""
     pools = cache_folder(cache) / "pools"
     with plain_errors(pools):
@@ -113,7 +117,7 @@ def _stored(parts: list[Part], columns: dict[str, str], format: str | None, cach
     with plain_errors(pools):
         temporary.mkdir()
         try:
-            digest = _build(temporary, parts, columns, format)
+            digest = _build(temporary, parts, columns, format, reading)
             if _stamps(parts) != before:
                 raise UserError(f"{parts[0].name} (or a file beside it) changed while it was read; load it again")
             return _publish(temporary, pools / (key or hash_json(options | {"content": digest})))
@@ -152,7 +156,7 @@ def _publish(temporary: Path, folder: Path) -> Path:
     return folder
 
 
-def _build(folder: Path, parts: list[Part], columns: dict[str, str], format: str | None) -> str:
+def _build(folder: Path, parts: list[Part], columns: dict[str, str], format: str | None, reading: Activity) -> str:
     chunks = ((index, chunk) for index, part in enumerate(parts) for chunk in part.chunks())
     head: list[tuple[int, Chunk]] = []
     if format is None:
@@ -163,6 +167,7 @@ def _build(folder: Path, parts: list[Part], columns: dict[str, str], format: str
             while len(writer.starts) <= index:
                 writer.begin_part()
             writer.add(chunk)
+            reading.advance(len(chunk))
         while len(writer.starts) < len(parts):
             writer.begin_part()
         if not len(writer.lines):

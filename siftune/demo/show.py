@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+
+from ..output import single_line
+from ..screen import console
 
 PIPED_WIDTH = 120
 BAR = 36
@@ -27,8 +27,7 @@ class Screen:
     """Standard output, part by part of the story."""
 
     def __init__(self, *, silent: bool) -> None:
-        width = None if sys.stdout.isatty() else PIPED_WIDTH
-        self._console = Console(file=sys.stdout, markup=False, highlight=False, width=width, quiet=silent)
+        self._console = console(piped_width=PIPED_WIDTH, silent=silent)
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """One paragraph; paths and commands are never broken over lines."""
@@ -109,7 +108,7 @@ class Screen:
         for index, name in enumerate(columns):
             table.add_column(name, justify="right" if index and index not in left else "left")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(single_line(cell) for cell in row))
         self._console.print(table)
 
     def _histogram(self, reward: Mapping[str, Any]) -> None:

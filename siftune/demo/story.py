@@ -8,7 +8,6 @@ about a minute on two cores. `run` receives the function that selects, since the
 from __future__ import annotations
 
 import json as jsonlib
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..data.files import read_json, write_json
 from ..data.protect import claim
+from ..output import as_json, say
 from ..records import Subset
 from . import corpus, show
 from .embedded import model_folder
@@ -97,7 +97,7 @@ def run(
     write_json(folder / "demo.json", facts)
     screen.end(facts)
     if quiet or json:
-        sys.stdout.write((jsonlib.dumps(facts) if json else facts["selected"]) + "\n")
+        say(as_json(facts) if json else facts["selected"])
     return facts
 
 

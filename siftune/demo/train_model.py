@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..data.files import read_json, write_json
 from ..data.protect import foreign_name
+from ..output import as_json, say
 from . import corpus, prompts
 from .embedded import MODEL
 
@@ -200,7 +201,7 @@ def fit(model: LlamaForCausalLM, source: Iterator[torch.Tensor], *, steps: int, 
         if step % 25 == 0 or step == steps:
             losses.append({"step": step, "loss": round(loss.item(), 4)})
             speed = tokens / (time.monotonic() - started)
-            print(f"step {step}/{steps} loss {loss.item():.3f} {speed:,.0f} tokens/s", flush=True)
+            say(f"step {step}/{steps} loss {loss.item():.3f} {speed:,.0f} tokens/s")
     model.eval()
     return losses
 
@@ -228,7 +229,7 @@ def main() -> None:
         parser.error(f"--out {said['out']} is not empty; give a new or empty folder")
     torch.set_num_threads(1)
     log = train(said.pop("out"), **said)
-    print(json.dumps({key: value for key, value in log.items() if key != "losses"}, indent=1))
+    say(as_json({key: value for key, value in log.items() if key != "losses"}, indent=1), multiline=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from ..models.checkpoint import quiet
+from ..progress import current
+from ..training.shown import Shown
 
 TRAINED = 4
 """Rows trained per step."""
@@ -134,6 +136,7 @@ def fine_tune(
     with torch.random.fork_rng(devices=[]):  # the trainer seeds the global generators
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Shown(current(), lambda line: None))
         if selector is not None:
             from ..training.attach import attach
 

@@ -30,8 +30,8 @@ ROWS_AT_ONCE = 256
 class Progress(Protocol):
     """Who is told how far a run is; rates and time left are made of these three calls by whoever shows them."""
 
-    def start(self, label: str, total: int) -> None:
-        """A run named `label` over `total` rows begins."""
+    def start(self, label: str, total: int, unit: str = "rows") -> None:
+        """A run named `label` over `total` rows (or other units) begins."""
 
     def advance(self, rows: int) -> None:
         """`rows` more are done, computed or reused."""

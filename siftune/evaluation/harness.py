@@ -239,7 +239,7 @@ def _number(value: Any) -> float:
 
 @contextlib.contextmanager
 def silent(*, bars: bool = False) -> Iterator[None]:
-    """The harness's notes and bars do not reach the user; nothing of it reaches standard output."""
+    """The harness's notes do not reach the user, its bars only with `bars`; nothing of it reaches standard output."""
     from ..models.checkpoint import quiet
 
     log = logging.getLogger("lm_eval")
@@ -247,7 +247,7 @@ def silent(*, bars: bool = False) -> Iterator[None]:
     log.setLevel(logging.CRITICAL)
     aside = sys.stderr if bars else io.StringIO()
     try:
-        with quiet(), contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
+        with quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(aside):
             yield
     finally:
         log.setLevel(level)

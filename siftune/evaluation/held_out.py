@@ -31,6 +31,7 @@ from ..models.features import batches
 from ..models.hidden import exact_math, predicting_tokens, take_apart
 from ..online.losses import shared_walks
 from ..online.view import View
+from ..progress import counted
 from ..records import Pool
 from ..training.text import IGNORED, Encoder, check_text
 
@@ -208,7 +209,8 @@ def sums(
             f"the tokenizer gives token {largest}, and the model knows {known}; the two do not belong together"
         )
     view = View()
-    for members in batches(np.array([len(ids) for ids, _ in rows], dtype=np.int32), token_budget):
+    length_R = np.array([len(ids) for ids, _ in rows], dtype=np.int32)
+    for members in counted("held-out loss", batches(length_R, token_budget), len(rows), size=len):
         batch = _padded([rows[index] for index in members])
         wanted_BT = predicting_tokens(batch)
         target_BT = torch.roll(batch["labels"], -1, dims=1)

@@ -19,6 +19,7 @@ from typing import IO, Any, Self
 
 from ..data.files import hash_json, plain_errors
 from ..errors import UserError
+from ..progress import counted
 from .generate import Generator, Reply, Request, request_key
 
 VERSION = 2
@@ -196,7 +197,7 @@ class Journaled:
                     # The content hash is the name inside: two askers may use one name for two questions.
                     yield Request(**{**_fields(request), "key": content})
 
-        for reply in self.generator.replies(missing()):
+        for reply in counted("asking", self.generator.replies(missing()), unit="replies", done=self.counts.asked):
             names = waiting.pop(reply.key)
             self._keep(reply, names[0])
             yield from self._known(found)

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..data.files import read_json
 from ..data.protect import refuse_overlap, setting_inputs
 from ..errors import MissingExtra, UserError
+from ..progress import doing
 from . import page
 from .blocks import Page
 from .rows_file import MANIFEST, ROWS
@@ -59,12 +60,13 @@ def write(
     page.require(mapped=map_rows > 0 and made_of in ("selection", "demo"))
     if figures:
         require_matplotlib()
-    made = page_of(folder, made_of, map_rows=map_rows, rows=rows, cache=cache, seed=seed)
-    if figures:
-        from .page_figures import draw
+    with doing("writing the page"):
+        made = page_of(folder, made_of, map_rows=map_rows, rows=rows, cache=cache, seed=seed)
+        if figures:
+            from .page_figures import draw
 
-        draw(made, figures_beside(path))
-    return page.save(made, path)
+            draw(made, figures_beside(path))
+        return page.save(made, path)
 
 
 def _check_out(

@@ -9,26 +9,12 @@ what the eye would not see. Cost: one pass over what is shown, never over what i
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from ..data.files import json_value, without_nan
+from ..output import visible as visible
 
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls but tab and newline
-    "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"  # direction, zero width, separators
-    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"  # annotations, lone halves, tags
-)
 _IN_SCRIPT = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
-
-
-def visible(text: str) -> str:
-    """The same text with every character that would change its look unseen written as `[U+202E]`.
-
-    >>> visible("a" + chr(0x202E) + "b")
-    'a[U+202E]b'
-    """
-    return _UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text.replace("\r\n", "\n"))
 
 
 def clip(text: str, characters: int) -> tuple[str, int]:

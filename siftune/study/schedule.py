@@ -20,6 +20,7 @@ from multiprocessing import connection
 from typing import Any
 
 from ..errors import UserError
+from ..progress import doing
 from ..redaction import redact_text
 
 
@@ -57,8 +58,16 @@ def run_tasks(
     []
     """
     order = list(tasks)
-    with _here(threads) if jobs == 1 else _workers(jobs, threads) as start:
-        found = _walk(order, start, told, jobs)
+    with (
+        doing("study", len(order), unit="pieces") as study,
+        _here(threads) if jobs == 1 else _workers(jobs, threads) as start,
+    ):
+
+        def ended(name: str, share: float) -> None:
+            study.advance()
+            told(name, share)
+
+        found = _walk(order, start, ended, jobs)
     names = [task.name for task in order]
     return sorted(found, key=lambda failure: names.index(failure.name))
 
@@ -106,7 +115,8 @@ def _result(future: Future[Any]) -> Failure | None:
 def _guarded(task: Task) -> Failure | None:
     """Run one task; what went wrong as a record that every process can be handed."""
     try:
-        task.run()
+        with doing(task.name):
+            task.run()
     except UserError as error:
         return Failure(task.name, " ".join(str(error).split()), ours=False)
     except Exception as error:

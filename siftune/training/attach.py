@@ -9,7 +9,6 @@ callback writes state and ledger. Cost: the selector's scoring; nothing else run
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..errors import UserError
 from ..models.layout import LaidOut, with_layout
 from ..online.base import OnlineMethod
 from ..online.token_id import token_ids
+from ..output import say
 from . import state
 from .batching import Padding
 from .checks import allows_dummies, check, check_batch, check_budget, together
@@ -66,7 +66,7 @@ def attach(
     read_validation(trainer, selector, quiet=quiet)
     attachment = Attachment(trainer, selector, allow_fresh=allow_fresh_selector, ledger=ledger, quiet=quiet)
     if not quiet and trainer.is_world_process_zero():
-        sys.stderr.write(attachment.describe() + "\n")
+        say(attachment.describe(), error=True)
     return attachment
 
 
@@ -219,7 +219,7 @@ class Attachment:
         if self.selector.window != "step" and not self._together:
             self.selector.check_keep(max(segments))
         if not self._quiet and self.trainer.is_world_process_zero():
-            sys.stderr.write(describe_packed(self.selector, laid_out, self._model()) + "\n")
+            say(describe_packed(self.selector, laid_out, self._model()), error=True)
 
     def _joined_ranks(self, device: torch.device) -> Ranks:
         """The ranks whose candidates are chosen from together: all of them, or this one alone."""

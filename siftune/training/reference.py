@@ -25,6 +25,7 @@ from ..models.layout import LaidOut
 from ..online.losses import MaxLoss
 from ..online.reference import TABLES
 from ..online.token_id import token_ids
+from ..progress import counted
 from .identity import collated, random_state_kept
 
 PART = 512
@@ -72,9 +73,9 @@ def reference_losses(
     folder = path.with_name(path.name + ".parts")
     _begin(folder, ref_model, len(dataset))
     method = MaxLoss(keep=1, score_tokens=score_tokens)
-    for start in range(0, len(dataset), PART):
-        part = folder / f"part-{start // PART:06d}.parquet"
-        rows = list(range(start, min(start + PART, len(dataset))))
+    every = [list(range(start, min(start + PART, len(dataset)))) for start in range(0, len(dataset), PART)]
+    for index, rows in enumerate(counted("loss under the reference model", every, len(dataset), size=len)):
+        part = folder / f"part-{index:06d}.parquet"
         with random_state_kept():
             batches, owners = _batches(dataset, collate, rows)
         names = [digest.hex() for batch in batches for digest in token_ids(batch)]

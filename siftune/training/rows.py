@@ -37,6 +37,7 @@ from ..data.formats import BadRow
 from ..data.sums import are_intact, read_checked_json, sums_of, write_checked_json
 from ..errors import UserError
 from ..models.checkpoint import TOKENIZER_FILES, quiet
+from ..progress import counted
 from ..records import Pool
 from .text import VERSION, Encoder
 
@@ -153,7 +154,9 @@ def _make(folder: Path, pool: Pool, encode: Encoder, max_rows: int | None, key: 
         temporary.mkdir()
         try:
             with pa.OSFile(str(temporary / TOKENS), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-                for batch in _batches(pool, encode, max_rows, reasons, meta):
+                batches = _batches(pool, encode, max_rows, reasons, meta)
+                size = len(pool.eligible)
+                for batch in counted("tokenising rows", batches, size, size=lambda batch: int(batch.num_rows)):
                     writer.write_batch(batch)
             write_json(temporary / REASONS, reasons)
             write_checked_json(temporary / META, {**meta, "sums": sums_of(temporary)})

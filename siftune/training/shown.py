@@ -19,7 +19,7 @@ class Shown(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is not None:
-            self._progress.start("training", state.max_steps)
+            self._progress.start("training", state.max_steps, "steps")
             self._progress.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

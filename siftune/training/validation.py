@@ -6,7 +6,6 @@ with the trainer's tokenizer and its `max_length`. Cost: one pass over the file,
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..data.formats import BadRow
 from ..data.load import load_pool
 from ..errors import UserError
 from ..online.greats import Greats
+from ..output import say
 from .text import Encoder, check_text
 
 UNCUT = 2**31
@@ -51,5 +51,5 @@ def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None
     if not rows:
         raise UserError(f"validation={file!r} holds no row to learn from ({why}); give rows with answers")
     if lost and not quiet and trainer.is_world_process_zero():
-        sys.stderr.write(f"siftune: {lost.total()} of {len(pool)} validation rows are left out: {why}\n")
+        say(f"siftune: {lost.total()} of {len(pool)} validation rows are left out: {why}", error=True)
     selector.use_validation(rows)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "siftune"
 ORDER = [
-    "errors budget records registry redaction",
+    "errors budget records registry redaction output progress screen",
     "data",
     "models",
     "engines",
