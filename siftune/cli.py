@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import unknown
-from .errors import UserError
+from .errors import UserError, is_failure, one_line
 from .redaction import redact_text
 
 OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fine-tuned on.
@@ -72,7 +72,14 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except MemoryError as error:
+        print(
+            f"siftune: memory ran out ({one_line(error)}); use a machine with more, or smaller inputs", file=sys.stderr
+        )
+        return 2
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         return _our_fault(error)
 
 
@@ -87,7 +94,7 @@ def _tell_warnings() -> None:
     warnings.showwarning = tell  # type: ignore[assignment]
 
 
-def _our_fault(error: Exception) -> int:
+def _our_fault(error: BaseException) -> int:
     if os.environ.get("SIFTUNE_TRACEBACK"):
         print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
     frames = traceback.extract_tb(error.__traceback__)

@@ -29,7 +29,7 @@ from . import write
 from .files import json_value, plain_errors, read_json, without_nan
 from .formats import Reading
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the files below, or what counts as a bad row, change."""
 
 

@@ -20,7 +20,10 @@ from typing import Any, ClassVar
 import torch
 
 from ..budget import Keep
+from ..data.files import refuse_special
+from ..data.sources import readable
 from ..errors import UserError
+from ..models.checkpoint import loading
 from ..records import RowScores
 from .base import Batch, Measured, OnlineMethod
 from .losses import MaxLoss
@@ -116,7 +119,10 @@ class RhoLoss(OnlineMethod):
         else:
             from transformers import AutoModelForCausalLM
 
-            loaded: Any = AutoModelForCausalLM.from_pretrained(str(self.reference), dtype="auto", use_safetensors=True)
+            loaded: Any = loading(
+                f"reference={str(self.reference)!r} could not be loaded",
+                lambda: AutoModelForCausalLM.from_pretrained(str(self.reference), dtype="auto", use_safetensors=True),
+            )
             self._model = loaded.to(device).eval().requires_grad_(False)
 
     def combine(self, measured: Measured) -> RowScores:
@@ -130,21 +136,23 @@ def read_table(path: Path) -> Table:
 
     Raises `UserError` where the file is missing or holds other columns.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"there is no reference table {path}; make one with siftune.reference_losses(trainer, ref_model)"
         )
+    refuse_special(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        tensors = load_file(path)
+        tensors = loading(f"the reference table {path} cannot be read", lambda: load_file(path))
         _expect(path, set(tensors))
         names = tensors["token_id"].contiguous().numpy().tobytes()
         return {names[16 * at : 16 * at + 16]: float(loss) for at, loss in enumerate(tensors["loss"].tolist())}
     import pyarrow.parquet as pq
 
-    _expect(path, set(pq.read_schema(path).names))
-    columns = pq.read_table(path, columns=["token_id", "loss"]).to_pydict()
+    with readable(path):
+        _expect(path, set(pq.read_schema(path).names))
+        columns = pq.read_table(path, columns=["token_id", "loss"]).to_pydict()
     pairs = zip(columns["token_id"], columns["loss"], strict=True)
     return {_digest(name): float("nan") if loss is None else loss for name, loss in pairs}
 
