@@ -62,6 +62,10 @@ def apply_template(tokenizer: Any, turns: Sequence[dict[str, str]], **options: A
     with row_failures("chat template fails"):
         try:
             result = limited(lambda: tokenizer.apply_chat_template(turns, **options), characters=characters)
+            if isinstance(result, str) and len(result) - characters > MOST_ADDED:
+                raise Overrun(
+                    f"chat template fails: its text is {len(result):,} characters for a row of {characters:,}"
+                )
         except TemplateSyntaxError as error:
             raise UserError(f"{_name(tokenizer)} cannot be parsed (line {error.lineno}: {error}); {_FIX}") from error
         except TemplateError as error:
@@ -72,8 +76,6 @@ def apply_template(tokenizer: Any, turns: Sequence[dict[str, str]], **options: A
             if (count := next(_OVERRUNS)) > MOST_OVERRUNS:
                 raise UserError(f"{_name(tokenizer)} exceeded its limits {count} times ({error}); {_FIX}") from error
             raise
-        if isinstance(result, str) and len(result) - characters > MOST_ADDED:
-            raise Overrun(f"chat template fails: its text is {len(result):,} characters for a row of {characters:,}")
     return result
 
 
