@@ -81,7 +81,11 @@ class Rater:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             some = pool.read(rows[start : start + ROWS_AT_ONCE])
             own = self.lm.encode(texts_of(some, self.lm.tokenizer))
-            tokens |= {row.row: min(len(text.ids), self.lm.length) for row, text in zip(some, own, strict=True)}
+            tokens |= {
+                row.row: min(len(text.ids), self.lm.length)
+                for row, text in zip(some, own, strict=True)
+                if text.reason is None
+            }
             for row, text, found in zip(some, own, self._prompts(some), strict=True):
                 if text.reason is not None:
                     reasons[row.row] = text.reason
