@@ -4,7 +4,7 @@ A render is stopped between two operations of the template when it takes too muc
 and in any process; its result may be only so much longer than the row's messages. What the template raises, and a render
 that was stopped, is the row's reason. A single operation inside Python itself (such as one multiplication of enormous
 numbers) is not interrupted; the operator `**`, the quick way to one, is refused.
-Cost: a few microseconds per row; one thread that looks ten times a second while templates are rendered.
+Cost: some microseconds per render; one thread that looks ten times a second while templates are rendered.
 """
 
 from __future__ import annotations

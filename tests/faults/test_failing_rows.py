@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 
 from siftune.data import chat_template, parse
 from siftune.data.chat_template import Overrun, Refusal, apply_template, check_template, limited
-from siftune.data.formats import BadRow
 from siftune.data.load import load_pool
 from siftune.engines.local import LocalEngine
 from siftune.errors import UserError
@@ -492,9 +490,3 @@ def test_memory_and_panics_elsewhere_are_no_traceback(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cli, "_dispatch", raising(SystemExit(3)))
     with pytest.raises(SystemExit):
         siftune(["select"])
-
-
-def test_a_bad_row_and_a_refusal_are_what_callers_expect() -> None:
-    assert issubclass(Refusal, BadRow)
-    assert issubclass(Overrun, BadRow)
-    assert np.isfinite(chat_template.SECONDS)
