@@ -95,6 +95,9 @@ MEANING = """
   what it holds). Inside it, and in the cache, siftune writes its own files again where they are damaged, and leaves others alone.
 - A file named by `--out` replaces an ordinary file of that name, as in every command line, and the figures of a page those of
   theirs; a table of `score-reference` and the `report.html` of a run replace only what siftune wrote.
+- A chat template that raises anything or does not end, a tokenizer that raises or panics, and memory that runs out over one
+  row cost that row alone, with a reason, in `plan`, `select` (with any number of workers), `train`, `score-reference` and
+  held-out evaluation (the limits of a template: [data](data.md#formats)). A model's file that is incomplete is one sentence.
 - What a user can mend is one sentence and exit code 2. Every row that drops out has a reason, and the counts add up.
 - Nothing that siftune reads can run code: no pickle is opened, YAML is read safely, arrays hold no objects. A recipe,
   study, suite, configuration or `--set` that names code (`trust_remote_code`, a class, a callback, a kernel of the hub, a
@@ -110,6 +113,8 @@ MEANING = """
 ## What is not
 
 - Checksums of stored rows, tables and checkpoints are CRC-32: they notice damage, not a forger.
+- A single operation inside a chat template on enormous values (a product of numbers of millions of digits) is not
+  interrupted, and one that asks for more memory than the machine has may end the process.
 - A row that crashes the process itself (a fault in a native library) stops `--workers 1`; with 2 workers or more it is
   found and left out.
 - A file system that loses what was flushed to it, or whose `rename` is not atomic, is not tested.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import unknown
-from .errors import UserError
+from .errors import UserError, is_failure, one_line
 from .output import say
 from .progress import end
 from .redaction import redact_text
@@ -74,7 +74,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except MemoryError as error:
+        say(f"siftune: memory ran out ({one_line(error)}); use a machine with more, or smaller inputs", error=True)
+        return 2
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         return _our_fault(error)
     finally:
         end()
@@ -91,7 +96,7 @@ def _tell_warnings() -> None:
     warnings.showwarning = tell  # type: ignore[assignment]
 
 
-def _our_fault(error: Exception) -> int:
+def _our_fault(error: BaseException) -> int:
     if os.environ.get("SIFTUNE_TRACEBACK"):
         say(redact_text(traceback.format_exc()), multiline=True, error=True, end="")
     frames = traceback.extract_tb(error.__traceback__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from .redaction import redact
+from .redaction import redact, shortened
 
 
 class UserError(ValueError):
@@ -30,6 +30,25 @@ class MissingExtra(UserError, ImportError):
 
     def __init__(self, package: str, *, extra: str, needed_for: str) -> None:
         super().__init__(f"{needed_for} needs {package}, which is not installed; run: pip install 'siftune[{extra}]'")
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether `error` reports that something failed: any `Exception`, and the panic of a library written in Rust, which pyo3
+    derives from `BaseException`. KeyboardInterrupt, SystemExit and their like are no failures and must pass.
+
+    >>> is_failure(ZeroDivisionError()), is_failure(KeyboardInterrupt())
+    (True, False)
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def one_line(error: BaseException, limit: int = 120) -> str:
+    """Type and message of an error on one line of at most `limit` characters, secrets masked.
+
+    >>> one_line(ValueError("no\\n  number"))
+    'ValueError: no number'
+    """
+    return shortened(f"{type(error).__name__}: {error}", limit).rstrip(": ")
 
 
 def did_you_mean(said: str, known: Iterable[str], *, otherwise: str | None = None) -> str:

@@ -9,6 +9,7 @@ Shapes: `n` rows of the sample.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
@@ -60,28 +61,31 @@ def plan(options: PlanOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def measure(backbone: Any, pool: Pool, *, sample: int, seed: int) -> dict[str, Any]:
     """Tokens and speed of a seeded sample of usable rows, through the model's first layers on this machine."""
-    from .data.formats import text_of
     from .models.features import extract_tokens
-    from .models.tokenise import tokenise
+    from .models.tokenise import Tokenised, texts_of, tokenise
 
     if sample < 1:
         raise UserError(f"--sample {sample} measures nothing; give at least 1 row")
     eligible = pool.eligible
     drawn = np.sort(np.random.default_rng(seed).choice(eligible, size=min(sample, len(eligible)), replace=False))
 
-    def texts(picked: Any) -> list[str]:
-        return [text_of(row, backbone.tokenizer) for row in pool.read(picked.tolist())]
+    def tokenised(picked: Any) -> list[Tokenised]:
+        return tokenise(backbone, texts_of(pool.read(picked.tolist()), backbone.tokenizer))
 
     started = perf_counter()
-    extract_tokens(backbone, tokenise(backbone, texts(drawn[:WARM_UP_ROWS])))  # loads tokenizer and layers
+    extract_tokens(backbone, tokenised(drawn[:WARM_UP_ROWS]))  # loads tokenizer and layers
     loaded = perf_counter() - started
     started = perf_counter()
-    rows = tokenise(backbone, texts(drawn))
+    rows = tokenised(drawn)
     extract_tokens(backbone, rows)
     seconds = perf_counter() - started
+    failing = {int(row): one.reason for row, one in zip(drawn, rows, strict=True) if one.reason is not None}
+    rows = [row for row in rows if row.reason is None]
+    _tell_failing(pool, failing, readable=len(rows))
     lengths_n = np.array([len(row.ids) for row in rows], dtype=np.int64)
     return {
         "sample_rows": len(rows),
+        "sample_rows_left_out": len(failing),
         "tokens_per_row": float(lengths_n.mean()),
         "tokens_per_row_error": float(lengths_n.std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else None,
         "truncated_share": float(np.mean([row.truncated for row in rows])),
@@ -93,6 +97,21 @@ def measure(backbone: Any, pool: Pool, *, sample: int, seed: int) -> dict[str, A
         "peak_memory_mb": peak_memory_mb(),
         "device_memory_mb": _device_memory_mb(backbone.torch_device),
     }
+
+
+def _tell_failing(pool: Pool, failing: Mapping[int, str], *, readable: int) -> None:
+    """A note of the sample's rows that cannot be tokenised, by the first; raises `UserError` where none can."""
+    if not failing:
+        return
+    row, reason = next(iter(failing.items()))
+    ((file, line),) = pool.source.locations([row])
+    if not readable:
+        raise UserError(f"none of the sample's {len(failing)} rows can be tokenised; {file}, line {line}: {reason}")
+    warnings.warn(
+        f"{len(failing)} of the sample's {len(failing) + readable} rows cannot be tokenised, and a selection leaves such "
+        f"rows out; {file}, line {line}: {reason}",
+        stacklevel=2,
+    )
 
 
 def estimate(measured: Mapping[str, Any], usable: int, probe_rows: int) -> dict[str, Any]:

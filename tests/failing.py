@@ -18,6 +18,10 @@ from siftune.errors import UserError
 from siftune.records import Pool, Row, Shard, ShardResult
 
 
+class PanicException(BaseException):
+    """Stands for pyo3_runtime.PanicException, which is no Exception either."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Made-up rows; some of them hold a word that the task obeys."""
@@ -68,6 +72,12 @@ class Obey:
                 return
         if word == "raise":
             raise ValueError(f"row {row.row} is\n poisoned")
+        if word == "panic":
+            raise PanicException(f"row {row.row} is too much")
+        if word == "memory":
+            raise MemoryError
+        if word == "stop":
+            raise KeyboardInterrupt
         if word == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if word == "user":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +42,8 @@ def row_text(row: dict[str, Any], *, table: bool) -> tuple[str, str | None]:
             return text, f"NaN or Infinity: {_guilty(row, lambda value: without_nan(value) != value)}"
     except (TypeError, RecursionError) as error:
         return repr(row), f"wrong type: {error}"
+    except MemoryError:
+        return repr(sorted(row)), "too large: memory ran out over its values"
     if "\\u0000" in text:
         name = _guilty(row, lambda value: isinstance(value, str) and "\0" in value)
         return text, None if name is None else f"NUL character: {name}"
@@ -64,9 +67,10 @@ def _surrogate(value: Any) -> bool:
     return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def identify(chunk: Chunk, reading: Reading) -> Iterator[tuple[bytes, str | None]]:
-    """(id, reason) of every row of a chunk."""
+def identify(chunk: Chunk, reading: Reading) -> Iterator[tuple[bytes, str | None, str | None]]:
+    """(id, reason, note) of every row of a chunk; a note is of a good row that the user may take for another kind."""
     for index, (row, reason) in enumerate(zip(chunk.rows, chunk.reasons, strict=True)):
+        note = None
         if row is None:
             data = chunk.raws[index] if chunk.batch is None else _wire(chunk.batch.slice(index, 1))
         else:
@@ -79,10 +83,10 @@ def identify(chunk: Chunk, reading: Reading) -> Iterator[tuple[bytes, str | None
                 reason = reason or f"lone surrogate: {_guilty(row, _surrogate)}"
             if reason is None:
                 try:
-                    reading.parts(row)
+                    note = reading.check(row)
                 except BadRow as bad:
                     reason = str(bad)
-        yield hashlib.blake2b(data, digest_size=_ID_BYTES).digest(), reason
+        yield hashlib.blake2b(data, digest_size=_ID_BYTES).digest(), reason, note
 
 
 def _wire(batch: pa.RecordBatch) -> bytes:
@@ -121,6 +125,8 @@ class Writer:
         self.lines, self.offsets, self.sums = array("q"), array("q", [0]), array("I")
         self.starts: list[int] = []
         self.reasons: dict[int, str] = {}
+        self.notes: Counter[str] = Counter()
+        """Good rows that may be of another kind than the user takes them for, counted by note."""
         self.tables: list[dict[str, Any]] = []
         self._text = open(folder / "lines.bin", "wb", buffering=CHUNK_BYTES)  # noqa: SIM115
         self._table: pa.RecordBatchFileWriter | None = None
@@ -133,8 +139,10 @@ class Writer:
     def add(self, chunk: Chunk) -> None:
         """Store a chunk's rows."""
         start = len(self.lines)
-        for row, (identity, reason) in enumerate(identify(chunk, self.reading), start):
+        for row, (identity, reason, note) in enumerate(identify(chunk, self.reading), start):
             self.ids += identity
+            if note is not None:
+                self.notes[note] += 1
             if reason is not None:
                 self.reasons[row] = reason
         self.lines.extend(chunk.lines)
@@ -195,6 +203,7 @@ class Writer:
             "columns": dict(self.reading.columns),
             "starts": self.starts,
             "tables": self.tables,
+            "notes": dict(self.notes),
             "ids": hashlib.blake2b(self.ids, digest_size=_ID_BYTES).hexdigest(),
             "sums": sums,
         }

@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -71,6 +72,27 @@ def plain_errors(path: str | Path) -> Iterator[None]:
         named = error.filename if isinstance(error.filename, str) else ""
         place = named if named and not any(map(is_temporary, Path(named).parts)) else path
         raise UserError(f"{place}: {_WAYS_OUT[error.errno]}") from error
+
+
+_SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def refuse_special(path: str | Path) -> None:
+    """Raise `UserError` for a pipe, a socket or a device, links followed: opening one may wait, reading it never end.
+
+    Every reader of a file that a user names asks this before it opens the file; what does not exist passes.
+    """
+    try:
+        kind = _SPECIAL.get(stat.S_IFMT(os.stat(path).st_mode))
+    except (OSError, ValueError):  # said by whoever opens it
+        return
+    if kind is not None:
+        raise UserError(f"{path} is {kind}, not a file; write its content to a file and give that")
 
 
 # --- temporary names, atomic files ----------------------------------------------------------------------------------
@@ -230,6 +252,7 @@ def canonical_json(value: Any) -> str:
 
 def read_json(path: str | Path) -> Any:
     """The JSON value of a whole file. Raises `UserError` when it is missing or is not JSON."""
+    refuse_special(path)
     with plain_errors(path):
         data = Path(path).read_bytes()
     try:
@@ -272,6 +295,7 @@ def hash_json(obj: Any) -> str:
 
 def hash_file(path: str | Path) -> str:
     """blake2b-128 of a file's bytes, read in pieces."""
+    refuse_special(path)
     with plain_errors(path), open(path, "rb") as handle:
         return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

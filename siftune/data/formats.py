@@ -7,11 +7,12 @@ does not fit it is bad, with a reason of the form `kind: detail`. Cost: a few di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..errors import UserError
+from ..errors import UserError, is_failure, one_line
 from ..records import Row
 
 TEXT_FORM = "siftune-text-1"
@@ -38,6 +39,25 @@ Parts = tuple[str, str, str, Turns]
 
 class BadRow(Exception):
     """A row that takes no part; its text is the reason, `kind: detail`."""
+
+
+@contextmanager
+def row_failures(what: str) -> Iterator[None]:
+    """Whatever fails inside is the row's fault: a `BadRow` whose reason opens with `what`.
+
+    `BadRow` and `UserError` pass as they are, and so does an interruption.
+
+    >>> with row_failures("tokenizer fails"):
+    ...     tokenizer(text)
+    """
+    try:
+        yield
+    except (BadRow, UserError):
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise BadRow(f"{what}: {one_line(error)}") from error
 
 
 class ChatTokenizer(Protocol):
@@ -68,10 +88,53 @@ class Reading:
                 raise BadRow(f"another format: {other} in a pool of {self.format} rows") from bad
             raise
 
+    def check(self, original: Mapping[str, Any]) -> str | None:
+        """None for a row that is what its format says; a note for one that may be taken for another kind.
+
+        Raises `BadRow` as `parts` does, and for a row that must not be imitated, or whose answer is about more than text.
+        """
+        parts = self.parts(original)
+        used = {self.columns.get(field, field) for field in FIELDS[self.format]}
+        for column in _MEDIA:
+            if column in original and column not in used and _holds(original[column]):
+                raise BadRow(f"not text alone: the column {column} is not empty")
+        if self.format == "prompt-completion" and (label := _kto_label(original.get("label"))) is not None:
+            if not label:
+                raise BadRow("not to imitate: label is false (KTO)")
+            return "label: true (KTO), kept as rows to imitate"
+        if self.format == "text" and "message_id" in original and "parent_id" in original:
+            if original.get("role") == "prompter":
+                raise BadRow("no answer: role is prompter, a question of a conversation tree")
+            if original.get("role") == "assistant":
+                return "role: assistant (single turns of conversation trees), kept as texts without their questions"
+        if "<image>" in parts[0] or "<image>" in parts[1] or "<image>" in parts[2]:
+            return "the placeholder <image> and no image, kept as text"
+        return None
+
     def row(self, position: int, id: str, original: Mapping[str, Any]) -> Row:
         """A good row as a `Row`."""
         instruction, input, output, messages = self.parts(original)
         return Row(position, id, instruction, input, output, messages)
+
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of rows that are about more than their text."""
+
+
+def _holds(value: Any) -> bool:
+    """Whether anything is there; empty texts, lists and objects of nothing, null and NaN are nothing."""
+    if isinstance(value, Mapping):
+        return any(map(_holds, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds, value))
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and value == value and bool(value)
+
+
+def _kto_label(value: Any) -> bool | None:
+    """KTO's mark of a completion as good or bad, which CSV spells as text; None for anything else."""
+    return value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
 
 
 def recognise(original: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
@@ -228,7 +291,7 @@ def text_of(row: Row, tokenizer: ChatTokenizer | None = None) -> str:
     """THE text of a row, the same for every feature: instruction, input and output, the non-empty ones, on lines.
 
     A chat row goes through the tokenizer's chat template where it has one; without one, or where the template refuses
-    the row (some know no system role), its contents stand on lines of their own.
+    the row (some know no system role), its contents stand on lines of their own. Raises `BadRow` where the template fails.
 
     >>> text_of(Row(0, "", "Add.", "1 + 1", "2"))
     'Add.\\n1 + 1\\n2'
@@ -236,12 +299,12 @@ def text_of(row: Row, tokenizer: ChatTokenizer | None = None) -> str:
     if not row.messages:
         return _joined((row.instruction, row.input, row.output))
     if tokenizer is not None and getattr(tokenizer, "chat_template", None):
-        turns = [{"role": role, "content": content} for role, content in row.messages]
-        from jinja2 import TemplateError
+        from .chat_template import Refusal, apply_template
 
+        turns = [{"role": role, "content": content} for role, content in row.messages]
         try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False))
-        except TemplateError:
+            return str(apply_template(tokenizer, turns, tokenize=False))
+        except Refusal:
             pass
     return _joined(content for _, content in row.messages)
 

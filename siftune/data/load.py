@@ -10,6 +10,7 @@ the pool but for 36 bytes per row while the pass runs. Cost: about 15 microsecon
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -32,7 +33,7 @@ from .files import (
     temporary_beside,
 )
 from .formats import FIELDS, Reading, candidates, check_format, recognise
-from .parse import Chunk
+from .parse import Chunk, counted
 from .protect import places
 from .sources import Part, resolve
 from .store import VERSION, StoredRows, is_whole
@@ -78,6 +79,9 @@ def load_pool(
         stored = _stored(parts, columns, format, cache, reading)
     rows = StoredRows(stored, tuple(part.name for part in parts), _read_from(source, parts))
     _check(rows, on_bad_row)
+    for note, count in rows.meta.get("notes", {}).items():
+        more = "" if len(parts) == 1 else f" and {len(parts) - 1} more"
+        warnings.warn(f"{parts[0].name}{more}: {counted(count, 'row')} with {note}", stacklevel=2)
     reasons = dict(rows.reasons)
     if duplicates == "drop":
         for row, first in rows.duplicates.tolist():

@@ -20,6 +20,8 @@ import pyarrow as pa
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1024
+LONGEST_ROW = 256 * CHUNK_BYTES
+"""Bytes (of CSV and of an array: characters) of one row; a longer one is bad, and is skipped without being held."""
 DEEPEST = 60
 """Levels of lists and objects in a row, itself included; Arrow's own files stop at 64."""
 
@@ -70,6 +72,8 @@ def parse_object(text: str) -> Parsed:
         return None, f"NaN or Infinity: {error}"
     except RecursionError:
         return None, f"nested too deeply: more than {DEEPEST} levels"
+    except MemoryError:
+        return None, f"too large: memory ran out over {len(text):,} characters"
     except ValueError:
         return None, f"huge integer: more than {sys.get_int_max_str_digits()} digits"
     if type(value) is not dict:
@@ -94,6 +98,11 @@ def _deeper_than(value: Any, limit: int) -> bool:
     return True
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 line`, `2 lines`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def cut(entries: Iterator[Entry]) -> Iterator[Chunk]:
     """Text rows, gathered into chunks."""
     chunk, size = Chunk(), 0
@@ -112,9 +121,14 @@ def cut(entries: Iterator[Entry]) -> Iterator[Chunk]:
 
 def json_lines(stream: IO[bytes]) -> Iterator[Entry]:
     """One row per line; blank lines are no rows. A byte-order mark and carriage returns are no part of a row."""
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW), b""), 1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) >= LONGEST_ROW - len(codecs.BOM_UTF8) and not line.endswith(b"\n"):
+            size = len(line) + _skip_line(stream)
+            if size > LONGEST_ROW:
+                yield number, line[:CHUNK_BYTES], (None, f"too large: a line of {size:,} bytes, above {LONGEST_ROW:,}")
+                continue
         raw = line.rstrip(b"\r\n")
         if not raw or raw.isspace():
             continue
@@ -124,6 +138,16 @@ def json_lines(stream: IO[bytes]) -> Iterator[Entry]:
             yield number, raw, (None, f"invalid UTF-8: byte {error.start + 1}")
             continue
         yield number, raw, parse_object(text)
+
+
+def _skip_line(stream: IO[bytes]) -> int:
+    """Read on to the end of the line; how many bytes that was."""
+    size = 0
+    while piece := stream.readline(CHUNK_BYTES):
+        size += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return size
 
 
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
@@ -188,7 +212,7 @@ class _ArrayText:
                 position = len(self.text)
             self.drop(start)
             position, start = position - start, 0
-            if self.closed or self.ended:
+            if self.closed or self.ended or len(self.text) > LONGEST_ROW:
                 break
             self.refill()
 
@@ -196,14 +220,25 @@ class _ArrayText:
         lead = len(element) - len(element.lstrip())
         return self.count_lines(start + lead), element.strip()
 
-    def rest(self) -> str:
-        """What follows the last element: nothing but white space in a sound file."""
+    def rest(self) -> tuple[str, int, int]:
+        """What follows the last element, which is white space in a sound file: its start (a piece at most, without white
+        space around it), how many characters it has and how many lines."""
         while not self.ended and not self.text.strip():
             self.drop(len(self.text))
             self.refill()
         text = self.text.lstrip()
         self.count_lines(max(self.counted, len(self.text) - len(text)))
-        return text.rstrip()
+        start, characters, lines = text[:CHUNK_BYTES].rstrip(), 0, 0
+        passed, breaks = 0, 0
+        while text:
+            if bare := text.rstrip():
+                characters, lines = passed + len(bare), breaks + bare.count("\n") + 1
+            passed, breaks = passed + len(text), breaks + text.count("\n")
+            self.text = ""
+            if not self.ended:
+                self.refill()
+            text = self.text
+        return start, characters, lines
 
 
 def _json_array(stream: IO[bytes]) -> Iterator[Entry]:
@@ -216,11 +251,14 @@ def _json_array(stream: IO[bytes]) -> Iterator[Entry]:
             yield line, raw, (None, "invalid UTF-8: in an element of the array")
             continue
         yield line, raw, parse_object(text)
-    rest = array.rest()
-    if rest or not array.closed:
+    start, characters, lines = array.rest()
+    if start or not array.closed:
         why = "text after the end of the array" if array.closed else "the array is not closed"
-        raw = rest[:CHUNK_BYTES].encode("utf-8", "surrogateescape")
-        yield array.line, raw, (None, f"unparsable line: {why}")
+        if not array.closed and characters > LONGEST_ROW:
+            why = f"an element of the array has more than {LONGEST_ROW:,} characters, or is not closed"
+        passed_over = f"; {characters:,} characters in {counted(lines, 'line')} are passed over" if characters else ""
+        raw = start.encode("utf-8", "surrogateescape")
+        yield array.line, raw, (None, f"unparsable line: {why}{passed_over}")
 
 
 def json_rows(stream: IO[bytes]) -> Iterator[Entry]:

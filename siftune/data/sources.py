@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from ..errors import UserError
 from ..redaction import shortened
-from .files import plain_errors
+from .files import plain_errors, refuse_special
 from .parse import CHUNK_BYTES, Chunk, cut, json_lines, json_rows
 from .parse_csv import csv_rows
 from .tables import read_dataset, read_parquet
@@ -118,6 +118,7 @@ def file_kind(path: Path) -> str | None:
 
 
 def _file(path: Path) -> Part:
+    refuse_special(path)
     kind = file_kind(path)
     if kind is None:
         raise UserError(f"{path} is of no known kind; give {KNOWN}")
@@ -135,7 +136,7 @@ def _folder(path: Path) -> list[Part]:
         return [Part(name=_printable(path), dataset=datasets.load_from_disk(str(path)))]
     with plain_errors(path):
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-    files = [path / name for name in names if file_kind(path / name) and (path / name).is_file()]
+    files = [path / name for name in names if file_kind(path / name) and not (path / name).is_dir()]
     if not files:
         raise UserError(f"the folder {path} holds no file that can be read; it needs {KNOWN}")
     return [_file(file) for file in files]
@@ -165,6 +166,8 @@ def readable(name: str | Path) -> Iterator[None]:
     try:
         with plain_errors(name):
             yield
+    except MemoryError as error:
+        raise UserError(f"{name} cannot be read: memory ran out; split the file or its largest rows") from error
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         if isinstance(error, UserError):
             raise

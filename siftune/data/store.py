@@ -32,7 +32,7 @@ from .formats import Reading
 from .protect import refuse_overlap
 from .sums import are_intact, read_checked_json
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the files below, or what counts as a bad row, change."""
 
 

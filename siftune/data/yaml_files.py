@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from .file_keys import check_file_keys
+from .files import refuse_special
 
 _EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
@@ -48,6 +49,7 @@ def read_yaml(
     `what` names the kind of file, as in "the recipe"; `write` is the advice for a file that holds no keys; `names` is for
     a file whose keys are the author's own names.
     """
+    refuse_special(path)
     try:
         loaded = parse_yaml(Path(path).read_text(encoding="utf-8"), f"{what} {path}")
     except OSError as error:

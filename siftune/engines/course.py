@@ -2,8 +2,8 @@
 
 A shard that raises or kills its worker is tried again. Still failing, it is halved until single rows are left that fail
 alone; they get a reason, and the shard is computed as if they had been bad rows from the start, so that every other row
-has the number it would have had without them. What is no row's fault (bad input, full disk, no memory) is raised as it
-is. The same course in one process or a cluster, so a poisoned row has the same reason wherever it meets its engine.
+has the number it would have had without them. What is no row's fault (bad input, full disk, a GPU without memory) is
+raised as it is, and memory that runs out whichever rows are left out is one sentence. The same course in one process or a cluster, so a poisoned row has the same reason wherever it meets its engine.
 Cost: nothing for a sound shard; about two shards and 2 * log2(rows) calls per poisoned row.
 """
 
@@ -13,9 +13,8 @@ import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
-from ..errors import UserError
+from ..errors import UserError, is_failure, one_line
 from ..records import Pool, Shard, ShardResult
-from ..redaction import redact_text
 
 MOST_POISONED = 8
 """Rows of a shard that may be left out; more than these is no matter of rows."""
@@ -23,6 +22,9 @@ DEATHS = 3
 """Times a shard may lose its worker (machines are taken away, memory runs out) before a row is suspected."""
 SAID = 200
 """Characters of an error that a row's reason shows."""
+
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
+"""How an attempt's error begins where memory ran out, on the processor or on the GPU."""
 
 LeftOut = Mapping[int, str]
 """Rows that take no part in an attempt, beside the pool's own, with a reason each."""
@@ -49,24 +51,30 @@ class Failed:
     """The worker is gone; else it raised."""
     final: bool = False
     """No row's fault: trying again does not help, leaving rows out does not either."""
-    error: Exception | None = None
+    error: BaseException | None = None
     """What was raised, where it was raised in this process or can be raised again."""
     trace: str = ""
     """Where it was raised, in a worker."""
 
     @classmethod
-    def of(cls, error: Exception, trace: str = "") -> Failed:
-        """What `error` says of an attempt."""
-        said = " ".join(redact_text(f"{type(error).__name__}: {error}").split())
-        return cls(said, final=_nobodys_fault(error), error=error, trace=trace)
+    def of(cls, error: BaseException, trace: str = "") -> Failed:
+        """What `error` says of an attempt; an interruption, which is no failure, is raised again."""
+        if not is_failure(error):
+            raise error
+        return cls(one_line(error, 2000), final=_is_final(error), error=error, trace=trace)
 
     def throw(self, shard: Shard) -> None:
         """Raise what happened."""
+        where = f"rows {shard.start}-{shard.stop - 1}"
+        if self.said.startswith(OUT_OF_MEMORY):
+            raise UserError(
+                f"memory ran out in {where}, and no single row is to blame ({self.said[:SAID]}); use fewer workers, lower "
+                "--token-budget or --max-length, or take a machine with more memory"
+            ) from self.error
         if self.error is not None:
             if self.trace:
                 self.error.add_note(self.trace)
             raise self.error
-        where = f"rows {shard.start}-{shard.stop - 1}"
         if self.died:
             raise UserError(
                 f"the worker of {where} died {DEATHS} times, and no single row is to blame ({self.said}); it may lack "
@@ -78,9 +86,9 @@ class Failed:
 Outcome = Done | Failed
 
 
-def _nobodys_fault(error: Exception) -> bool:
-    """Bad input, the machine's state: no row explains these."""
-    return isinstance(error, (UserError, MemoryError, OSError)) or type(error).__name__ == "OutOfMemoryError"
+def _is_final(error: BaseException) -> bool:
+    """Bad input, the machine's state: no row explains these. `MemoryError` may be one huge row's."""
+    return isinstance(error, (UserError, OSError)) or type(error).__name__ == "OutOfMemoryError"
 
 
 def course(pool: Pool, shard: Shard) -> Generator[LeftOut, Outcome, Done]:

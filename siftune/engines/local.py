@@ -102,7 +102,7 @@ def here(work: Work, shard: Shard) -> Done:
         outcome: Outcome
         try:
             outcome = work.attempt(shard, left_out)
-        except Exception as error:
+        except BaseException as error:
             outcome = Failed.of(error)
         try:
             left_out = way.send(outcome)

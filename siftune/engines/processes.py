@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from ..errors import UserError
 from ..records import Shard
-from .course import Failed, LeftOut, Outcome
+from .course import OUT_OF_MEMORY, Failed, LeftOut, Outcome
 from .shard import Work
 
 PATIENCE = 10.0
@@ -117,10 +117,10 @@ def portable(work: Work, shard: Shard, left_out: LeftOut) -> Outcome:
     """An attempt's outcome as it can cross to another process: an error as its words, a user's error as itself."""
     try:
         return work.attempt(shard, left_out)
-    except Exception as error:
+    except BaseException as error:
         failed = Failed.of(error)
         kept = UserError(str(error)) if isinstance(error, UserError) else None
-        if failed.final and kept is None:
+        if failed.final and kept is None and not failed.said.startswith(OUT_OF_MEMORY):
             kept = UserError(f"a worker could not go on ({failed.said}); mend that, or use fewer workers")
         return Failed(failed.said, final=failed.final, error=kept, trace=traceback.format_exc())
 

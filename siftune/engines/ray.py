@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from ..errors import MissingExtra, UserError
+from ..errors import MissingExtra, UserError, is_failure
 from ..records import Pool, Shard, ShardTask
 from ..redaction import shortened
 from .course import Done, Failed, LeftOut, Outcome
@@ -182,7 +182,9 @@ class _Actor:
 
                 self.work = cast(Work, cloudpickle.loads(self.payload))
                 len(self.work.pool)
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             said = " ".join(str(error).split())
             reach = UserError(
                 f"a Ray worker cannot read the pool or the task ({said}); give a --cache folder that every node sees "

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..data.files import hash_file, hash_json
+from ..data.files import hash_file, hash_json, refuse_special
 from ..data.yaml_files import read_yaml
 from ..errors import UserError, check_keys
 from ..redaction import shortened
@@ -223,6 +223,7 @@ def find_file(spec: TaskSpec, folder: Path | None, name: str | None) -> Path:
     base = Path(name) if folder is None else folder / name
     tried = [base, *(base.with_name(base.name + ending) for ending in ENDINGS)]
     for path in tried:
+        refuse_special(path)
         if path.is_file():
             return path
     raise UserError(

@@ -10,31 +10,33 @@ from typing import Any
 
 import torch
 
+from ..data.chat_template import Refusal, apply_template
 from ..data.files import cache_folder, hash_file, hash_json
+from ..data.formats import BadRow
 from ..errors import UserError
-from ..redaction import shortened
 from .backbone import Backbone
-from .checkpoint import TOKENIZER_FILES, file_stamp, quiet
+from .checkpoint import TOKENIZER_FILES, file_stamp, loading
 from .store import Store
 
 SENTINEL = "siftune-end"
 
 
 def templated(tokenizer: Any, turns: list[dict[str, str]]) -> str:
-    """The conversation in the model's own form; a system turn goes into the user's where the template knows none."""
-    from jinja2 import TemplateError
+    """The conversation in the model's own form; a system turn goes into the user's where the template knows none.
+
+    Raises `BadRow` where the template refuses the conversation, or fails.
+    """
 
     def render(some: list[dict[str, str]]) -> str:
         # Models that think aloud by default answer at once; other templates ignore the word.
-        return str(
-            tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        )
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return str(apply_template(tokenizer, some, **options))
 
     try:
         return render(turns)
-    except TemplateError as error:
+    except Refusal:
         if turns[0]["role"] != "system" or len(turns) < 2:
-            raise UserError(f"the generator's chat template refuses the conversation: {error}") from error
+            raise
         joined = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
         return render([joined, *turns[2:]])
 
@@ -45,8 +47,11 @@ def end_tokens(network: Any, tokenizer: Any) -> list[int]:
     ends = {tokenizer.eos_token_id, *(said if isinstance(said, (list, tuple)) else [said])}
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SENTINEL}]
-        after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(SENTINEL)[2]
-        first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        try:
+            after = str(apply_template(tokenizer, turns, tokenize=False)).rpartition(SENTINEL)[2]
+        except BadRow:  # a template for prompts alone
+            after = ""
+        first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
         special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
         ends |= {int(token) for token in first if token in special}
     return sorted(int(token) for token in ends if token is not None)
@@ -58,12 +63,10 @@ def load(files: Backbone) -> Any:
     if not any(files.folder.glob("*.safetensors")):
         raise UserError(f"model={files.model!r} holds no safetensors; convert it with save_pretrained")
     assert files.config is not None
-    try:
-        with quiet():
-            network = AutoModelForCausalLM.from_pretrained(files.folder, dtype=files.torch_dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        reason = shortened(error, 200)
-        raise UserError(f"model={files.model!r} could not be loaded: {reason}") from error
+    network = loading(
+        f"model={files.model!r} could not be loaded",
+        lambda: AutoModelForCausalLM.from_pretrained(files.folder, dtype=files.torch_dtype, use_safetensors=True),
+    )
     # The folder's own taste in sampling must not mix with the request's; what ends a reply is kept.
     network.siftune_eos = network.generation_config.eos_token_id
     network.generation_config = GenerationConfig()

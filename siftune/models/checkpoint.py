@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..data.files import read_json
-from ..errors import UserError
+from ..data.chat_template import check_template
+from ..data.files import plain_errors, read_json, refuse_special
+from ..errors import UserError, is_failure
+from ..redaction import shortened
 
 Made = TypeVar("Made")
 
@@ -47,6 +49,9 @@ def find_folder(model: str, revision: str | None) -> Path:
     """The folder, or the hub id's folder in the hub's cache, downloaded if need be (safetensors and text files only)."""
     path = Path(model).expanduser()
     if path.is_dir():
+        with plain_errors(path):
+            for file in path.iterdir():
+                refuse_special(file)
         _check_adapter(path, model)
         return path
     if path.exists():
@@ -110,7 +115,7 @@ def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool
         raise UserError(f"{said} holds no config.json; give the folder that save_pretrained wrote")
     if not trust_remote_code:
         _check_kernels(folder, said)
-    config = _asking(
+    config = loading(
         f"{said} has a config.json that transformers cannot read",
         lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
     )
@@ -131,17 +136,18 @@ def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool
 
 
 def read_tokenizer(folder: Path, *, model: str, trust_remote_code: bool) -> Any:
-    """The tokenizer, truncating and padding on the right."""
+    """The tokenizer, truncating and padding on the right; `UserError` also where its chat template cannot be used."""
     from transformers import AutoTokenizer
 
     said = f"model={model!r}"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES if not name.startswith("chat")):
         raise UserError(f"{said} holds no tokenizer; save the model's tokenizer into the same folder")
-    tokenizer = _asking(
+    tokenizer = loading(
         f"{said} has a tokenizer that transformers cannot read",
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
     )
     tokenizer.truncation_side = tokenizer.padding_side = "right"
+    check_template(tokenizer)
     if not len(tokenizer):
         raise UserError(f"{said} holds a tokenizer without tokens; save the model's tokenizer into the same folder")
     return tokenizer
@@ -199,20 +205,30 @@ def read_network(
             )
         return network
 
-    network = _asking(f"model={model!r} could not be loaded", load)
+    network = loading(f"model={model!r} could not be loaded", load)
     return network.eval().requires_grad_(False)
 
 
-def _asking(what: str, load: Callable[[], Made]) -> Made:
-    """`load()` without transformers' tables and bars; what goes wrong becomes one sentence."""
+def loading(what: str, load: Callable[[], Made]) -> Made:
+    """`load()` without transformers' tables and bars; whatever fails becomes one sentence that opens with `what`.
+
+    A file that was downloaded in part fails with an error of its library's own (`SafetensorError`), a damaged one may end
+    in a panic, a large one in `MemoryError`: no list of types would be complete.
+    """
     try:
         with quiet():
             return load()
     except UserError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        if type(error).__name__ == "SafetensorError":
+            raise UserError(
+                f"{what}: a safetensors file is incomplete or damaged ({error}); download it again"
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = shortened(lines[0], 300) if lines else type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it needs Python code of its own; read that code, then pass trust_remote_code=True"
         raise UserError(f"{what}: {reason}") from error

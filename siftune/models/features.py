@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data.formats import text_of
+from ..data.formats import BadRow
 from ..errors import UserError
 from ..records import Pool, Shard, ShardResult
 from .backbone import Backbone
-from .tokenise import Tokenised, tokenise
+from .tokenise import Tokenised, texts_of, tokenise
 
 TOKEN_BUDGET = {"cpu": 4096, "mps": 16_384, "cuda": 32_768}
 """Tokens of a batch, padding counted: on a CPU what its caches like, on a GPU what keeps it busy."""
@@ -57,7 +57,7 @@ class Features:
 
 def extract(
     backbone: Backbone,
-    texts: Sequence[str],
+    texts: Sequence[str | BadRow],
     *,
     token_budget: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -94,7 +94,7 @@ def extract_tokens(
     features_2BD = np.full((2, len(rows), backbone.width), np.nan, dtype=np.float32)
     if means:
         features_2BD[:, order] = torch.cat(means, dim=1).cpu().numpy()
-    reasons = {int(index): NO_TOKENS for index in np.flatnonzero(lengths == 0)}
+    reasons = {index: rows[index].reason or NO_TOKENS for index in np.flatnonzero(lengths == 0).tolist()}
     if progress is not None and reasons:
         progress(len(reasons))
     finite = np.isfinite(features_2BD).all(axis=(0, 2))
@@ -216,5 +216,5 @@ def features_of(backbone: Backbone, pool: Pool, rows: Sequence[int], *, token_bu
     tokenised: list[Tokenised] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         read = pool.read(rows[start : start + ROWS_AT_ONCE])
-        tokenised += tokenise(backbone, [text_of(row, backbone.tokenizer) for row in read])
+        tokenised += tokenise(backbone, texts_of(read, backbone.tokenizer))
     return extract_tokens(backbone, tokenised, token_budget=token_budget)

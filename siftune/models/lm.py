@@ -20,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 
 from ..data.files import hash_json
+from ..data.formats import BadRow
 from ..errors import UserError
-from ..redaction import shortened
 from . import chat
 from .backbone import Backbone, DType
-from .checkpoint import WEIGHT_FILES, quiet
+from .checkpoint import WEIGHT_FILES, loading, quiet
 from .features import TOKEN_BUDGET, batches
 from .head import read_head
 from .hidden import Parts, exact_math, take_apart, walk, walk_logits
-from .tokenise import CUT_CHARACTERS, TEXTS_AT_ONCE
+from .tokenise import CUT_CHARACTERS, in_isolation
 
 Ids = NDArray[np.int32]
 LOGITS = {"cpu": 1 << 24, "mps": 1 << 24, "cuda": 1 << 28}
@@ -49,6 +49,8 @@ class Encoded:
     """Shape `(T,)`, one past its last character."""
     whole: bool = True
     """False where the text is so long that its tokens were not all made: more than the model reads, in any case."""
+    reason: str | None = None
+    """Why there are no tokens, where the text could not be made or tokenised."""
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
         """The tokens that stand for any character of `begin .. end - 1`, as (first, one past the last)."""
@@ -60,7 +62,13 @@ class Encoded:
         if token is None or (len(self.ids) and self.ids[0] == token):
             return self
         ids = np.concatenate([np.array([token], dtype=np.int32), self.ids])
-        return Encoded(ids, np.insert(self.begin, 0, 0), np.insert(self.end, 0, 0), self.whole)
+        return Encoded(ids, np.insert(self.begin, 0, 0), np.insert(self.end, 0, 0), self.whole, self.reason)
+
+    @classmethod
+    def failed(cls, bad: BadRow) -> Encoded:
+        """No tokens, and why."""
+        none = np.empty(0, dtype=np.int64)
+        return cls(none.astype(np.int32), none, none, reason=str(bad))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,24 +148,26 @@ class CausalLM:
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode(self, texts: Sequence[str | BadRow]) -> list[Encoded]:
         """Tokens of every text, none cut off but where far more than `length` of them are sure to follow.
 
-        A text that already opens with the beginning-of-text token (chat templates write it) gets no second one.
+        A text that already opens with the beginning-of-text token (chat templates write it) gets no second one. What
+        could not be made into a text, or not into tokens, has a reason instead (see `in_isolation`).
         """
-        done: list[Encoded] = []
         with quiet():
-            for start in range(0, len(texts), TEXTS_AT_ONCE):
-                some = texts[start : start + TEXTS_AT_ONCE]
-                limit = CUT_CHARACTERS * self.length
-                found = self._encode([text[:limit] for text in some])
-                for text, encoded in zip(some, found, strict=True):
-                    if len(text) <= limit:
-                        done.append(encoded)
-                    elif len(encoded.ids) >= 2 * self.length:
-                        done.append(Encoded(encoded.ids, encoded.begin, encoded.end, whole=False))
-                    else:
-                        done += self._encode([text])
+            return in_isolation(self._some, texts, Encoded.failed)
+
+    def _some(self, texts: Sequence[str]) -> list[Encoded]:
+        """As `encode`, for a handful; raises what the tokenizer does."""
+        done: list[Encoded] = []
+        limit = CUT_CHARACTERS * self.length
+        for text, encoded in zip(texts, self._encode([text[:limit] for text in texts]), strict=True):
+            if len(text) <= limit:
+                done.append(encoded)
+            elif len(encoded.ids) >= 2 * self.length:
+                done.append(Encoded(encoded.ids, encoded.begin, encoded.end, whole=False))
+            else:
+                done += self._encode([text])
         return done
 
     def _encode(self, texts: Sequence[str]) -> list[Encoded]:
@@ -208,13 +218,12 @@ def _load(files: Backbone) -> torch.nn.Module:
     said = f"model={files.model!r}"
     if not any((files.folder / name).is_file() for name in WEIGHT_FILES):
         raise UserError(f"{said} holds no model.safetensors; convert it with save_pretrained")
-    try:
-        with quiet():
-            read: Any = AutoModelForCausalLM.from_pretrained(
-                files.folder, dtype=files.torch_dtype, use_safetensors=True, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise UserError(f"{said} could not be loaded: {shortened(error, 200)}") from error
+    read: Any = loading(
+        f"{said} could not be loaded",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=files.torch_dtype, use_safetensors=True, output_loading_info=True
+        ),
+    )
     network, facts = read
     if absent := sorted(facts["missing_keys"]):
         raise UserError(

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ..data.formats import BadRow, row_failures
 from ..errors import UserError
 from .backbone import Backbone
 from .chat import content_key, end_tokens, load, templated
@@ -98,7 +99,10 @@ class TransformersGenerator:
         """Replies batch by batch, longest prompts first. A prompt that leaves the model no room is refused."""
         source = iter(requests)
         while some := list(islice(source, REQUESTS_AT_ONCE)):
-            prompts = [self.prompt(request) for request in some]
+            prompts, failed = self._prompts(some)
+            yield from failed
+            lost = {reply.key for reply in failed}
+            some = [request for request in some if request.key not in lost]
             room = [self._room(len(ids)) for ids in prompts]
             for request, ids, left in zip(some, prompts, room, strict=True):
                 if left < 1:
@@ -109,11 +113,21 @@ class TransformersGenerator:
             for batch in self._batches(fits, [len(ids) for ids in prompts], caps):
                 yield from self._answer([some[i] for i in batch], [prompts[i] for i in batch], [caps[i] for i in batch])
 
+    def _prompts(self, requests: Sequence[Request]) -> tuple[list[list[int]], list[Reply]]:
+        """The prompts of the requests that can be put to the model, in order, and a refusal for each of the others."""
+        prompts, failed = [], []
+        for request in requests:
+            try:
+                prompts.append(self.prompt(request))
+            except BadRow as bad:
+                failed.append(Reply(key=request.key, finish_reason="refused", error=str(bad)))
+        return prompts, failed
+
     def prompt(self, request: Request) -> list[int]:
-        """Token ids of a request's conversation, ready for the reply."""
+        """Token ids of a request's conversation, ready for the reply. Raises `BadRow` where template or tokenizer fail."""
         tokenizer = self._named(lambda: self.files.tokenizer)
         turns = [{"role": role, "content": content} for role, content in request.messages]
-        with quiet():
+        with quiet(), row_failures("tokenizer fails"):
             if getattr(tokenizer, "chat_template", None):
                 text, special = templated(tokenizer, turns), False
             else:

@@ -5,18 +5,24 @@ Cost: the tokenizer's own, over at most `CUT_CHARACTERS * length` characters of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.formats import BadRow, row_failures, text_of
+from ..errors import UserError, is_failure
+from ..records import Row
 from .backbone import Backbone
 from .checkpoint import quiet
 
 CUT_CHARACTERS = 32
 """Characters per wanted token that are handed to the tokenizer first: natural text has 1 to 6 per token."""
 TEXTS_AT_ONCE = 256
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,19 +33,88 @@ class Tokenised:
     """Shape `(T,)`, special tokens included; empty where the text itself gives no token."""
     truncated: bool
     """The text went on."""
+    reason: str | None = None
+    """Why there are no ids, where the text could not be made or tokenised."""
+
+    @classmethod
+    def failed(cls, bad: BadRow) -> Tokenised:
+        """No ids, and why."""
+        return cls(np.empty(0, dtype=np.int32), False, str(bad))
 
 
-def tokenise(backbone: Backbone, texts: Sequence[str]) -> list[Tokenised]:
+# --- rows whose text cannot be made or tokenised ----------------------------------------------------------------------
+
+
+def texts_of(rows: Sequence[Row], tokenizer: Any) -> list[str | BadRow]:
+    """Every row's text, or, where the chat template fails on the row, why it has none.
+
+    >>> tokenise(backbone, texts_of(pool.read([0, 1]), backbone.tokenizer))
+    """
+    return [_attempt(lambda row=row: text_of(row, tokenizer)) for row in rows]  # type: ignore[misc]
+
+
+def in_isolation(
+    tokenize: Callable[[Sequence[str]], list[Made]],
+    texts: Sequence[str | BadRow],
+    failed: Callable[[BadRow], Made],
+) -> list[Made]:
+    """`tokenize` of every text, some hundreds at a time, in order; `failed(reason)` for the others.
+
+    Where `tokenize` raises anything, the panic of a tokenizer written in Rust included, the texts are halved until those
+    that fail alone are left, so that every other text has the result that it has without them. `UserError` and
+    interruptions pass.
+
+    >>> in_isolation(lambda some: [len(text) for text in some], ["one", BadRow("no text")], lambda bad: -1)
+    [3, -1]
+    """
+    done: list[Made] = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        some = texts[start : start + TEXTS_AT_ONCE]
+        results: Iterator[Made | BadRow] = iter(_halved(tokenize, [text for text in some if isinstance(text, str)]))
+        for text in some:
+            result = next(results) if isinstance(text, str) else text
+            done.append(failed(result) if isinstance(result, BadRow) else result)
+    return done
+
+
+def _halved(tokenize: Callable[[Sequence[str]], Sequence[Made]], texts: Sequence[str]) -> list[Made | BadRow]:
+    """Each text's result, or the reason why it fails alone."""
+    if not texts:
+        return []
+    if len(texts) == 1:
+        return [_attempt(lambda: tokenize(texts)[0])]
+    try:
+        return list(tokenize(texts))
+    except UserError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+    middle = len(texts) // 2
+    return [*_halved(tokenize, texts[:middle]), *_halved(tokenize, texts[middle:])]
+
+
+def _attempt(make: Callable[[], Made]) -> Made | BadRow:
+    """`make()`, or the reason why it failed."""
+    try:
+        with row_failures("tokenizer fails"):
+            return make()
+    except BadRow as bad:
+        return bad
+
+
+# --- texts to ids -----------------------------------------------------------------------------------------------------
+
+
+def tokenise(backbone: Backbone, texts: Sequence[str | BadRow]) -> list[Tokenised]:
     """Ids of every text, with the tokenizer's own special tokens, truncated on the right to `backbone.length`.
 
     A text that already opens with the beginning-of-text token (chat templates write it) gets no second one. A text
-    that gives no token of its own has no ids, special tokens notwithstanding.
+    that gives no token of its own has no ids, special tokens notwithstanding; a text that could not be made, or that the
+    tokenizer fails on, has no ids and a reason (see `in_isolation`).
     """
-    done: list[Tokenised] = []
     with quiet():
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            done += _some(backbone, texts[start : start + TEXTS_AT_ONCE])
-    return done
+        return in_isolation(lambda some: _some(backbone, some), texts, Tokenised.failed)
 
 
 def _some(backbone: Backbone, texts: Sequence[str]) -> list[Tokenised]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.chat_template import Refusal, apply_template
 from ..data.formats import text_of
 from ..records import Row
 from .prompt_file import Prompt
@@ -24,7 +25,7 @@ class AnswerText:
 
 
 def answer_text(row: Row, tokenizer: Any, prompt: Prompt | None = None) -> AnswerText:
-    """The row's text with its answer's place.
+    """The row's text with its answer's place. Raises `BadRow` where the chat template fails on the row.
 
     >>> answer_text(Row(0, "", "Add.", "1 + 1", "2"), tokenizer)
     AnswerText(text='Add.\\n1 + 1\\n2', begin=11, end=12)
@@ -42,12 +43,10 @@ def answer_text(row: Row, tokenizer: Any, prompt: Prompt | None = None) -> Answe
 
 def _in_chat(row: Row, tokenizer: Any, text: str) -> AnswerText | None:
     """The answer in the template's text: after all that the template writes before an answer, as it was or trimmed."""
-    from jinja2 import TemplateError
-
     turns = [{"role": role, "content": content} for role, content in row.messages[:-1]]
     try:
-        before = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except TemplateError:
+        before = str(apply_template(tokenizer, turns, tokenize=False, add_generation_prompt=True))
+    except Refusal:
         return None
     for answer in (row.output, row.output.strip()):
         begin = text.find(answer, len(before)) if text.startswith(before) else text.rfind(answer)

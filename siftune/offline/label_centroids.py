@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from ..data.files import atomic_path, hash_json
-from ..data.formats import TEXT_FORM, text_of
+from ..data.formats import TEXT_FORM
 from ..data.protect import RUN, refuse_foreign
 from ..errors import UserError
 from ..models.backbone import Backbone
 from ..models.features import NO_TOKENS, NOT_FINITE, ROWS_AT_ONCE, TOKEN_BUDGET, FeatureTask, batches
-from ..models.tokenise import tokenise
+from ..models.tokenise import texts_of, tokenise
 from ..records import Pool, Shard, ShardResult
 from .daar.centroids import cosines, mean_pairwise_distance
 
@@ -60,14 +60,14 @@ class Embedder:
         reasons: dict[int, str] = {}
         for start in range(0, len(good), ROWS_AT_ONCE):
             some = pool.read(good[start : start + ROWS_AT_ONCE])
-            rows = tokenise(self.backbone, [text_of(row, self.backbone.tokenizer) for row in some])
+            rows = tokenise(self.backbone, texts_of(some, self.backbone.tokenizer))
             inside = np.array([row.row - shard.start for row in some])
             means = look_up(self.backbone, [row.ids for row in rows], token_budget=self.token_budget)
             embedding_BD[inside] = means
             tokens[inside] = [len(row.ids) for row in rows]
             for row, tokenised, mean in zip(some, rows, means, strict=True):
                 if not np.isfinite(mean).all():
-                    reasons[row.row] = NOT_FINITE if len(tokenised.ids) else NO_TOKENS
+                    reasons[row.row] = NOT_FINITE if len(tokenised.ids) else tokenised.reason or NO_TOKENS
                     embedding_BD[row.row - shard.start] = np.nan
         return ShardResult({"embedding": embedding_BD, "tokens": tokens}, reasons)
 

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.files import hash_json
-from ..data.formats import TEXT_FORM
+from ..data.formats import TEXT_FORM, BadRow
 from ..errors import UserError
 from ..models.backbone import DType
 from ..models.lm import CausalLM, Encoded, Ids, mean_losses
 from ..records import Pool, Row, Scores, Shard, ShardResult
-from .answer_text import answer_text
+from .answer_text import AnswerText, answer_text
 from .base import OfflineMethod
 from .prompt_file import Prompt, read_prompt
 
@@ -70,10 +70,14 @@ class IFDTask:
         pairs: dict[int, _Pair] = {}
         for start in range(0, len(good), ROWS_AT_ONCE):
             rows = pool.read(good[start : start + ROWS_AT_ONCE])
-            texts = [answer_text(row, self.lm.tokenizer, self.prompt) for row in rows]
-            for row, text, encoded in zip(rows, texts, self.lm.encode([t.text for t in texts]), strict=True):
-                tokens[row.row - shard.start] = min(len(encoded.ids), self.lm.length)
-                found = self._pair(row, encoded, text.begin, text.end)
+            texts = [self._text(row) for row in rows]
+            sequences = self.lm.encode([text if isinstance(text, BadRow) else text.text for text in texts])
+            for row, text, encoded in zip(rows, texts, sequences, strict=True):
+                tokens[row.row - shard.start] = min(len(encoded.ids), self.lm.length) if encoded.reason is None else -1
+                if isinstance(text, BadRow):
+                    reasons[row.row] = str(text)
+                    continue
+                found = encoded.reason or self._pair(row, encoded, text.begin, text.end)
                 if isinstance(found, str):
                     reasons[row.row] = found
                 else:
@@ -90,6 +94,13 @@ class IFDTask:
             columns[name] = np.full(len(shard), np.nan, dtype=np.float32)
             columns[name][inside] = np.where(usable_B, values, np.nan) if name == "score" else values
         return ShardResult(columns, reasons)
+
+    def _text(self, row: Row) -> AnswerText | BadRow:
+        """The row's text, or why there is none."""
+        try:
+            return answer_text(row, self.lm.tokenizer, self.prompt)
+        except BadRow as bad:
+            return bad
 
     def _pair(self, row: Row, encoded: Encoded, begin: int, end: int) -> _Pair | str:
         """The row's two sequences, or why there are none."""

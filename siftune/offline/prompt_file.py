@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.files import refuse_special
 from ..errors import UserError
 
 PLACES = ("question", "instruction", "input", "answer", "output")
@@ -45,6 +46,7 @@ def read_prompt(file: str | Path | None, default: str, *, answer: bool) -> Promp
     """
     if file is None:
         return Prompt(default)
+    refuse_special(Path(file).expanduser())
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
     except OSError as error:

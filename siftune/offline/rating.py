@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from ..data.files import hash_json
-from ..data.formats import TEXT_FORM, text_of
+from ..data.formats import TEXT_FORM
 from ..errors import UserError
 from ..models.lm import CausalLM, Ids, logits
+from ..models.tokenise import texts_of
 from ..records import Pool, Row
 from .prompt_file import Prompt
 
@@ -79,10 +80,16 @@ class Rater:
         tokens: dict[int, int] = {}
         for start in range(0, len(rows), ROWS_AT_ONCE):
             some = pool.read(rows[start : start + ROWS_AT_ONCE])
-            own = self.lm.encode([text_of(row, self.lm.tokenizer) for row in some])
-            tokens |= {row.row: min(len(text.ids), self.lm.length) for row, text in zip(some, own, strict=True)}
-            for row, found in zip(some, self._prompts(some), strict=True):
-                if isinstance(found, str):
+            own = self.lm.encode(texts_of(some, self.lm.tokenizer))
+            tokens |= {
+                row.row: min(len(text.ids), self.lm.length)
+                for row, text in zip(some, own, strict=True)
+                if text.reason is None
+            }
+            for row, text, found in zip(some, own, self._prompts(some), strict=True):
+                if text.reason is not None:
+                    reasons[row.row] = text.reason
+                elif isinstance(found, str):
                     reasons[row.row] = found
                 else:
                     prompts += found
@@ -104,7 +111,10 @@ class Rater:
         found: list[list[Ids] | str] = []
         for some in turns:
             own = [next(encoded) for _ in some]
-            if not all(turn.instruction or turn.input for turn in some):
+            failed = next((one.reason for one in own if one.reason is not None), None)
+            if failed is not None:
+                found.append(failed)
+            elif not all(turn.instruction or turn.input for turn in some):
                 found.append("no question to rate")
             elif any(not one.whole or len(one.ids) > self.lm.length for one in own):
                 found.append(f"truncated: the scorer's prompt has more than {self.lm.length} tokens")

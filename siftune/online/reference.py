@@ -20,7 +20,9 @@ from typing import Any, ClassVar
 import torch
 
 from ..budget import Keep
+from ..data.files import refuse_special
 from ..errors import UserError
+from ..models.checkpoint import loading
 from ..records import RowScores
 from .base import Batch, Measured, OnlineMethod
 from .losses import MaxLoss
@@ -118,7 +120,10 @@ class RhoLoss(OnlineMethod):
         else:
             from transformers import AutoModelForCausalLM
 
-            loaded: Any = AutoModelForCausalLM.from_pretrained(str(self.reference), dtype="auto", use_safetensors=True)
+            loaded: Any = loading(
+                f"reference={str(self.reference)!r} could not be loaded",
+                lambda: AutoModelForCausalLM.from_pretrained(str(self.reference), dtype="auto", use_safetensors=True),
+            )
             self._model = loaded.to(device).eval().requires_grad_(False)
 
     def combine(self, measured: Measured) -> RowScores:
@@ -132,18 +137,15 @@ def read_table(path: Path) -> Table:
 
     Raises `UserError` where the file is missing or holds other columns.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"there is no reference table {path}; make one with siftune.reference_losses(trainer, ref_model)"
         )
+    refuse_special(path)
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); {REMAKE}") from error
+        tensors = loading(f"the reference table {path} cannot be read", lambda: load_file(path))
         _expect(path, set(tensors))
         names = tensors["token_id"].contiguous().numpy().tobytes()
         return {names[16 * at : 16 * at + 16]: float(loss) for at, loss in enumerate(tensors["loss"].tolist())}

@@ -19,8 +19,7 @@ from ..data.protect import refuse_overlap
 from ..errors import MissingExtra, UserError
 from ..models.backbone import Backbone
 from ..models.chat import content_key
-from ..models.checkpoint import quiet
-from ..redaction import shortened
+from ..models.checkpoint import loading, quiet
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -40,18 +39,15 @@ def load_tuned(folder: Path, *, dtype: str = "auto") -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        with quiet():
-            if not is_adapter(folder):
-                return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
-            if find_spec("peft") is None:
-                raise MissingExtra("peft", extra="train", needed_for=f"the adapter {folder}")
-            base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-            return adapted(AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True), folder)
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder} could not be loaded: {shortened(error, 300)}") from error
+    def load() -> Any:
+        if not is_adapter(folder):
+            return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+        if find_spec("peft") is None:
+            raise MissingExtra("peft", extra="train", needed_for=f"the adapter {folder}")
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        return adapted(AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True), folder)
+
+    return loading(f"{folder} could not be loaded", load)
 
 
 def adapted(network: Any, adapter: Path) -> Any:

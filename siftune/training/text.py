@@ -17,13 +17,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
-from ..data.formats import BadRow
+from ..data.chat_template import Refusal, apply_template
+from ..data.formats import BadRow, row_failures
 from ..errors import UserError
 from ..records import Pool, Row
-from ..redaction import shortened
 
 Text = Literal["auto", "chat", "prompt"]
 FORMS = ("auto", "chat", "prompt")
@@ -72,7 +72,7 @@ def answer_tokens(row: Row, tokenizer: Any, *, text: str, max_length: int) -> tu
     """Input ids and labels of a row, each of shape `(T,)`, cut on the right to `max_length`.
 
     `text` is `chat`, `prompt`, or `auto`: chat where the tokenizer has a template and the row is no plain text. Raises
-    `BadRow` with the reason where nothing is left to learn, or the template refuses the row.
+    `BadRow` with the reason where nothing is left to learn, or template or tokenizer fail on the row.
 
     >>> answer_tokens(Row(0, "", "1 + 1 = ?", "", "2"), tokenizer, text="prompt", max_length=512)
     ([317, 9, 21, 1], [-100, -100, 21, 1])
@@ -96,6 +96,10 @@ class Encoder:
             raise UserError("text='chat' needs a chat template, and this tokenizer has none; give text='prompt'")
 
     def __call__(self, row: Row) -> Tokens:
+        with row_failures("tokenizer fails"):
+            return self._tokens(row)
+
+    def _tokens(self, row: Row) -> Tokens:
         ids, learnt = self._chat(row) if self._is_chat(row) else self._prompt(row)
         if learnt:
             learnt[0] = False
@@ -157,26 +161,22 @@ class Encoder:
     # --- chat -------------------------------------------------------------------------------------------------------
 
     def _chat(self, row: Row) -> tuple[list[int], list[bool]]:
-        from jinja2 import TemplateError
-
         if not row.messages and not row.question:
             raise BadRow("no question: plain text has no turns to put into the chat template")
         said = row.messages or (("user", row.question), ("assistant", row.output))
         turns = [{"role": role, "content": content} for role, content in said]
         try:
             return self._templated(turns, row.output)
-        except TemplateError as error:
+        except Refusal:
             if turns[0]["role"] != "system" or len(turns) < 3:
-                raise BadRow(f"chat template refuses the row: {_short(error)}") from error
+                raise
+        # some templates know no system turn: its text opens the user's
         joined = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-        try:  # some templates know no system turn: its text opens the user's
-            return self._templated([joined, *turns[2:]], row.output)
-        except TemplateError as error:
-            raise BadRow(f"chat template refuses the row: {_short(error)}") from error
+        return self._templated([joined, *turns[2:]], row.output)
 
     def _templated(self, turns: Sequence[dict[str, str]], answer: str) -> tuple[list[int], list[bool]]:
         # Models that think aloud by default are taught to answer at once; other templates ignore the word.
-        apply, thinking = self.tokenizer.apply_chat_template, {"enable_thinking": False}
+        apply, thinking = partial(apply_template, self.tokenizer), {"enable_thinking": False}
         if self._marks:
             found = apply(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **thinking)
             return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
@@ -214,7 +214,3 @@ def _place(whole: str, answer: str) -> int:
         if (begin := whole.rfind(text)) >= 0:
             return begin
     raise BadRow("chat template rewrites the answer, so its tokens cannot be told")
-
-
-def _short(error: Exception) -> str:
-    return shortened(error, 120) or type(error).__name__

@@ -10,7 +10,7 @@ same on every trl. Cost: importing trl once, the rows' tokens once per content, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from ..budget import parse_keep
 from ..data.load import load_pool
 from ..errors import UserError
-from ..models.checkpoint import WEIGHT_FILES, find_folder, quiet, read_config, read_tokenizer
+from ..models.checkpoint import WEIGHT_FILES, find_folder, loading, quiet, read_config, read_tokenizer
 from ..online.base import OnlineMethod
 from ..online.reference import TABLES
 from ..records import Pool
@@ -196,16 +196,10 @@ def load_model(recipe: Recipe, folder: Path) -> Any:
     options: dict[str, Any] = {"dtype": "float32" if recipe.peft is None else "auto", **recipe.model_kwargs}
     if (quantized := quantization_config(recipe)) is not None:
         options["quantization_config"] = quantized
-    return loading(recipe.model, lambda: AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options))
-
-
-def loading(model: str, load: Callable[[], Any]) -> Any:
-    """`load()` without the library's tables; what goes wrong is one sentence."""
-    try:
-        with quiet():
-            return load()
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError, KeyError) as error:
-        raise UserError(f"model={model!r} could not be loaded: {shortened(error, 300)}") from error
+    return loading(
+        f"model={recipe.model!r} could not be loaded",
+        lambda: AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options),
+    )
 
 
 def checked_selector(recipe: Recipe, arguments: Any) -> OnlineMethod | None:

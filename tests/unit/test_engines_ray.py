@@ -47,7 +47,7 @@ def fresh(folder: Path) -> Obey:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_actor_and_a_poisoned_row_change_no_other_number(tmp_path: Path) -> None:
-    pool = pool_of(COUNT, {5000: "die:once", 10: "raise"}, REASONS)
+    pool = pool_of(COUNT, {5000: "die:once", 10: "raise", 9000: "panic"}, REASONS)
     task = fresh(tmp_path / "ray")
     engine = RayEngine(Store(tmp_path / "store"), workers=2, worker_cpus=0.5)
     with pytest.warns(UserWarning, match="row 10 is left out"):
@@ -57,9 +57,12 @@ def test_a_killed_actor_and_a_poisoned_row_change_no_other_number(tmp_path: Path
     (tmp_path / "local" / "once").touch()
     with pytest.warns(UserWarning, match="row 10 is left out"):
         same(found, run(LocalEngine(), local, pool))
-    smaller = Pool(pool.source, pool.format, pool.fingerprint, {**pool.reasons, 10: "bad"})
+    smaller = Pool(pool.source, pool.format, pool.fingerprint, {**pool.reasons, 10: "bad", 9000: "bad"})
     assert found[0]["score"].tobytes() == run(SerialEngine(), local, smaller)[0]["score"].tobytes()
-    assert found[1] == {10: "could not be scored: ValueError: row 10 is poisoned"}
+    assert found[1] == {
+        10: "could not be scored: ValueError: row 10 is poisoned",
+        9000: "could not be scored: PanicException: row 9000 is too much",
+    }
 
     again = fresh(tmp_path / "again")
     engine = RayEngine(Store(tmp_path / "store"), workers=1)

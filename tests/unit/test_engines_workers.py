@@ -83,6 +83,38 @@ def test_a_row_that_raises_gets_a_reason_and_the_others_their_numbers(workers: i
     assert task.lines() == [], "a shard with failing rows is finished, too"
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_panic_or_too_little_memory_over_a_row_is_that_rows(workers: int, tmp_path: Path) -> None:
+    bad = {10: "panic", 40: "memory"}
+    pool, shards = pool_of(64, bad), [Shard(0, 0, 32), Shard(1, 32, 64)]
+    left_out = Pool(pool.source, pool.format, pool.fingerprint, dict.fromkeys(bad, "bad"))
+    expected = gather(left_out, SerialEngine().run(fresh(tmp_path / "serial"), left_out, shards, label="obey"))
+    engine = LocalEngine(Store(tmp_path / "store"), workers=workers)
+    with pytest.warns(UserWarning, match="row 10 is left out"):
+        columns, reasons = gather(pool, engine.run(fresh(tmp_path / "first"), pool, shards, label="obey"))
+    assert columns["score"].tobytes() == expected[0]["score"].tobytes()
+    assert reasons == {
+        10: "could not be scored: PanicException: row 10 is too much",
+        40: "could not be scored: MemoryError",
+    }
+
+
+def test_an_interruption_passes_through_the_engine(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(LocalEngine(), fresh(tmp_path / "stop"), pool_of(64, {3: "stop"}))
+
+
+@pytest.mark.parametrize("word", ["MemoryError", "OutOfMemoryError"])
+def test_memory_that_no_row_explains_is_one_sentence(word: str) -> None:
+    error = MemoryError() if word == "MemoryError" else type(word, (RuntimeError,), {})("CUDA")
+
+    def short(pool: Pool, shard: Shard) -> ShardResult:
+        raise error
+
+    with pytest.raises(UserError, match=rf"memory ran out in rows 0-63, .*{word}.*; use fewer workers"):
+        run(LocalEngine(), short, pool_of(64))
+
+
 def test_a_row_that_kills_its_worker_gets_a_reason(tmp_path: Path) -> None:
     pool, shards = pool_of(64, {40: "die"}), [Shard(0, 0, 32), Shard(1, 32, 64)]
     left_out = Pool(pool.source, pool.format, pool.fingerprint, {40: "bad"})

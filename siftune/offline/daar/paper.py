@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from ...data.files import hash_json
-from ...data.formats import text_of
+from ...data.formats import BadRow
 from ...models.backbone import Backbone
 from ...models.features import NO_TOKENS, NOT_FINITE, extract
-from ...models.tokenise import tokenise
+from ...models.tokenise import texts_of, tokenise
 from ...records import Pool, Row, Shard, ShardResult
 
 
@@ -58,7 +58,11 @@ class PaperFeatures:
         size = max(1, (self.token_budget or 4096) // self.backbone.length) if self.padded else 256
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            texts = [self._text(row) for row in pool.read(batch)]
+            read = pool.read(batch)
+            texts = [
+                labelled_text(row) if self._is_labelled(row) else text
+                for row, text in zip(read, texts_of(read, self.backbone.tokenizer), strict=True)
+            ]
             found = (
                 self._padded(texts) if self.padded else extract(self.backbone, texts, token_budget=self.token_budget)
             )
@@ -69,12 +73,11 @@ class PaperFeatures:
             reasons |= {batch[index]: reason for index, reason in why.items()}
         return ShardResult(columns, reasons)
 
-    def _text(self, row: Row) -> str:
-        plain = not self.labelled or bool(row.messages) or not row.instruction
-        return text_of(row, self.backbone.tokenizer) if plain else labelled_text(row)
+    def _is_labelled(self, row: Row) -> bool:
+        return self.labelled and not row.messages and bool(row.instruction)
 
     @torch.no_grad()
-    def _padded(self, texts: list[str]) -> dict[str, Any]:
+    def _padded(self, texts: list[str | BadRow]) -> dict[str, Any]:
         """One forward over `B x max_length` positions, masked as a tokenizer masks padding, averaged over them all."""
         rows, tokenizer = tokenise(self.backbone, texts), self.backbone.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -98,5 +101,7 @@ class PaperFeatures:
             "hidden": means[1],
             "tokens": tokens,
             "truncated": np.array([row.truncated for row in rows], dtype=np.bool_),
-            "reasons": {int(i): NOT_FINITE if tokens[i] else NO_TOKENS for i in np.flatnonzero(~finite)},
+            "reasons": {
+                int(i): NOT_FINITE if tokens[i] else rows[i].reason or NO_TOKENS for i in np.flatnonzero(~finite)
+            },
         }
