@@ -68,3 +68,23 @@ class Collected:
                 assert entry.again is not None, "only a polar iteration may fail to show its accuracy"
                 nuclear = entry.again()
             yield entry, entry.known or Norms(nuclear, math.sqrt(square), fell_back=not shown), line[3:]
+
+
+class Columns:
+    """The measurements of one batch on the CPU while its rows arrive, in any order."""
+
+    def __init__(self, rows: int, numbers: int) -> None:
+        self.intra = torch.full((rows,), torch.nan, dtype=torch.float64)
+        self.error = torch.full((rows,), torch.nan, dtype=torch.float64)
+        self.sketch = torch.full((rows, numbers), torch.nan, dtype=torch.float64)
+        self.reasons: dict[int, str] = {}
+
+    def put(self, row: int, intra: float, norm: Norms, sketch: torch.Tensor) -> None:
+        self.intra[row], self.error[row], self.sketch[row] = intra, norm.error, sketch
+
+    def close(self, wanted: torch.Tensor, empty: str) -> None:
+        """Give every row without finite measurements its reason, and NaN in all columns."""
+        finite = torch.isfinite(self.intra) & torch.isfinite(self.sketch).all(dim=1)
+        for row in (~finite).nonzero().flatten().tolist():
+            self.intra[row], self.error[row], self.sketch[row] = torch.nan, torch.nan, torch.nan
+            self.reasons[row] = "its hidden states are not finite" if bool(wanted[row].any()) else empty

@@ -31,7 +31,7 @@ def device_clock(device: torch.device) -> float:
 
 @dataclass
 class ExactRoute:
-    """The route, decided at the first call of `on` for an accelerator.
+    """The route, decided at the first call of `on`, and again where the head is on another device by then.
 
     >>> route = ExactRoute("auto")
     >>> route.on(torch.device("cpu"), lambda name: None)
@@ -44,25 +44,27 @@ class ExactRoute:
     """What runs, once that is known."""
     seconds: dict[Exact, float] = field(default_factory=dict)
     """Time of each route on the first batch; empty where none was timed."""
-    device: str = ""
-    """What it was decided on."""
+    at: torch.device | None = None
+    """The device that it was decided for."""
 
     def on(self, device: torch.device, trial: Callable[[Exact], object]) -> Exact:
         """The route for this device; `trial(route)` computes the first batch's norms and is called only to time them."""
-        if self.chosen is None:
-            self.chosen, self.device = self._decide(device, trial), _name(device)
+        if self.chosen is None or device != self.at:
+            self.seconds = {}
+            self.chosen, self.at = self._decide(device, trial), device
         return self.chosen
 
     def describe(self) -> str:
         """One sentence on the choice and its reason; empty before the first batch."""
-        if self.chosen is None:
+        if self.chosen is None or self.at is None:
             return ""
+        chosen = f"{self.chosen} on {_name(self.at)}"
         if self.seconds:
             times = ", ".join(f"{route} {1000 * taken:.1f} ms" for route, taken in self.seconds.items())
-            return f"{self.chosen} on {self.device}, the faster one on the first batch ({times})"
+            return f"{chosen}, the faster one on the first batch ({times})"
         if self.requested != "auto":
-            return f"{self.chosen} on {self.device}, set by route={self.requested!r}"
-        return f"{self.chosen} on {self.device}"
+            return f"{chosen}, set by route={self.requested!r}"
+        return chosen
 
     def _decide(self, device: torch.device, trial: Callable[[Exact], object]) -> Exact:
         if self.requested != "auto":

@@ -27,7 +27,7 @@ from ..models.head import Factor, Head
 from ..models.hidden import exact_math, predicting_tokens, real_tokens
 from ..records import RowScores
 from .base import Batch, Measured, OnlineMethod, at_least, one_of
-from .collected import Collected, Entry
+from .collected import Collected, Columns, Entry
 from .memory import Memory, pairwise
 from .nuclear import (
     How,
@@ -232,9 +232,9 @@ class UDS(OnlineMethod):
         """The way to nuclear norms on this device; `trial` computes some of them by a given exact route."""
         return "fast" if self.precision == "fast" else self._exact.on(device, trial)
 
-    def _columns(self, collected: Collected, wanted: torch.Tensor) -> _Columns:
+    def _columns(self, collected: Collected, wanted: torch.Tensor) -> Columns:
         """Everything measured, read from the device."""
-        result = _Columns(len(wanted), self.sketch[0] * self.sketch[1])
+        result = Columns(len(wanted), self.sketch[0] * self.sketch[1])
         for entry, norm, sketch in collected.read():
             result.put(entry.row, self._intra(norm, entry.tokens, entry.multiplier), norm, sketch)
         what = "real" if self.tokens == "all" else "answer"
@@ -383,23 +383,3 @@ class UDS(OnlineMethod):
 def _by_eigenvalues(inputs: torch.Tensor, factor: Factor) -> Callable[[], float]:
     """How to compute the nuclear norm of one row `(N, D)` without a polar iteration, later."""
     return lambda: norms(inputs[None], [len(inputs)], factor)[0].nuclear
-
-
-class _Columns:
-    """The measurements of one batch while its rows arrive, in any order."""
-
-    def __init__(self, rows: int, numbers: int) -> None:
-        self.intra = torch.full((rows,), torch.nan, dtype=torch.float64)
-        self.error = torch.full((rows,), torch.nan, dtype=torch.float64)
-        self.sketch = torch.full((rows, numbers), torch.nan, dtype=torch.float64)
-        self.reasons: dict[int, str] = {}
-
-    def put(self, row: int, intra: float, norm: Norms, sketch: torch.Tensor) -> None:
-        self.intra[row], self.error[row], self.sketch[row] = intra, norm.error, sketch
-
-    def close(self, wanted: torch.Tensor, empty: str) -> None:
-        """Give every row without finite measurements its reason, and NaN in all columns."""
-        finite = torch.isfinite(self.intra) & torch.isfinite(self.sketch).all(dim=1)
-        for row in (~finite).nonzero().flatten().tolist():
-            self.intra[row], self.error[row], self.sketch[row] = torch.nan, torch.nan, torch.nan
-            self.reasons[row] = "its hidden states are not finite" if bool(wanted[row].any()) else empty

@@ -95,7 +95,7 @@ def test_the_sketch_against_literal_transforms(device: str) -> None:
         np.testing.assert_allclose(sketches[row], expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_features_are_those_of_the_cpu(device: str, tmp_path: Path) -> None:
+def test_features_do_not_depend_on_the_device(device: str, tmp_path: Path) -> None:
     folder = str(save_tiny(tmp_path / "model"))
     texts = ["one short text", "another text that is a little longer than that", "x"]
     ours = extract(Backbone(folder, layer=2, device=device, dtype="float32"), texts)

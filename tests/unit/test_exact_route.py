@@ -19,7 +19,7 @@ from siftune.online import nuclear
 from siftune.online.nuclear import gram_of_rows
 from siftune.online.route import EXACT, Exact, ExactRoute, device_clock
 from siftune.online.uds import UDS
-from siftune.training.ledger import facts_of
+from siftune.training.ledger import Ledger, facts_of
 from tests.reference_uds import tiny_batch
 from tests.tiny import tiny_model
 from tests.trainers import trainer as live_trainer
@@ -91,6 +91,20 @@ class TestChoice:
         assert route.on(CPU, trial) == "eigenvalues"
         assert route.describe() == "eigenvalues on cpu"
         assert ExactRoute("polar").on(CPU, trial) == "polar"
+
+    def test_another_device_is_another_choice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        clock, route = FakeClock(), ExactRoute("auto")
+        route.clock = clock
+
+        def trial(name: Exact) -> None:
+            clock.now += 1.0 if name == "polar" else 2.0
+
+        assert route.on(CPU, trial) == "eigenvalues"
+        assert route.on(GPU, trial) == "polar"
+        assert "Some GPU" in route.describe()
+        assert route.on(CPU, trial) == "eigenvalues"
+        assert route.describe() == "eigenvalues on cpu"
 
     def test_the_clock_runs(self) -> None:
         start = device_clock(CPU)
@@ -214,3 +228,22 @@ def test_on_a_cpu_the_log_is_silent_and_the_metadata_names_the_route(
     assert "exact route" not in capsys.readouterr().err
     facts = facts_of(pq.read_schema(tmp_path / "siftune" / "selection.parquet"))
     assert facts == {"exact_route": "eigenvalues on cpu"}
+
+
+def test_parts_that_differ_leave_every_value_in_the_merged_ledger(tmp_path: Path) -> None:
+    line: dict[str, Any] = {
+        "token_ids": [b"\0" * 16],
+        "rows": [0],
+        "total": [1.0],
+        "parts": {},
+        "kept": [True],
+        "reasons": {},
+    }
+    for step, rank, route in ((1, 0, "polar"), (1, 1, "eigenvalues"), (2, 0, "polar")):
+        ledger = Ledger(tmp_path, rank=rank, world=2)
+        ledger.facts = {"exact_route": route}
+        ledger.add(step, [0], **line)
+        ledger.flush(step)
+    merged = Ledger(tmp_path, world=2).merge()
+    assert merged is not None
+    assert facts_of(pq.read_schema(merged)) == {"exact_route": "polar | eigenvalues"}
