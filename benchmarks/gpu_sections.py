@@ -236,7 +236,7 @@ def daar(setting: Setting) -> None:
     backbone._loaded.update(config=model.config, network=model.model)  # random weights in place of a checkpoint's
     tokens = f"the tokenizer of {setting.model.name}" if setting.model else "the demo model's tokenizer"
     setting.show("", f"{setting.shape} shape, random weights; {source}, {tokens}.", "")
-    figures = measure(backbone, texts, rounds=setting.repeats, sample=4 if setting.rehearse else 64)
+    figures = measure(backbone, texts, rounds=setting.repeats, sample=1 if setting.rehearse else 64)
     show(figures, backbone)
     rate = figures["rows"] / figures["seconds"]["ours"]
     setting.tell("daar", rows_per_second=rate, seconds_of_40000=40_000 / rate, source=source, **figures)

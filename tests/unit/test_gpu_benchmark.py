@@ -48,9 +48,9 @@ def without_packages(folder: Path) -> Path:
     (folder / "sitecustomize.py").write_text(
         "import importlib.machinery as machinery\n"
         "original = machinery.PathFinder.find_spec\n"
-        "def find_spec(name, path=None, target=None):\n"
+        "def find_spec(cls, name, path=None, target=None):\n"
         f"    return None if name.split('.')[0] in {ABSENT!r} else original(name, path, target)\n"
-        "machinery.PathFinder.find_spec = staticmethod(find_spec)\n"
+        "machinery.PathFinder.find_spec = classmethod(find_spec)\n"
     )
     return folder
 
