@@ -202,10 +202,10 @@ def step(setting: Setting) -> None:
     checkpointing(model, False)
     signs = (torch.randint(0, 2, (model.config.vocab_size,), device=model.device) * 2 - 1).float()
     row = seconds(lambda: naive_scores(model, some(timed.batch, 0, 1), signs), setting.device)
-    whole = row * timed.rows + kept_step
-    setting.tell("naive", one_row=row, extrapolated_step=whole)
+    extrapolated = row * timed.rows + kept_step
+    setting.tell("naive", one_row=row, extrapolated_step=extrapolated)
     setting.show("", f"Naive (logits, SVD, FFT): {row:.2f} s for one row; extrapolated to {timed.rows} rows and the kept "
-                 f"rows' training, a step would take {whole:.1f} s.")  # fmt: skip
+                 f"rows' training, a step would take {extrapolated:.1f} s.")  # fmt: skip
 
 
 # --- 4: DaaR scoring --------------------------------------------------------------------------------------------------
@@ -223,9 +223,9 @@ def daar(setting: Setting) -> None:
 
     count, layer = (24, 2) if setting.rehearse else (8192, 3)
     if setting.rows is None:
-        made = demo_rows(min(count, 4096), seed=0)
-        texts = ["\n".join([row["instruction"], row["input"], row["output"]]) for row in made]
-        texts, source = (texts * -(-count // len(texts)))[:count], "rows of the embedded demo corpus"
+        rows = demo_rows(count, seed=0)
+        texts = ["\n".join([row["instruction"], row["input"], row["output"]]) for row in rows]
+        source = "rows of the embedded demo corpus"
     else:
         texts, source = read_texts([str(setting.rows)], count, seed=0), f"rows of {setting.rows.name}"
     folder = setting.model or MODEL

@@ -157,24 +157,24 @@ def main() -> None:
     parser.add_argument(
         "--take", type=Path, help="put the results of gpu.py in this folder on the page, and run nothing"
     )
-    said = parser.parse_args()
+    flags = parser.parse_args()
 
     known = sections(PAGE.read_text(encoding="utf-8")) if PAGE.is_file() else {}
-    if said.take is not None:
-        write(known | take(said.take))
+    if flags.take is not None:
+        write(known | take(flags.take))
         return
-    if unknown := set(said.names) - set(BENCHMARKS):
+    if unknown := set(flags.names) - set(BENCHMARKS):
         parser.error(f"no benchmark {sorted(unknown)[0]!r}; known: {', '.join(BENCHMARKS)}")
-    for name in said.names or BENCHMARKS:
+    for name in flags.names or BENCHMARKS:
         benchmark = BENCHMARKS[name]
         script, *arguments = benchmark.command.split()
         if not (HERE / script).is_file() or benchmark.section:
             continue
         words, shown = [str(HERE / script), *arguments], benchmark.command
         if name.startswith("daar-scoring"):
-            words += ["--model", said.model, *(["--pool", *said.pool] if said.pool else [])]
-            pools = " ".join(Path(pool).name for pool in said.pool)
-            shown += f" --model {Path(said.model).name}" + (f" --pool {pools}" if pools else "")
+            words += ["--model", flags.model, *(["--pool", *flags.pool] if flags.pool else [])]
+            pools = " ".join(Path(pool).name for pool in flags.pool)
+            shown += f" --model {Path(flags.model).name}" + (f" --pool {pools}" if pools else "")
         print(f"{name} …", flush=True)
         known[name] = run(benchmark, shown, words)
         write(known)

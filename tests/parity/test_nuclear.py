@@ -132,10 +132,10 @@ def test_what_the_polar_route_shows_is_so(size: int) -> None:
 @pytest.mark.parametrize("kind", list(rows()))
 def test_fast_keeps_its_tolerance_or_falls_back(kind: str, factor: Factor) -> None:
     states = rows()[kind]
-    found = norms(states[None], [len(states)], factor, how="fast")[0]
-    np.testing.assert_allclose(found.nuclear, naive_nuclear(naive_logits(states, random_weight())), rtol=1e-4)
+    result = norms(states[None], [len(states)], factor, how="fast")[0]
+    np.testing.assert_allclose(result.nuclear, naive_nuclear(naive_logits(states, random_weight())), rtol=1e-4)
     if kind in ("ordinary", "longer than wide", "as long as wide", "bf16"):
-        assert not found.fell_back, "the fast route should manage an ordinary row"
+        assert not result.fell_back, "the fast route should manage an ordinary row"
 
 
 def test_fast_never_answers_without_showing_it() -> None:
