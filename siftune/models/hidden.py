@@ -181,9 +181,7 @@ def walk(
         candidates = candidates_in(batch, lines, wanted)
         masks = wanted[[candidate for candidate, _ in candidates]][:, :width]
         positions = [mask.nonzero().flatten() for mask in masks]  # on the CPU: no wait for the device
-        picked = [
-            states[place][own.to(states.device)] for (_, place), own in zip(candidates, positions, strict=True)
-        ]
+        picked = [states[place][own.to(states.device)] for (_, place), own in zip(candidates, positions, strict=True)]
         assert width <= columns
         rows = [candidate for candidate, _ in candidates]
         yield Chunk(rows, picked, states[:, -1], None if logits is None else logits[:, -1])
