@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest lint docs bench soak clean
+.PHONY: demo test test-oldest lint docs bench gpu soak clean
 
 demo: $(READY)
 	$(BIN)/siftune demo
@@ -33,6 +33,10 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# On a machine with a CUDA GPU and its own torch and transformers: no environment is made, so that nothing is downloaded.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --ignore=tests/faults --ignore=tests/laws/test_kill.py

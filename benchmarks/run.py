@@ -3,20 +3,26 @@
 Every benchmark is a script of its own, with its bars in its header; this one only knows their order, their arguments
 and where their text goes. A section that is not run keeps its last figures. Let nothing else run meanwhile.
 
+What needs a GPU is measured by gpu.py (`make gpu`), whose folder of results `--take` puts on the page.
+
 Run: python benchmarks/run.py                              (all that this machine can run; about half an hour on 2 cores)
      python benchmarks/run.py uds-cost train-step          (some)
      python benchmarks/run.py daar-scoring --pool pool.jsonl.gz --model DIR
+     python benchmarks/run.py --take gpu-results
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from gpu import SECTIONS
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
@@ -29,8 +35,8 @@ class Benchmark:
     title: str
     command: str
     """Arguments after `python benchmarks/`."""
-    cuda: bool = False
-    """Needs a CUDA GPU."""
+    section: str = ""
+    """The section of gpu.py that measures it on a GPU."""
 
 
 BENCHMARKS = {
@@ -53,10 +59,10 @@ BENCHMARKS = {
     "deita-walk": Benchmark("Deita-D: the walk", "deita_walk.py"),
     "instag-walk": Benchmark("InsTag-D: the walk", "instag_walk.py"),
     "ghost": Benchmark("Ghost gradients against explicit per-row gradients", "ghost.py"),
-    "daar-scoring-gpu": Benchmark(
-        "DaaR scoring on one CUDA GPU", "daar_scoring.py --rows 8192 --device cuda --dtype bfloat16", cuda=True
-    ),
-    "gpu-uds": Benchmark("UDS on one CUDA GPU, 7 B shape, bf16, LoRA", "gpu_uds.py", cuda=True),
+    **{
+        f"gpu-{name}": Benchmark(f"On a GPU: {section.title}", f"gpu.py --only {name}", section=name)
+        for name, section in SECTIONS.items()
+    },
 }
 INTRODUCTION = """# Benchmarks
 
@@ -75,6 +81,15 @@ against the row's tokens. IFD in batches is 2 x as fast as row by row with the e
 and the head on the answers' tokens cost (1.01 x), and that head alone is 0.4 of the forwards.
 
 The sections from IFD to InsTag-D's walk ran beside a documentation build, which had a lower priority.
+
+## What needs a GPU
+
+`make gpu` runs `python benchmarks/gpu.py` in less than nine minutes on one GPU of 80 GB: six sections in order of worth, each ended
+when its time is up, with what it printed until then in the folder `gpu-results`. `python benchmarks/run.py --take gpu-results` puts
+that folder on this page; until then those sections read "Not measured". On a machine without network, bring along the checkout,
+rows as JSONL (`--rows FILE`), a pretrained model (`--model FOLDER`) and the packages of `benchmarks/gpu-requirements.txt`
+(`pip download --dest wheels -c constraints.txt -r benchmarks/gpu-requirements.txt`); a section that misses one of them is skipped and
+names it. `python benchmarks/gpu.py --device cpu --rehearse` runs every section at a tiny size on a processor.
 """
 
 
@@ -92,7 +107,7 @@ def write(known: dict[str, str]) -> None:
             continue
         told = known.get(
             name,
-            f"## {benchmark.title}\n\n`python benchmarks/{benchmark.command}`\n\nNot measured{' (needs a CUDA GPU)' if benchmark.cuda else ''}.",
+            f"## {benchmark.title}\n\n`python benchmarks/{benchmark.command}`\n\nNot measured{' (needs a CUDA GPU)' if benchmark.section else ''}.",
         )
         parts.append(f"<!-- {name} -->\n{told}\n")
     PAGE.write_text("\n".join(parts), encoding="utf-8")
@@ -104,9 +119,34 @@ def run(benchmark: Benchmark, shown: str, words: list[str]) -> str:
     done = subprocess.run([sys.executable, *words], check=False, cwd=HERE.parent, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{shown} failed:\n{done.stderr[-2000:]}")
-    text = re.sub(r"```json.*?```|^[\[{].*[\]}]$", "", done.stdout, flags=re.DOTALL | re.MULTILINE).strip()
+    text = without_json(done.stdout)
     minutes = (time.perf_counter() - start) / 60
     return f"## {benchmark.title}\n\n`python benchmarks/{shown}` ({minutes:.1f} minutes)\n\n{text}"
+
+
+def without_json(text: str) -> str:
+    """A benchmark's output as the page shows it."""
+    return re.sub(r"```json.*?```|^[\[{].*[\]}]$", "", text, flags=re.DOTALL | re.MULTILINE).strip()
+
+
+def take(folder: Path) -> dict[str, str]:
+    """The page's sections from a folder of gpu.py's results: those that measured something."""
+    if not (folder / "run.json").is_file():
+        raise SystemExit(f"{folder} holds no run.json, so it is no folder of results of gpu.py; run make gpu first")
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if facts["rehearsal"] or facts["device"] != "cuda":
+        raise SystemExit(f"{folder} is a rehearsal on {facts['device']}; the page takes figures of a GPU alone")
+    lines = map(json.loads, (folder / "results.jsonl").read_text(encoding="utf-8").splitlines())
+    measured = {line["section"] for line in lines if line["what"] != "section"}
+    taken = {}
+    for name, benchmark in BENCHMARKS.items():
+        page = folder / f"{benchmark.section}.md"
+        if benchmark.section in measured and page.is_file():
+            text = without_json(page.read_text(encoding="utf-8"))
+            taken[name] = f"## {benchmark.title}\n\n`python benchmarks/{benchmark.command}`\n\n{text}"
+    if not taken:
+        raise SystemExit(f"{folder} holds no figure; its *.log files say what went wrong")
+    return taken
 
 
 def main() -> None:
@@ -114,23 +154,27 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="which; all without")
     parser.add_argument("--pool", nargs="*", default=[], help="JSONL files for daar-scoring; made-up rows without")
     parser.add_argument("--model", default=str(HERE.parent / "siftune" / "demo" / "assets" / "model"))
-    said = parser.parse_args()
-
-    if unknown := set(said.names) - set(BENCHMARKS):
-        parser.error(f"no benchmark {sorted(unknown)[0]!r}; known: {', '.join(BENCHMARKS)}")
-    import torch
+    parser.add_argument(
+        "--take", type=Path, help="put the results of gpu.py in this folder on the page, and run nothing"
+    )
+    flags = parser.parse_args()
 
     known = sections(PAGE.read_text(encoding="utf-8")) if PAGE.is_file() else {}
-    for name in said.names or BENCHMARKS:
+    if flags.take is not None:
+        write(known | take(flags.take))
+        return
+    if unknown := set(flags.names) - set(BENCHMARKS):
+        parser.error(f"no benchmark {sorted(unknown)[0]!r}; known: {', '.join(BENCHMARKS)}")
+    for name in flags.names or BENCHMARKS:
         benchmark = BENCHMARKS[name]
         script, *arguments = benchmark.command.split()
-        if not (HERE / script).is_file() or (benchmark.cuda and not torch.cuda.is_available()):
+        if not (HERE / script).is_file() or benchmark.section:
             continue
         words, shown = [str(HERE / script), *arguments], benchmark.command
         if name.startswith("daar-scoring"):
-            words += ["--model", said.model, *(["--pool", *said.pool] if said.pool else [])]
-            pools = " ".join(Path(pool).name for pool in said.pool)
-            shown += f" --model {Path(said.model).name}" + (f" --pool {pools}" if pools else "")
+            words += ["--model", flags.model, *(["--pool", *flags.pool] if flags.pool else [])]
+            pools = " ".join(Path(pool).name for pool in flags.pool)
+            shown += f" --model {Path(flags.model).name}" + (f" --pool {pools}" if pools else "")
         print(f"{name} …", flush=True)
         known[name] = run(benchmark, shown, words)
         write(known)

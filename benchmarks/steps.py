@@ -1,4 +1,4 @@
-"""One optimiser step, in parts: the model shapes, the adapters and the timing that train_step.py and gpu_uds.py share.
+"""One optimiser step, in parts: the model shapes, the adapters and the timing that train_step.py and gpu.py share.
 
 A step "on all" trains C candidates in micro-batches of K rows; a step "sifted" scores the same C candidates and trains
 the K best. Rows/s counts candidates read, so the ratio of the two is the speed-up at the same number of rows read.
@@ -183,3 +183,28 @@ def measure(step: Step, *, repeats: int, device: str) -> dict[str, float]:
     least = spent["candidates_forward"] + spent["kept_step"] + spent["head_refresh"]
     ratio, limit = spent["on_all"] / spent["sifted"], spent["on_all"] / least
     return {**spent, "ratio": ratio, "limit": limit, "of_limit": ratio / limit}
+
+
+def naive_scores(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], signs: torch.Tensor
+) -> list[tuple[float, torch.Tensor]]:
+    """Each row's nuclear norm from its logits, and its FFT sketch, as the method's text has it: no shortcut."""
+    scores = []
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
+        for row in logits.float():
+            spectrum = torch.fft.fft(row * signs, dim=1).real[:, :128]
+            sketch = torch.fft.fft(spectrum, dim=0).real[:8]
+            scores.append((float(torch.linalg.svdvals(row).sum()), sketch))
+    return scores
+
+
+def peak_beyond(first: Callable[[], Any], second: Callable[[], Any]) -> float:
+    """MB by which the CUDA allocator's peak during `second` exceeds that during `first`."""
+    peaks = []
+    for work in (first, second):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        peaks.append(torch.cuda.max_memory_allocated() / 2**20)
+    return peaks[1] - peaks[0]

@@ -179,8 +179,9 @@ def walk(
         states, logits = _forward(parts, rows_of_batch(parts, batch, lines, width), last_logits_only=True)
         states = states[:, -width:]  # prompt tuning puts virtual tokens in front
         candidates = candidates_in(batch, lines, wanted)
-        masks = wanted[[candidate for candidate, _ in candidates]][:, :width].to(states.device)
-        picked = [states[place][mask] for (_, place), mask in zip(candidates, masks, strict=True)]
+        masks = wanted[[candidate for candidate, _ in candidates]][:, :width]
+        positions = [mask.nonzero().flatten() for mask in masks]  # on the CPU: no wait for the device
+        picked = [states[place][own.to(states.device)] for (_, place), own in zip(candidates, positions, strict=True)]
         assert width <= columns
         rows = [candidate for candidate, _ in candidates]
         yield Chunk(rows, picked, states[:, -1], None if logits is None else logits[:, -1])

@@ -105,6 +105,10 @@ class OnlineMethod(ABC):
         per optimiser step before scoring, with the step's learning rate; `score` and `select` call it themselves."""
         self._stale = self._moved = True
 
+    def provenance(self) -> dict[str, str]:
+        """How scores were computed where that was decided at run time, for the log and the ledger's metadata."""
+        return {}
+
     # --- the five steps -------------------------------------------------------------------------------------------
 
     @abstractmethod

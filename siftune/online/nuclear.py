@@ -3,9 +3,10 @@
 Higher = more useful and less repetitive. With G = C Cᵀ (siftune.models.head), `H Wᵀ` and `H C` have the same singular
 values; they are the square roots of the eigenvalues of the Gram matrix of `H C`, formed in float64 on its smaller
 side. A float32 Gram matrix loses 1e-3 on repeated tokens; this one stays below 1e-7.
-Cost per row: N*D*D/2 + N*N*D products and an N^3 eigenproblem (D^3 where N > D); no N x V matrix is formed.
+Cost per row: N*D*D/2 + N*N*D products and an N^3 eigenproblem (D^3 where N > D), or some 50 products of N^3 by the
+polar iteration; no N x V matrix is formed.
 
-Axes: `N` positions of a row, `D` inputs of the head, `V` vocabulary, `P` probes, `S` Lanczos steps.
+Axes: `R` rows, `N` positions of a row, `D` inputs of the head, `V` vocabulary, `P` probes, `S` Lanczos steps.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -20,6 +22,15 @@ from ..models.head import Factor
 
 FAST_TOLERANCE = 1e-4
 """Relative error that `precision="fast"` allows itself; rows that cannot show it are computed exactly."""
+EXACT_TOLERANCE = 1e-7
+"""Relative error of the exact polar route; rows that cannot show it are computed by eigenvalues."""
+RIDGE = 1e-15
+"""Share of the trace that the exact polar route adds to the diagonal: a few roundings, so that Cholesky succeeds."""
+GROUP_NUMBERS = 2**23
+"""Elements of the Gram matrices of one group at most (64 MB in float64), unless one row has more."""
+
+How = Literal["eigenvalues", "polar", "fast"]
+"""`eigenvalues` and `polar` are exact, `fast` is to `FAST_TOLERANCE`."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +42,35 @@ class Norms:
     error: float = 0.0
     """Relative standard error of `nuclear`: 0 where it is exact."""
     fell_back: bool = False
-    """Whether the fast route could not show its accuracy and the exact one was taken."""
+    """Whether a polar iteration could not show its accuracy and eigenvalues were taken."""
 
 
-def norms(inputs: torch.Tensor, lengths: Sequence[int], factor: Factor, *, precision: str = "exact") -> list[Norms]:
+class DeviceNorms(NamedTuple):
+    """Norms of R rows where they were computed; reading them is left to the caller, who may have more to launch."""
+
+    nuclear: torch.Tensor
+    """Float64 `(R,)`, NaN for a row that is not finite."""
+    square: torch.Tensor
+    """Square of the Frobenius norm, float64 `(R,)`; the host takes its root, which is correctly rounded there."""
+    shown: torch.Tensor
+    """Bool `(R,)`: false where a polar iteration could not show its accuracy; that row needs `eigenvalues`."""
+
+
+def norms(inputs: torch.Tensor, lengths: Sequence[int], factor: Factor, *, how: How = "eigenvalues") -> list[Norms]:
     """Norms of `inputs @ [W b]ᵀ` row by row: `inputs` is `(R, N, D)`, zeros beyond each row's own length.
 
-    `precision="exact"` is float64 throughout; `"fast"` is the polar iteration of `polar_trace`, with the exact route
-    behind it. A row with NaN gives NaN and leaves the others alone.
+    A polar iteration (`how="polar"` or `"fast"`) has eigenvalues behind it for rows that cannot show its tolerance.
+    A row with NaN gives NaN and leaves the others alone.
 
     >>> factor, _ = factorise(head)
     >>> norms(head.inputs(states)[None], [len(states)], factor)[0].nuclear
     """
-    grams = gram_of_rows(inputs, factor)
-    return norms_of_grams(grams, [min(length, inputs.shape[2]) for length in lengths], precision=precision)
+    return norms_of_grams(gram_of_rows(inputs, factor), ranks(lengths, factor), how=how)
+
+
+def ranks(lengths: Sequence[int], factor: Factor) -> list[int]:
+    """Largest ranks possible of rows of these lengths."""
+    return [min(length, factor.width) for length in lengths]
 
 
 def gram_of_rows(inputs: torch.Tensor, factor: Factor) -> torch.Tensor:
@@ -62,21 +88,38 @@ def gram_of_rows(inputs: torch.Tensor, factor: Factor) -> torch.Tensor:
     return grams
 
 
-def groups(lengths: Sequence[int], device: torch.device, *, tokens: int = 16_384) -> Iterator[list[int]]:
+def groups(
+    lengths: Sequence[int], device: torch.device, *, width: int | None = None, tokens: int = 16_384
+) -> Iterator[list[int]]:
     """Which rows are computed together: on an accelerator rows of similar length (a quarter of padding at most, some
-    `tokens` in all), elsewhere each row alone, which there is as fast and needs no padding."""
-    if device.type == "cpu":
+    `tokens` in all), elsewhere each row alone, which there is as fast and needs no padding.
+
+    Rows longer than `width` are not mixed with others: their Gram matrices are of the other side.
+    """
+    if not is_accelerator(device):
         yield from ([index] for index in range(len(lengths)))
         return
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        full = (len(group) + 1) * lengths[group[0]] > tokens if group else False
-        if group and (full or lengths[index] < 0.75 * lengths[group[0]]):
+        if group and not _fits(len(group) + 1, lengths[group[0]], lengths[index], width, tokens):
             yield group
             group = []
         group.append(index)
     if group:
         yield group
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether rows are better computed in batches there than one by one."""
+    return device.type != "cpu"
+
+
+def _fits(count: int, longest: int, length: int, width: int | None, tokens: int) -> bool:
+    """Whether a row of this length may join a group, making it `count` rows."""
+    side = longest if width is None else min(longest, width)
+    same_side = width is None or (longest <= width) == (length <= width)
+    small = count * longest <= tokens and count * side * side <= GROUP_NUMBERS
+    return small and same_side and length >= 0.75 * longest
 
 
 def gram_of_blocks(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -96,41 +139,92 @@ def gram_of_blocks(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
     return gram.tril() + gram.tril(-1).T
 
 
-def norms_of_grams(grams: torch.Tensor, ranks: Sequence[int], *, precision: str = "exact") -> list[Norms]:
-    """Norms of any matrices from their float64 Gram matrices `(R, N, N)`: `sum sqrt(eigenvalues)`, `sqrt(trace)`.
+def norms_of_grams(grams: torch.Tensor, ranks: Sequence[int], *, how: How = "eigenvalues") -> list[Norms]:
+    """Norms of any matrices from their float64 Gram matrices `(R, N, N)`, read by the host.
 
     `ranks` are the largest ranks possible: eigenvalues beyond them belong to the padding and are left out.
     """
-    squares = grams.diagonal(dim1=1, dim2=2).sum(dim=1).tolist()
-    results = [Norms(math.nan, math.nan) for _ in squares]
-    open_rows = [row for row, square in enumerate(squares) if math.isfinite(square)]
-    if precision == "fast" and open_rows:
-        values = polar_traces(grams[open_rows])
-        for row, value in zip(open_rows, values, strict=True):
-            if value is not None:
-                results[row] = Norms(value, math.sqrt(max(squares[row], 0.0)))
-        open_rows = [row for row, value in zip(open_rows, values, strict=True) if value is None]
+    first = device_norms(grams, ranks, how)
+    nuclear, squares, shown = first.nuclear.tolist(), first.square.tolist(), first.shown.tolist()
+    open_rows = [row for row, fine in enumerate(shown) if not fine]
     if open_rows:
-        roots = torch.linalg.eigvalsh(grams[open_rows]).clamp_min(0).sqrt()
-        for row, root in zip(open_rows, roots, strict=True):
-            nuclear = float(root[len(root) - ranks[row] :].sum())
-            results[row] = Norms(nuclear, math.sqrt(max(squares[row], 0.0)), fell_back=precision == "fast")
-    return results
+        again = device_norms(grams[open_rows], [ranks[row] for row in open_rows], "eigenvalues").nuclear.tolist()
+        for row, value in zip(open_rows, again, strict=True):
+            nuclear[row] = value
+    return [
+        Norms(value, math.sqrt(square), fell_back=not fine)
+        for value, square, fine in zip(nuclear, squares, shown, strict=True)
+    ]
 
 
-# --- the fast route: matrix products only ---------------------------------------------------------------------------
+def device_norms(grams: torch.Tensor, ranks: Sequence[int], how: How) -> DeviceNorms:
+    """As `norms_of_grams`, left on the device and without a second attempt: `sum sqrt(eigenvalues)` and the trace."""
+    squares = grams.diagonal(dim1=1, dim2=2).sum(dim=1)
+    finite = torch.isfinite(squares)
+    grams = torch.where(finite[:, None, None], grams, 0.0)  # eigvalsh refuses all rows for the sake of one
+    if how == "eigenvalues":
+        nuclear, shown = eigenvalue_traces(grams, ranks), torch.ones_like(finite)
+    elif how == "polar":
+        nuclear, shown = exact_polar_traces(grams)
+    else:
+        nuclear, shown = polar_traces(grams)
+    squares = torch.where(finite, squares.clamp_min(0), torch.nan)
+    return DeviceNorms(torch.where(finite, nuclear, torch.nan), squares, shown | ~finite)
+
+
+def eigenvalue_traces(grams: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+    """`tr sqrt` of Gram matrices `(R, N, N)` from the largest `ranks` eigenvalues of each, float64 `(R,)`."""
+    roots = torch.linalg.eigvalsh(grams).clamp_min(0).sqrt()
+    return torch.stack([root[len(root) - rank :].sum() for root, rank in zip(roots, ranks, strict=True)])
+
+
+# --- polar iterations: matrix products only -------------------------------------------------------------------------
+
+
+def exact_polar_traces(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tr sqrt` of Gram matrices `(R, N, N)` in float64 and whether each shows `EXACT_TOLERANCE`: `(R,)`, bool `(R,)`.
+
+    As `polar_traces`, from a Cholesky factor F of the Gram matrix plus a ridge r. Positions whose diagonal is zero
+    (padding, rows of zeros) are decoupled: a diagonal entry of their own keeps F regular and is left out of the sum.
+    Shown afterwards: U is orthogonal and `Uᵀ F` symmetric, so that it is the polar factor; and `r tr(F⁻¹ U) = r Σ 1/σ`,
+    which the ridge adds at most, is small. Rows whose states repeat exactly cannot show the latter.
+    """
+    size = grams.shape[1]
+    diagonal = grams.diagonal(dim1=1, dim2=2)
+    live, trace = diagonal > 0, diagonal.sum(dim=1)
+    ridge = RIDGE * trace
+    shift = torch.where(live, ridge[:, None], trace[:, None] / size)
+    shifted = grams + torch.diag_embed(shift)
+    lower, info = torch.linalg.cholesky_ex(shifted)
+    scale = shifted.norm(dim=(1, 2)).sqrt() * (1 + 1e-6)  # at least the largest singular value
+    factor = lower / scale[:, None, None]
+    polar = _polar_factor(factor, 1e-8)
+    for _ in range(2):  # 1e-3 from orthogonal, then 2e-6, then 3e-12
+        polar = 1.5 * polar - 0.5 * (polar @ polar.mT @ polar)
+    value = (polar * factor).sum(dim=2).where(live, 0.0).sum(dim=1)
+    root = polar.mT @ factor
+    eye = torch.eye(size, dtype=grams.dtype, device=grams.device)
+    inverses = torch.linalg.solve_triangular(factor, polar, upper=False).diagonal(dim1=1, dim2=2)
+    added = ridge / scale.square() * inverses.where(live, 0.0).sum(dim=1)
+    shown = (
+        (info == 0)
+        & torch.isfinite(value)
+        & ((polar @ polar.mT - eye).norm(dim=(1, 2)) <= 0.1 * EXACT_TOLERANCE)
+        & ((root - root.mT).norm(dim=(1, 2)) <= 0.01 * EXACT_TOLERANCE * root.norm(dim=(1, 2)))
+        & (added.abs() <= 0.5 * EXACT_TOLERANCE * value)
+    )
+    return value * scale, shown
 
 
 def polar_traces(
     grams: torch.Tensor, *, smallest: float = 1e-8, dtype: torch.dtype = torch.float32
-) -> list[float | None]:
-    """`tr sqrt` of Gram matrices `(R, N, N)` by Newton-Schulz on a Cholesky factor; None for a row that cannot show
-    `FAST_TOLERANCE`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tr sqrt` of Gram matrices `(R, N, N)` by Newton-Schulz on a Cholesky factor, float64 `(R,)`, and whether each
+    shows `FAST_TOLERANCE`, bool `(R,)`.
 
     With `gram + ridge = F Fᵀ` (float64), the polar factor U of F gives `tr(Uᵀ F)`, the nuclear norm. The iteration runs
     on F, not on the Gram matrix: directions far below the largest need not converge, since they weigh next to
-    nothing, so a dominant direction does no harm. Each step `X <- X (3 - X Xᵀ)/2` is rescaled for the interval that
-    the singular values are known to lie in, which multiplies the small ones by 2.6 instead of 1.5.
+    nothing, so a dominant direction does no harm.
     Shown afterwards: U is no longer than 1, the value has stopped moving, `(Uᵀ F)² = Fᵀ F`, and the ridge's share.
     """
     size = grams.shape[1]
@@ -139,24 +233,34 @@ def polar_traces(
     lower, info = torch.linalg.cholesky_ex(grams + ridge[:, None, None] * eye)
     scale = grams.norm(dim=(1, 2)).sqrt() * (1 + 1e-6)  # at least the largest singular value
     factor = (lower / scale[:, None, None]).to(dtype)
-    polar, low = factor, smallest
-    while low < 0.999:
-        mu = math.sqrt(3 / (1 + low + low * low))
-        polar = polar * (1.5 * mu) - (polar @ polar.mT @ polar) * (0.5 * mu**3)
-        low = mu * low * (3 - (mu * low) ** 2) / 2
+    polar = _polar_factor(factor, smallest)
     before = (polar * factor).sum(dim=(1, 2), dtype=torch.float64)
     polar = 1.5 * polar - 0.5 * (polar @ polar.mT @ polar)
     value = (polar * factor).sum(dim=(1, 2), dtype=torch.float64)
     root, square = polar.mT @ factor, factor.mT @ factor
     sound = (
         (info == 0)
+        & torch.isfinite(value * scale)
         & ((value - before).abs() <= 0.2 * FAST_TOLERANCE * value)
         & ((root @ root - square).norm(dim=(1, 2)) <= 0.2 * FAST_TOLERANCE * square.norm(dim=(1, 2)))
         & (size * ridge.sqrt() <= 0.5 * FAST_TOLERANCE * value * scale)
         & ((polar @ polar.mT).norm(dim=(1, 2)) <= math.sqrt(size) * (1 + 1e-3))
     )
-    found = zip(sound.tolist(), (value * scale).tolist(), strict=True)
-    return [result if fine and math.isfinite(result) else None for fine, result in found]
+    return value * scale, sound
+
+
+def _polar_factor(factor: torch.Tensor, smallest: float) -> torch.Tensor:
+    """Polar factor of matrices `(R, N, N)` with singular values in `[smallest, 1]`, to a last Newton-Schulz step.
+
+    Each step `X <- X (3 - X Xᵀ)/2` is rescaled for the interval that the singular values are known to lie in, which
+    multiplies the small ones by 2.6 instead of 1.5.
+    """
+    polar, low = factor, smallest
+    while low < 0.999:
+        mu = math.sqrt(3 / (1 + low + low * low))
+        polar = polar * (1.5 * mu) - (polar @ polar.mT @ polar) * (0.5 * mu**3)
+        low = mu * low * (3 - (mu * low) ** 2) / 2
+    return polar
 
 
 # --- the long-row route: an estimate with its error ------------------------------------------------------------------

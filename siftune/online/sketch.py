@@ -57,12 +57,13 @@ class Sketch(tuple[int, int]):
     _signs: Signs | None
     _indices: Indices | None
     _time: torch.Tensor | None
+    _moved: torch.Tensor | None
     _block: torch.Tensor | None
 
     def __new__(cls, shape: Iterable[int], *, seed: int = 0, paper: bool = False) -> Sketch:
         self = super().__new__(cls, shape)  # type: ignore[arg-type]
         self.seed, self.paper = seed, paper
-        self._signs = self._indices = self._time = self._block = None
+        self._signs = self._indices = self._time = self._moved = self._block = None
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -105,7 +106,7 @@ class Sketch(tuple[int, int]):
         second = self._draw(PERIOD, self[1], generator)
         self._signs = Signs(signs, self.time_signs(PERIOD))
         self._indices = Indices(first, second)
-        self._time = self._block = None
+        self._time = self._moved = self._block = None
 
     def time_signs(self, length: int) -> torch.Tensor:
         """Signs of the positions `0 .. length - 1`: a longer row's begin with a shorter row's. `(length,)`."""
@@ -137,8 +138,18 @@ class Sketch(tuple[int, int]):
 
         Float64 `(R, d₂·d₁)`.
         """
-        rows = self.rows(inputs.shape[1]).to(inputs.device)
+        rows = self._rows_on(inputs.device, inputs.shape[1])
         return ((rows @ inputs.double()) @ projected.T).flatten(1)
+
+    def _rows_on(self, device: torch.device, length: int) -> torch.Tensor:
+        """`rows(length)` on a device, copied there once."""
+        rows = self.rows(length)
+        if rows.device == device:
+            return rows
+        if self._moved is None or self._moved.device != device or self._moved.shape[1] < length:
+            assert self._time is not None
+            self._moved = self._time.to(device)
+        return self._moved[:, :length]
 
     def _draw(self, size: int, count: int, generator: torch.Generator) -> torch.Tensor:
         """`count` frequencies. k and size - k have the same cosines, so half of them (less 0) are distinct."""

@@ -14,19 +14,34 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..budget import Keep
 from ..errors import UserError
+from ..models.head import Factor, Head
 from ..models.hidden import exact_math, predicting_tokens, real_tokens
 from ..records import RowScores
 from .base import Batch, Measured, OnlineMethod, at_least, one_of
+from .collected import Collected, Columns, Entry
 from .memory import Memory, pairwise
-from .nuclear import Norms, gram_of_blocks, groups, lanczos_norms, norms, norms_of_grams
+from .nuclear import (
+    How,
+    Norms,
+    device_norms,
+    gram_of_blocks,
+    gram_of_rows,
+    groups,
+    lanczos_norms,
+    norms,
+    norms_of_grams,
+    ranks,
+)
+from .route import EXACT, Exact, ExactRoute
 from .sketch import Sketch
 from .view import Seen, View
 
@@ -82,6 +97,9 @@ class UDS(OnlineMethod):
     """Token budget of one choice, beside `keep`: best rows first while the tokens that count fit, at least one row."""
     precision: Literal["exact", "fast"] = "exact"
     """`fast`: matrix products in place of eigenvalues (to 1e-4, shown per row, else exact); pays on accelerators."""
+    route: Literal["auto", "eigenvalues", "polar"] = "auto"
+    """How `precision="exact"` is computed. `auto`: eigenvalues on a CPU; on an accelerator the faster one on the first
+    batch of eigenvalues and the float64 polar iteration (to 1e-7, shown per row, else eigenvalues)."""
     memory_policy: Literal["fifo", "reservoir"] = "fifo"
     """Which rows are remembered: the latest (the paper), or a uniform sample of all kept so far."""
     lanczos_above: int | None = None
@@ -93,6 +111,7 @@ class UDS(OnlineMethod):
             self.sketch = Sketch(self.sketch, seed=self.seed, paper=self.compat == "paper")
         self._memory = Memory(self.memory, policy=self.memory_policy, seed=self.seed)
         self._view = View()
+        self._exact = ExactRoute(self.route)
         self._spread_intra = 0.0
         self._spread_inter = 0.0
 
@@ -117,6 +136,11 @@ class UDS(OnlineMethod):
             raise UserError(f"apart={self.apart!r} must be a share of a sketch's length in [0, 1]")
         one_of("length_norm", self.length_norm, ("none", "sqrt", "tokens"))
         one_of("precision", self.precision, ("exact", "fast"))
+        one_of("route", self.route, ("auto", *EXACT))
+        if self.precision == "fast" and self.route != "auto":
+            raise UserError(
+                f"route={self.route!r} is for precision='exact', and precision is 'fast'; remove one of them"
+            )
         one_of("memory_policy", self.memory_policy, ("fifo", "reservoir"))
         if self.lanczos_above is not None:
             at_least("lanczos_above", self.lanczos_above, 1)
@@ -128,43 +152,59 @@ class UDS(OnlineMethod):
         wanted = real_tokens(batch)
         if self.tokens == "answer":
             wanted &= predicting_tokens(batch)
-        rows = len(wanted)
-        result = _Columns(rows, self.sketch[0] * self.sketch[1])
+        collected = Collected()
         fresh, self._moved = self._moved, False
+        device = torch.device("cpu")
         for seen in self._view.rows(model, batch, wanted, score_tokens=self.score_tokens, fresh=fresh):
             self._bind(seen.vocabulary)
             if seen.head is not None:
                 self._view.forget(seen.head, stale=self._stale)
                 self._stale = False
-            device = seen.head.device if seen.head is not None else torch.device("cpu")
+            device = seen.device
             with exact_math(device):
                 if seen.head is not None and seen.head.cap is None:
-                    self._measure_linear(seen, seen.head, result)
+                    self._measure_linear(seen, seen.head, collected)
                 else:
-                    self._measure_blocks(seen, result)
-        what = "real" if self.tokens == "all" else "answer"
-        result.close(wanted, f"no {what} tokens to score")
+                    self._measure_blocks(seen, collected)
+        with exact_math(device):  # rows that have to be computed again
+            result = self._columns(collected, wanted)
         columns = {"intra": result.intra, "sketch": result.sketch, "tokens": wanted.sum(dim=1)}
         if self.lanczos_above is not None:
             columns["intra_error"] = result.error
-        return Measured(rows, columns, result.reasons)
+        return Measured(len(wanted), columns, result.reasons)
 
-    def _measure_linear(self, seen: Seen, head: Any, result: _Columns) -> None:
+    def _measure_linear(self, seen: Seen, head: Head, collected: Collected) -> None:
         factor = self._view.factor(head)
         projected = self._view.projected(head, self._sketch) * head.multiplier
         lengths = [len(inputs) for inputs in seen.inputs]
-        for group in groups(lengths, head.device):
-            some = [lengths[index] for index in group]
-            padded = torch.nn.utils.rnn.pad_sequence([seen.inputs[index] for index in group], batch_first=True)
-            sketches = self._sketch.apply(padded, projected).cpu()
-            if self.lanczos_above is not None and max(some) > self.lanczos_above:
-                found = [self._long_or_exact(seen.inputs[index], factor) for index in group]
-            else:
-                found = norms(padded, some, factor, precision=self.precision)
-            for index, sketch, norm in zip(group, sketches, found, strict=True):
-                result.put(seen.rows[index], self._intra(norm, lengths[index], abs(head.multiplier)), norm, sketch)
+        long = [index for index, length in enumerate(lengths) if length > (self.lanczos_above or math.inf)]
+        short = [index for index in range(len(lengths)) if index not in set(long)]
+        parts = groups([lengths[index] for index in short], head.device, width=head.width)
+        grouped = [[short[place] for place in group] for group in parts]
 
-    def _measure_blocks(self, seen: Seen, result: _Columns) -> None:
+        def padded(group: list[int]) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence([seen.inputs[index] for index in group], batch_first=True)
+
+        def entry(index: int, **known: Any) -> Entry:
+            return Entry(seen.rows[index], lengths[index], abs(head.multiplier), **known)
+
+        def trial(route: Exact) -> None:
+            for group in grouped:
+                norms(padded(group), [lengths[index] for index in group], factor, how=route)
+
+        for index in long:
+            inputs = seen.inputs[index]
+            known = lanczos_norms(inputs, factor, seed=self.seed)
+            collected.add_known(entry(index, known=known), self._sketch.apply(inputs[None], projected))
+        for group in grouped:
+            how = self._how(head.device, trial)
+            inputs = padded(group)
+            retries = [None if how == "eigenvalues" else _by_eigenvalues(seen.inputs[index], factor) for index in group]
+            local = device_norms(gram_of_rows(inputs, factor), ranks([lengths[index] for index in group], factor), how)
+            entries = [entry(index, again=again) for index, again in zip(group, retries, strict=True)]
+            collected.add(entries, local, self._sketch.apply(inputs, projected))
+
+    def _measure_blocks(self, seen: Seen, collected: Collected) -> None:
         """A capped head, or the model's own logits: the vocabulary is walked once, in blocks."""
         for index, row in enumerate(seen.rows):
             sketch = torch.zeros(1, dtype=torch.float64)
@@ -178,24 +218,40 @@ class UDS(OnlineMethod):
                     sketch = sketch.to(block.device) + (time @ block) @ columns.T
                     yield block
 
-            gram = gram_of_blocks(walked())
-            (norm,) = norms_of_grams(gram[None], [len(gram)], precision=self.precision)
-            result.put(row, self._intra(norm, len(gram), 1.0), norm, sketch.flatten().cpu())
+            grams = gram_of_blocks(walked())[None]
+            size = grams.shape[1]
 
-    def _long_or_exact(self, inputs: torch.Tensor, factor: Any) -> Norms:
-        assert self.lanczos_above is not None
-        if len(inputs) > self.lanczos_above:
-            return lanczos_norms(inputs, factor, seed=self.seed)
-        return norms(inputs[None], [len(inputs)], factor, precision=self.precision)[0]
+            def trial(route: How, grams: torch.Tensor = grams, size: int = size) -> float:
+                return norms_of_grams(grams, [size], how=route)[0].nuclear
+
+            how = self._how(grams.device, trial)
+            again = None if how == "eigenvalues" else partial(trial, "eigenvalues")
+            collected.add([Entry(row, size, 1.0, again)], device_norms(grams, [size], how), sketch.flatten()[None])
+
+    def _how(self, device: torch.device, trial: Callable[[Exact], object]) -> How:
+        """The way to nuclear norms on this device; `trial` computes some of them by a given exact route."""
+        return "fast" if self.precision == "fast" else self._exact.on(device, trial)
+
+    def _columns(self, collected: Collected, wanted: torch.Tensor) -> Columns:
+        """Everything measured, read from the device."""
+        result = Columns(len(wanted), self.sketch[0] * self.sketch[1])
+        for entry, norm, sketch in collected.read():
+            result.put(entry.row, self._intra(norm, entry.tokens, entry.multiplier), norm, sketch)
+        what = "real" if self.tokens == "all" else "answer"
+        result.close(wanted, f"no {what} tokens to score")
+        return result
 
     def _intra(self, norm: Norms, tokens: int, multiplier: float) -> float:
-        if norm.fell_back:
+        if norm.fell_back and self.precision == "fast":
             warnings.warn(
                 "precision='fast' could not show 1e-4 for some rows, which were computed exactly", stacklevel=5
             )
         share = {"nuclear": 1.0, "frobenius": 0.0, "blend": 0.5}[self.norm] if isinstance(self.norm, str) else self.norm
         value = multiplier * (share * norm.nuclear + (1 - share) * norm.frobenius)
         return value / {"none": 1.0, "sqrt": math.sqrt(tokens), "tokens": tokens}[self.length_norm]
+
+    def provenance(self) -> dict[str, str]:
+        return {"exact_route": route} if (route := self._exact.describe()) else {}
 
     # --- combine, choose, commit --------------------------------------------------------------------------------------
 
@@ -324,21 +380,6 @@ class UDS(OnlineMethod):
         self._sketch.bind(vocabulary)
 
 
-class _Columns:
-    """The measurements of one batch while its rows arrive, in any order."""
-
-    def __init__(self, rows: int, numbers: int) -> None:
-        self.intra = torch.full((rows,), torch.nan, dtype=torch.float64)
-        self.error = torch.full((rows,), torch.nan, dtype=torch.float64)
-        self.sketch = torch.full((rows, numbers), torch.nan, dtype=torch.float64)
-        self.reasons: dict[int, str] = {}
-
-    def put(self, row: int, intra: float, norm: Norms, sketch: torch.Tensor) -> None:
-        self.intra[row], self.error[row], self.sketch[row] = intra, norm.error, sketch
-
-    def close(self, wanted: torch.Tensor, empty: str) -> None:
-        """Give every row without finite measurements its reason, and NaN in all columns."""
-        finite = torch.isfinite(self.intra) & torch.isfinite(self.sketch).all(dim=1)
-        for row in (~finite).nonzero().flatten().tolist():
-            self.intra[row], self.error[row], self.sketch[row] = torch.nan, torch.nan, torch.nan
-            self.reasons[row] = "its hidden states are not finite" if bool(wanted[row].any()) else empty
+def _by_eigenvalues(inputs: torch.Tensor, factor: Factor) -> Callable[[], float]:
+    """How to compute the nuclear norm of one row `(N, D)` without a polar iteration, later."""
+    return lambda: norms(inputs[None], [len(inputs)], factor)[0].nuclear

@@ -51,6 +51,14 @@ class Seen:
             yield start, start + block.shape[1], block.float()
 
     @property
+    def device(self) -> torch.device:
+        """Where the mathematics of these rows run."""
+        if self.head is not None:
+            return self.head.device
+        assert self.logits is not None
+        return self.logits.device
+
+    @property
     def vocabulary(self) -> int:
         if self.head is not None:
             return self.head.vocabulary

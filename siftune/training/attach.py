@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from ..errors import UserError
 from ..models.layout import LaidOut, with_layout
+from ..online import nuclear
 from ..online.base import OnlineMethod
 from ..online.token_id import token_ids
 from ..output import say
@@ -96,6 +97,7 @@ class Attachment:
         )
         self._together = together(trainer, selector)
         self._allow_fresh = allow_fresh
+        self._quiet = quiet or not trainer.is_world_process_zero()
         self._padding = Padding.of(trainer)
         self._dummies = allows_dummies(trainer)
         self._rows: tuple[Any, RowIndex | None] = (None, None)
@@ -103,7 +105,7 @@ class Attachment:
         self._pristine: Mapping[str, Any] = {}
         self._checked = False
         self._packed = packs(trainer)
-        self._quiet = quiet
+        self._facts: dict[str, str] = {}
         self._ranks: Ranks | None = None
         self._previous = {name: getattr(trainer, name) for name in _WRAPPED}
         self._own = {name for name in _WRAPPED if name in vars(trainer)}
@@ -189,6 +191,8 @@ class Attachment:
                 learning_rate=self._learning_rate(),
                 unscored=f"no selection before start_step={self.selector.start_step}" if early else None,
             )
+        if not early:
+            self._record(device)
         self.meter.add(selection)
         if self.ledger is not None:
             self._write(step + 1, laid_out, selection.local_only())
@@ -218,7 +222,7 @@ class Attachment:
         segments = [len(batch.layout) for batch in laid_out]
         if self.selector.window != "step" and not self._together:
             self.selector.check_keep(max(segments))
-        if not self._quiet and self.trainer.is_world_process_zero():
+        if not self._quiet:
             say(describe_packed(self.selector, laid_out, self._model()), error=True)
 
     def _joined_ranks(self, device: torch.device) -> Ranks:
@@ -231,6 +235,16 @@ class Attachment:
                     'so they cannot choose together; pass scope="local" to the selector'
                 )
         return self._ranks
+
+    def _record(self, device: torch.device) -> None:
+        """What the selector decided at run time goes into the ledger's metadata, and once, on an accelerator, to stderr."""
+        facts = self.selector.provenance()
+        if facts != self._facts and nuclear.is_accelerator(device) and not self._quiet:
+            for name, value in facts.items():
+                say(f"siftune: {name.replace('_', ' ')}: {value}", error=True)
+        self._facts = facts
+        if self.ledger is not None:
+            self.ledger.facts = facts
 
     def _model(self) -> torch.nn.Module:
         """The model as the trainer runs it, autocast and adapters included. Of DDP (and of DeepSpeed up to ZeRO-2) its

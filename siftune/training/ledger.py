@@ -29,6 +29,7 @@ _FRONT = [("step", pa.int64()), ("rank", pa.int32()), ("micro", pa.int32()), ("r
 _FRONT += [("token_id", pa.string()), ("total", pa.float64())]
 _SEGMENT = [("segment", pa.int32())]
 """Of packed batches only: the position among the micro-batch's segments."""
+_FACT = b"siftune."
 _BACK = [("kept", pa.bool_()), ("reason", pa.string())]
 
 
@@ -43,6 +44,8 @@ class Ledger:
     def __init__(self, folder: Path, *, rank: int = 0, world: int = 1) -> None:
         self.folder = folder
         self.rank, self.world = rank, world
+        self.facts: dict[str, str] = {}
+        """What the files' metadata holds beside the columns, under `siftune.NAME`: how scores were computed."""
         self._columns: dict[str, list[Any]] = {}
         self._lines = 0
 
@@ -93,7 +96,7 @@ class Ledger:
         known = {name for name, _ in _FRONT + _SEGMENT + _BACK}
         parts = [(name, pa.float64()) for name in self._columns if name not in known]
         segment = _SEGMENT if "segment" in self._columns else []
-        schema = pa.schema(_FRONT + segment + sorted(parts) + _BACK)
+        schema = pa.schema(_FRONT + segment + sorted(parts) + _BACK, metadata=_metadata([self.facts]))
         name = f"part-{step}.parquet" if self.rank == 0 else f"part-{step}-rank{self.rank}.parquet"
         path = self._parts_folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,9 +132,11 @@ class Ledger:
         paths = [path for _, path in sorted(found)]
         for path in (*paths, self.merged):
             _check_ours(path)
-        schema = pa.unify_schemas([_read(path).schema.remove_metadata() for path in paths])
+        schemas = [_read(path).schema for path in paths]
+        facts = _metadata([facts_of(schema) for schema in schemas])
+        schema = pa.unify_schemas([schema.remove_metadata() for schema in schemas])
         parts = [field for field in schema if field.name not in {name for name, _ in _FRONT + _BACK}]
-        schema = pa.schema([*_FRONT, *((field.name, field.type) for field in parts), *_BACK])
+        schema = pa.schema([*_FRONT, *((field.name, field.type) for field in parts), *_BACK], metadata=facts)
         with atomic_path(self.merged) as temporary, open_writer(temporary, schema) as writer:
             for path in paths:
                 table = _read(path)
@@ -145,6 +150,22 @@ class Ledger:
     @property
     def _parts_folder(self) -> Path:
         return self.folder / "selection"
+
+
+def facts_of(schema: pa.Schema) -> dict[str, str]:
+    """The facts that a ledger's file was written with."""
+    metadata = schema.metadata or {}
+    names = [name for name in metadata if name.startswith(_FACT)]
+    return {name.removeprefix(_FACT).decode(): metadata[name].decode() for name in names}
+
+
+def _metadata(several: Sequence[Mapping[str, str]]) -> dict[bytes, bytes] | None:
+    """The facts of several parts as one file's metadata; where parts differ, every distinct value in order."""
+    values: dict[str, dict[str, None]] = {}
+    for facts in several:
+        for name, value in facts.items():
+            values.setdefault(name, {}).update(dict.fromkeys(value.split(" | ")))
+    return {_FACT + name.encode(): " | ".join(distinct).encode() for name, distinct in values.items()} or None
 
 
 def _part(path: Path) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..models.hidden import real_tokens, take_apart, walk
 from ..models.layout import LaidOut, Span
 from ..models.repack import join_segments
+from ..models.sharded import is_sharded
 from ..online.base import OnlineMethod
 
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "ssm", "hybrid")
@@ -51,7 +52,9 @@ def describe_packed(selector: OnlineMethod, batches: Sequence[LaidOut], model: t
         f"{sum(tokens)} tokens in {len(batches)} micro-batch{'es' if len(batches) > 1 else ''} and trains on "
         f"{sum(kept)} rows{budget}"
     )
-    if not selector.needs_forward or (apart := separates(model, batches)) is None or apart:
+    if not selector.needs_forward or is_sharded(take_apart(model).called):  # a forward pass would need every rank
+        return line
+    if (apart := separates(model, batches)) is None or apart:
         return line
     attention = getattr(take_apart(model).config, "_attn_implementation", None)
     return (

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from siftune.models.head import Factor, Head, factorise
-from siftune.online.nuclear import gram_of_rows, groups, lanczos_norms, norms, norms_of_grams, polar_traces
+from siftune.online.nuclear import (
+    EXACT_TOLERANCE,
+    How,
+    exact_polar_traces,
+    gram_of_rows,
+    groups,
+    lanczos_norms,
+    norms,
+    norms_of_grams,
+    polar_traces,
+)
 from siftune.online.uds import UDS
 from tests.reference_uds import naive_frobenius, naive_logits, naive_nuclear, tiny_batch
 from tests.tiny import tiny_model
@@ -71,19 +81,68 @@ def test_norms(kind: str, single: bool, factor: Factor) -> None:
     assert found.error == 0
 
 
+def degenerate_rows() -> dict[str, torch.Tensor]:
+    """Further rows on which a polar iteration might stumble."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "rows of zeros among others": torch.cat([normal(40, WIDTH), torch.zeros(9, WIDTH)]),
+        "nothing but zeros": torch.zeros(12, WIDTH),
+        "rank 1": normal(60, 1) * normal(WIDTH),
+        "rank 3": normal(60, 3) @ normal(3, WIDTH),
+        "half repeated": normal(30, WIDTH).repeat(2, 1),
+    }
+
+
+SHOWN = {"ordinary", "one token", "longer than wide", "as long as wide", "bf16", "huge", "tiny"}
+"""Rows of full rank: the float64 polar iteration has to manage them by itself."""
+
+
+@pytest.mark.parametrize("kind", [*rows(), *degenerate_rows()])
+def test_the_exact_polar_route(kind: str, factor: Factor) -> None:
+    states = (rows() | degenerate_rows())[kind]
+    result = norms(states[None], [len(states)], factor, how="polar")[0]
+    reference = naive_nuclear(naive_logits(states, random_weight()))
+    bar = 1e-6 if kind == "one token 300 times" else 1e-7  # what eigenvalues themselves reach there
+    np.testing.assert_allclose(result.nuclear, reference, rtol=bar)
+    assert result.error == 0
+    if kind in SHOWN | {"rows of zeros among others"}:
+        assert not result.fell_back
+        np.testing.assert_allclose(result.nuclear, reference, rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [2, 40, 200])
+def test_what_the_polar_route_shows_is_so(size: int) -> None:
+    """Over spectra of every steepness: either within the tolerance or not shown, and gentle ones are shown."""
+    generator = torch.Generator().manual_seed(size)
+    left = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
+    decades = torch.arange(0, 17, dtype=torch.float64)
+    values = 10 ** (-decades[:, None] * torch.linspace(0, 1, size, dtype=torch.float64))
+    factors = left * values[:, None, :]
+    traces, shown = exact_polar_traces(factors @ factors.mT)
+    errors = (traces / values.sum(dim=1) - 1).abs()
+    assert (errors[shown] < EXACT_TOLERANCE).all()
+    assert shown[:6].all()
+    assert size == 2 or not shown[-1], "a ridge on one direction alone is within the tolerance"
+
+
 @pytest.mark.parametrize("kind", list(rows()))
 def test_fast_keeps_its_tolerance_or_falls_back(kind: str, factor: Factor) -> None:
     states = rows()[kind]
-    found = norms(states[None], [len(states)], factor, precision="fast")[0]
-    np.testing.assert_allclose(found.nuclear, naive_nuclear(naive_logits(states, random_weight())), rtol=1e-4)
+    result = norms(states[None], [len(states)], factor, how="fast")[0]
+    np.testing.assert_allclose(result.nuclear, naive_nuclear(naive_logits(states, random_weight())), rtol=1e-4)
     if kind in ("ordinary", "longer than wide", "as long as wide", "bf16"):
-        assert not found.fell_back, "the fast route should manage an ordinary row"
+        assert not result.fell_back, "the fast route should manage an ordinary row"
 
 
 def test_fast_never_answers_without_showing_it() -> None:
     broken = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]], dtype=torch.float64)  # not positive semidefinite
-    assert polar_traces(broken) == [None]
-    assert polar_traces(torch.zeros(1, 3, 3, dtype=torch.float64)) == [None]
+    for traces in (polar_traces, exact_polar_traces):
+        assert not traces(broken)[1].any()
+        assert not traces(torch.zeros(1, 3, 3, dtype=torch.float64))[1].any()
 
 
 def test_fast_falling_back_is_said() -> None:
@@ -104,8 +163,9 @@ def test_rows_padded_together_are_as_alone(factor: Factor) -> None:
     """What an accelerator does: zeros beyond a row's length, in one batch."""
     some = [rows()[kind] for kind in ("ordinary", "one token 64 times", "one token", "as long as wide", "bf16")]
     padded = torch.nn.utils.rnn.pad_sequence([states.float() for states in some], batch_first=True)
-    for precision, bar in (("exact", 1e-7), ("fast", 1e-4)):
-        together = norms(padded, [len(states) for states in some], factor, precision=precision)
+    hows: dict[How, float] = {"eigenvalues": 1e-7, "polar": 1e-7, "fast": 1e-4}
+    for how, bar in hows.items():
+        together = norms(padded, [len(states) for states in some], factor, how=how)
         for states, found in zip(some, together, strict=True):
             alone = norms(states[None], [len(states)], factor)[0]
             np.testing.assert_allclose(found.nuclear, alone.nuclear, rtol=bar)
@@ -122,13 +182,16 @@ def test_nan_stays_in_its_row(factor: Factor) -> None:
 def test_groups_hold_every_row_once_with_little_padding() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 600, (200,), generator=generator).tolist()
-    found = list(groups(lengths, torch.device("cuda"), tokens=4096))
+    found = list(groups(lengths, torch.device("cuda"), width=300, tokens=4096))
     assert sorted(index for group in found for index in group) == list(range(200))
     assert len(found) < 100
     for group in found:
         most = max(lengths[index] for index in group)
         assert most * len(group) <= 4096
         assert min(lengths[index] for index in group) >= 0.75 * most
+        assert len({lengths[index] <= 300 for index in group}) == 1, "Gram matrices of both sides in one group"
+    long = list(groups([4000] * 6 + [10], torch.device("cuda"), width=8000))
+    assert long == [[0], [1], [2], [3], [4], [5], [6]], "one Gram matrix of 4,000 is a group"
     assert list(groups(lengths, torch.device("cpu"))) == [[index] for index in range(200)]
 
 
