@@ -78,4 +78,7 @@ def test_a_reply_that_never_begins_a_row_ends() -> None:
     remarks = " ".join(chance.choices(WORDS, k=2000))
     assert end_after(5)(remarks[: WITHOUT_ROW - 1]) is None
     assert end_after(5)(remarks[:WITHOUT_ROW]) == Ending(WITHOUT_ROW, "stop")
-    assert end_after(5)(remarks[: WITHOUT_ROW - 60] + "\nInstruction: Add one and one, and explain the sum." + "a" * 99) is None
+    assert (
+        end_after(5)(remarks[: WITHOUT_ROW - 60] + "\nInstruction: Add one and one, and explain the sum." + "a" * 99)
+        is None
+    )

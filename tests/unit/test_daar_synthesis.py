@@ -253,7 +253,7 @@ def test_a_model_that_cannot_keep_to_the_form_is_asked_in_plainer_words() -> Non
     assert music[0].key == "music/seeds/0"
     assert {request.key.split("/")[1] for request in music[1:]} == {"plain"}
     assert len({request.seed for request in music}) == len(music)
-    assert {request.max_new_tokens for request in music[1:]} == {512}
+    assert {request.max_new_tokens for request in music[1:]} == {256}
     assert [row["how"] for row in found.rows["music"]] == ["seed"] * 4 + ["further"] * 8
     assert found.facts["music"]["plain_requests"] == len(music) - 1
     assert found.facts["law"]["plain_requests"] == 0
@@ -310,7 +310,9 @@ def test_a_reply_that_repeats_itself_is_torn_there() -> None:
         return Reply(key=request.key, text="Instruction: A\nOutput: " + "B " * 400, finish_reason="repetition")
 
     found = written(Writer(answer=answer))
-    assert [item.reason for item in found.rejected if item.asked == "law/further/0"] == ["torn: the reply repeats itself"]
+    assert [item.reason for item in found.rejected if item.asked == "law/further/0"] == [
+        "torn: the reply repeats itself"
+    ]
 
 
 def test_real_rows_join_the_set_and_save_requests() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from ...models.generate import Message
 from .descriptions import Domain
 
-PLAIN_TOKENS = 512
+PLAIN_TOKENS = 256
 """Tokens of a reply to a plain request at most: it holds one row."""
 SHOWN = 2
 """Finished turns before the request."""
