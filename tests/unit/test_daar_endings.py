@@ -11,7 +11,7 @@ from siftune.offline.daar.endings import LONGEST_UNIT, REPEATED, REPETITION, WIT
 from siftune.offline.daar.parsing import parse_rows
 from tests.unit.test_daar_parsing import CODE, FORMS, FRUIT, PAIR
 
-WORDS = "the a of to row sum list word page tree north water seven small light".split()
+WORDS = ["the", "a", "of", "row", "sum", "list", "word", "page", "tree", "north", "water", "seven", "small", "light"]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -13,6 +13,7 @@ Axes: `K` domains.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -325,8 +326,8 @@ class Writing:
         name = next((name for name in names if not len(self.kept[name])), None)
         if name is None:
             return
-        counts = reject_counts(item for item in self.rejected if item.domain == name)
-        reasons = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
+        counts = Counter(item.reason for item in self.rejected if item.domain == name)
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
         raise UserError(
             f"the generator wrote no usable row of the domain {name!r} in {self.tries[name] + self.attempts[name]} "
             f"replies ({reasons}); set generator to a larger model, pass rows of the domain with --seeds FILE, or reword "
