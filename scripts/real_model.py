@@ -57,7 +57,8 @@ class Done:
     def commands(self) -> str:
         """The command as it ran, and the same with the hub's model."""
         local = shlex.join(["siftune", *self.words])
-        return f"```bash\n{local}\n{local.replace(LOCAL, HUB)}\n```"
+        both = dict.fromkeys([local, local.replace(LOCAL, HUB)])
+        return "```bash\n" + "\n".join(both) + "\n```"
 
     @property
     def cost(self) -> str:
@@ -138,7 +139,7 @@ def written(folder: Path, manifest: dict[str, Any], shown: int = 3) -> str:
         numbers = [domain["rows"], domain["requests"], domain["plain_requests"], domain["relaxed"]]
         lines.append([name, *map(str, numbers), f"{domain['threshold_used']:.3f}", reasons or "-"])
     head = ["domain", "rows", "requests", "in plain words", "relaxed", "similarity up to", "not used"]
-    parts = [table(head, lines), *(f"- {sentence}" for sentence in facts["told"])]
+    parts = [table(head, lines), "\n".join(f"- {sentence}" for sentence in facts["told"])]
     for name in facts["domains"]:
         with open(folder / "run-daar" / "domains" / f"{name}.jsonl", encoding="utf-8") as handle:
             rows = [json.loads(line) for line in handle]
@@ -177,19 +178,21 @@ def shared_rows(folder: Path, one: str, other: str) -> str:
     return f"{both} of {sum(map(bool, first))}"
 
 
-def page(folder: Path, done: dict[str, Done], settings: str, recipe: str, per_domain: int) -> str:
+def page(folder: Path, done: dict[str, Done], settings: str, recipe: str, options: argparse.Namespace) -> str:
     """The complete page."""
     from benchmarks import machine
 
     rows = done["daar"].manifest["rows"]
+    command = f"--data POOLS --model {LOCAL} --per-domain {options.per_domain} --rows {options.rows}"
+    command += f" --attempts {options.attempts} --steps {options.steps}"
     return f"""# With a real pretrained model
 
-Written by `python scripts/real_model.py --data POOLS --model {LOCAL}`. Nothing here is typed by hand.
+Written by `python scripts/real_model.py {command}`. Nothing here is typed by hand.
 
 {machine.describe()}
 
 Model: [SmolLM2-135M-Instruct](https://huggingface.co/{HUB}), 135 M weights (here dequantised from 4 bit, so a little worse
-than the original), as base model and as generator. Pool: {rows["read"]:,} rows, {per_domain} of each of four public pools,
+than the original), as base model and as generator. Pool: {rows["read"]:,} rows, {options.per_domain} of each of four public pools,
 shuffled; their domains are hidden from the methods. Of each pair of commands, the first is what ran, the second takes the
 same model from the hub. Every command started from an empty cache, except that `ifd` and the training come after DaaR.
 
@@ -212,17 +215,25 @@ after its requests takes the least similar of the rows that were too similar.
 
 A model this small writes the form more reliably than the facts: read the rows before you rely on them, and use a larger
 generator where you can. DaaR needs them only to place the domains.
+{others(folder, done)}{few_steps(done, recipe)}"""
 
-## Other methods on the same rows
 
-{done["length"].commands}
+def others(folder: Path, done: dict[str, Done]) -> str:
+    """What the other offline methods cost, and what they share with DaaR."""
+    parts = [
+        f"{done[name].commands}\n\n{done[name].cost}. Rows that DaaR chose, too: "
+        f"{shared_rows(folder, f'run-{name}', 'run-daar')}.\n"
+        for name in ("length", "ifd")
+        if name in done
+    ]
+    return "\n## Other methods on the same rows\n\n" + "\n".join(parts) if parts else ""
 
-{done["length"].cost}. Rows that DaaR chose, too: {shared_rows(folder, "run-length", "run-daar")}.
 
-{done["ifd"].commands}
-
-{done["ifd"].cost}. Rows that DaaR chose, too: {shared_rows(folder, "run-ifd", "run-daar")}.
-
+def few_steps(done: dict[str, Done], recipe: str) -> str:
+    """The recipe, its command, and what came of it."""
+    if "train" not in done:
+        return ""
+    return f"""
 ## A few steps of training, UDS choosing in every batch
 
 `recipe.yaml` (with the hub's model, its first line is `model: {HUB}`):
@@ -249,6 +260,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10, help="rows that the model writes of each domain")
     parser.add_argument("--attempts", type=int, default=32, help="requests for further rows of a domain at most")
     parser.add_argument("--steps", type=int, default=4, help="steps of training")
+    parser.add_argument("--only", nargs="+", choices=list(commands()), help="run these commands alone; daar is needed")
     parser.add_argument("--reuse", action="store_true", help="keep what an earlier call computed")
     options = parser.parse_args()
     folder = options.work.resolve()
@@ -265,9 +277,10 @@ def main() -> None:
     (folder / "domains.yaml").write_text(settings + "\n", encoding="utf-8")
     recipe = RECIPE.format(model=LOCAL, steps=options.steps)
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    done = {name: run(name, words, folder, options.reuse) for name, words in commands().items()}
+    chosen = {name: words for name, words in commands().items() if name in (options.only or commands())}
+    done = {name: run(name, words, folder, options.reuse) for name, words in chosen.items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(page(folder, done, settings, recipe, options.per_domain), encoding="utf-8")
+    options.out.write_text(page(folder, done, settings, recipe, options), encoding="utf-8")
 
 
 if __name__ == "__main__":
