@@ -204,7 +204,7 @@ def _left_padded(
 def _rows_of_cache(output: Any, rows_B: torch.Tensor) -> Any:
     """The keys and values of some rows; None where the model keeps them otherwise, so that they are computed again."""
     cache = getattr(output, "past_key_values", None)
-    if not len(rows_B) or not hasattr(cache, "reorder_cache"):
+    if not len(rows_B) or cache is None or not hasattr(cache, "reorder_cache"):
         return None
     cache.reorder_cache(rows_B)
     return cache
