@@ -47,3 +47,12 @@ def tiny_base(shared: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("the real small model (../shared/models/tiny-base) is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained() -> Path:
+    """SmolLM2-135M-Instruct, a real chat model, in the folder that SIFTUNE_PRETRAINED names; the test skips without."""
+    folder = os.environ.get("SIFTUNE_PRETRAINED")
+    if not folder:
+        pytest.skip("SIFTUNE_PRETRAINED names no folder of a pretrained chat model")
+    return Path(folder)

@@ -8,8 +8,8 @@ Nothing heavy is imported here; `siftune.models.sampling` runs a local model, `s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,20 @@ from ..errors import UserError
 
 Message = tuple[str, str]
 """(role, content), role one of `system`, `user`, `assistant`."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Where a reply that is still being written may end."""
+
+    length: int
+    """Characters of the text that belong to the reply."""
+    finish_reason: str
+    """`stop` where the reply is complete, `repetition` where it only repeats itself."""
+
+
+EndRule = Callable[[str], Ending | None]
+"""The text of a reply so far to where it may end; None while it has to be continued."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +52,8 @@ class Request:
     """Tokens of the reply at most; a reply that reaches it has `finish_reason` `length`."""
     stop: tuple[str, ...] = ()
     """Strings that end the reply; not part of it. Servers take four at most."""
+    end_rule: EndRule | None = field(default=None, compare=False, repr=False)
+    """Ends a local model's reply early. A server does not know it, so a reply is usable without; no part of the content."""
 
     def __post_init__(self) -> None:
         assert self.messages, "a request without messages"
@@ -48,18 +64,17 @@ class Request:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Everything but the key, as JSON."""
-        said = asdict(self)
-        del said["key"]
-        return said
+        """Everything but the key and the rule for ending early, as JSON."""
+        return {name: value for name, value in asdict(self).items() if name not in ("key", "end_rule")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """What came back for one request: a text, or the reason why there is none.
 
-    `finish_reason` is `stop`, `length`, or a server's own word; `refused` where this one request can never be answered
-    (it is too long, a filter took it), `error` where nobody answered for now. Both come with `error` and without text.
+    `finish_reason` is `stop`, `length`, `repetition` (an end rule's), or a server's own word; `refused` where this one
+    request can never be answered (it is too long, a filter took it), `error` where no answer came for now. The last two
+    come with `error` and without text.
     """
 
     key: str

@@ -3,7 +3,8 @@
 Every request draws its uniform numbers from a generator of its own, one per token, and a token is the point where the
 cumulative probability (float64, likeliest first, cut at top-p) passes its number. So a reply hangs on its request, not
 on its batch, up to the rounding of the model's own arithmetic (about 1e-6 in float32; in bfloat16 a near-tie may fall
-otherwise). The decoding loop and the cache of keys and values are `generate`'s. Cost: one forward per token and batch.
+otherwise). The decoding loop and the cache of keys and values are `generate`'s; a row whose reply has ended leaves the
+batch and its reply is handed out at once. Cost: one forward per token and batch.
 
 Shapes: `B` requests of a batch, `T` tokens, `V` vocabulary.
 """
@@ -11,7 +12,7 @@ Shapes: `B` requests of a batch, `T` tokens, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -31,6 +32,11 @@ TOKEN_BUDGET = {"cpu": 32_768, "mps": 32_768, "cuda": 262_144}
 """Tokens of a batch, prompts and replies at their longest: what their keys and values may take."""
 ROWS = {"cpu": 16, "mps": 32, "cuda": 128}
 """Requests of a batch at most: beyond it a step costs as much as the rows do."""
+CHECK_EVERY = 8
+"""Tokens of a reply after which its request's end rule is applied again."""
+LIKELIEST = 1024
+"""Tokens that are sorted to draw one, unless the nucleus holds more: sorting a large vocabulary costs more than a small
+model's forward."""
 REQUESTS_AT_ONCE = 2048
 """Requests that are sorted by length together."""
 
@@ -96,7 +102,7 @@ class TransformersGenerator:
     # --- replies ------------------------------------------------------------------------------------------------------
 
     def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Replies batch by batch, longest prompts first. A prompt that leaves the model no room is refused."""
+        """Replies batch by batch, longest prompts first, each as it ends. A prompt without room for a reply is refused."""
         source = iter(requests)
         while some := list(islice(source, REQUESTS_AT_ONCE)):
             prompts, failed = self._prompts(some)
@@ -146,8 +152,7 @@ class TransformersGenerator:
         return 2**31 if self._positions is None else self._positions - prompt
 
     def _batches(self, fits: Sequence[int], lengths: Sequence[int], caps: Sequence[int]) -> Iterator[list[int]]:
-        """Requests in batches of near-equal prompts and caps; the order is that of lengths alone, so that what is left
-        of an interrupted list falls into the same batches."""
+        """Requests in batches of near-equal caps and prompts, which pad least; no reply depends on the order."""
         kind = self.files.torch_device.type
         budget = self.token_budget or TOKEN_BUDGET.get(kind, TOKEN_BUDGET["cpu"])
         rows = self.rows or ROWS.get(kind, ROWS["cpu"])
@@ -163,50 +168,60 @@ class TransformersGenerator:
             yield batch
 
     @torch.no_grad()
-    def _answer(self, requests: list[Request], prompts: list[list[int]], caps: list[int]) -> list[Reply]:
-        """The replies of one batch."""
+    def _answer(self, requests: list[Request], prompts: list[list[int]], caps: list[int]) -> Iterator[Reply]:
+        """The replies of one batch, each as soon as it ends; `generate` then continues with the other rows alone."""
         network, tokenizer, device = self.network, self.files.tokenizer, self.files.torch_device
         ends = self._once("ends", lambda: end_tokens(network, tokenizer))
         filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
-        longest = max(len(ids) for ids in prompts)
-        ids_BT = torch.full((len(prompts), longest), filler, dtype=torch.long)
-        mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, ids in enumerate(prompts):
-            ids_BT[row, longest - len(ids) :] = torch.tensor(ids)
-            mask_BT[row, longest - len(ids) :] = 1
-        stopper = _Stop(requests, caps, tokenizer, longest)
-        with quiet():
-            output_BT = network.generate(
-                input_ids=ids_BT.to(device),
-                attention_mask=mask_BT.to(device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max(caps), do_sample=False, eos_token_id=ends or None, pad_token_id=filler
-                ),
-                logits_processor=LogitsProcessorList([_Draw(requests, caps, longest, device)]),
-                stopping_criteria=StoppingCriteriaList([stopper]),
-            )
-        new_BT = output_BT[:, longest:].tolist()
-        return [
-            _reply(request, ids, new[:cap], tokenizer, ends)
-            for request, ids, new, cap in zip(requests, prompts, new_BT, caps, strict=True)
-        ]
+        ids_BT, mask_BT = _left_padded(prompts, filler, device)
+        start, cache, left = ids_BT.shape[1], None, list(range(len(requests)))
+        while left:
+            batch, longest = [requests[i] for i in left], max(caps[i] for i in left)
+            stop = _Stop(batch, [caps[i] for i in left], tokenizer, start, ends)
+            with quiet():
+                output = network.generate(
+                    input_ids=ids_BT,
+                    attention_mask=mask_BT,
+                    **({} if cache is None else {"past_key_values": cache}),
+                    generation_config=GenerationConfig(
+                        max_new_tokens=start + longest - ids_BT.shape[1],
+                        do_sample=False,
+                        eos_token_id=ends or None,
+                        pad_token_id=filler,
+                        return_dict_in_generate=True,
+                    ),
+                    logits_processor=LogitsProcessorList([_Draw(batch, longest, start, device)]),
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )
+            open_rows = [row for row in range(len(left)) if row not in stop.replies]
+            for row, reply in stop.replies.items():
+                yield replace(reply, prompt_tokens=len(prompts[left[row]]))
+            kept = torch.tensor(open_rows, dtype=torch.long, device=device)
+            ids_BT, cache = output.sequences[kept], _rows_of_cache(output, kept)
+            mask_BT = torch.cat([mask_BT[kept], mask_BT.new_ones(len(kept), ids_BT.shape[1] - mask_BT.shape[1])], dim=1)
+            left = [left[row] for row in open_rows]
 
 
-def _reply(request: Request, prompt: list[int], new: list[int], tokenizer: Any, ends: list[int]) -> Reply:
-    """One row's new tokens as a reply: up to its end token or its stop string."""
-    own = next((new[:at] for at, token in enumerate(new) if token in ends), new)
-    text = tokenizer.decode(own, skip_special_tokens=True)
-    places = [place for place in (text.find(stop) for stop in request.stop) if place >= 0]
-    while places and own and own[-1] == tokenizer.pad_token_id:  # the rest of the batch went on
-        own = own[:-1]
-    ended = len(own) < len(new) or bool(places)
-    return Reply(
-        key=request.key,
-        text=text[: min(places)] if places else text,
-        prompt_tokens=len(prompt),
-        completion_tokens=len(own),
-        finish_reason="stop" if ended else "length",
-    )
+def _left_padded(
+    prompts: Sequence[Sequence[int]], filler: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask `(B, T)` of prompts that end in the same column."""
+    longest = max(len(ids) for ids in prompts)
+    ids_BT = torch.full((len(prompts), longest), filler, dtype=torch.long)
+    mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, ids in enumerate(prompts):
+        ids_BT[row, longest - len(ids) :] = torch.tensor(ids)
+        mask_BT[row, longest - len(ids) :] = 1
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def _rows_of_cache(output: Any, rows_B: torch.Tensor) -> Any:
+    """The keys and values of some rows; None where the model keeps them otherwise, so that they are computed again."""
+    cache = getattr(output, "past_key_values", None)
+    if not len(rows_B) or cache is None or not hasattr(cache, "reorder_cache"):
+        return None
+    cache.reorder_cache(rows_B)
+    return cache
 
 
 # --- one token per row ------------------------------------------------------------------------------------------------
@@ -215,8 +230,7 @@ def _reply(request: Request, prompt: list[int], new: list[int], tokenizer: Any, 
 class _Draw(LogitsProcessor):
     """Leaves one token per row possible: the one that the row's own random number points at."""
 
-    def __init__(self, requests: Sequence[Request], caps: Sequence[int], start: int, device: torch.device) -> None:
-        longest = max(caps)
+    def __init__(self, requests: Sequence[Request], longest: int, start: int, device: torch.device) -> None:
         uniforms = [
             torch.rand(longest, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float64)
             for request in requests
@@ -245,14 +259,22 @@ def draw(
     >>> draw(torch.tensor([[0.0, 2.0, 1.0]]), one, one, 0 * one).item()
     1
     """
-    sorted_BV, order_BV = logits_BV.to(uniform_B1.dtype).sort(dim=1, descending=True, stable=True)
-    if not bool(torch.isfinite(sorted_BV[:, 0]).all()):
+    wide_BV = logits_BV.to(uniform_B1.dtype)
+    largest_B1 = wide_BV.amax(dim=1, keepdim=True)
+    if not bool(torch.isfinite(largest_B1).all()):
         raise UserError("the generator's logits are NaN or infinite; try dtype=float32, or another generator")
     greedy_B1 = temperature_B1 == 0
-    scaled_BV = (sorted_BV - sorted_BV[:, :1]) / torch.where(greedy_B1, 1.0, temperature_B1)
-    p_BV = scaled_BV.softmax(dim=1)
-    before_BV = p_BV.cumsum(dim=1) - p_BV
-    kept_BV = torch.where(before_BV < top_p_B1, p_BV, 0.0)  # the likeliest always stays: nothing is before it
+    scaled_BV = (wide_BV - largest_B1) / torch.where(greedy_B1, 1.0, temperature_B1)
+    total_B1 = scaled_BV.exp().sum(dim=1, keepdim=True)
+    nucleus_B1 = torch.where(greedy_B1, 1e-9, top_p_B1)
+    for count in sorted({min(LIKELIEST, logits_BV.shape[1]), logits_BV.shape[1]}):
+        sorted_BV, order_BV = _largest(scaled_BV, count)
+        p_BV = sorted_BV.exp() / total_B1
+        before_BV = p_BV.cumsum(dim=1) - p_BV
+        kept_BV = torch.where(before_BV < nucleus_B1, p_BV, 0.0)  # the likeliest always stays: nothing is before it
+        # Tokens as likely as the last one here may be missing; the nucleus has to end before them.
+        if not bool(((kept_BV > 0) & (sorted_BV == sorted_BV[:, -1:])).any()):
+            break
     mass_BV = kept_BV.cumsum(dim=1)
     place_B1 = (mass_BV <= uniform_B1 * mass_BV[:, -1:]).sum(dim=1, keepdim=True)
     last_B1 = (kept_BV > 0).sum(dim=1, keepdim=True) - 1
@@ -260,25 +282,59 @@ def draw(
     return order_BV.gather(1, place_B1)
 
 
-class _Stop(StoppingCriteria):
-    """Ends a row at its own cap or at one of its stop strings."""
+def _largest(values_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest of each row, largest first, and their places; equal ones in the order of their places."""
+    if count >= values_BV.shape[1]:
+        return values_BV.sort(dim=1, descending=True, stable=True)
+    order_BK = values_BV.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+    sorted_BK, inner_BK = values_BV.gather(1, order_BK).sort(dim=1, descending=True, stable=True)
+    return sorted_BK, order_BK.gather(1, inner_BK)
 
-    def __init__(self, requests: Sequence[Request], caps: Sequence[int], tokenizer: Any, start: int) -> None:
-        self.stops, self.caps = [request.stop for request in requests], list(caps)
+
+class _Stop(StoppingCriteria):
+    """Ends `generate` at the first step in which a row's reply ends, and holds the replies that did.
+
+    A reply ends at an end token, at its cap, at a stop string, or where its request's own rule ends it; the rule is
+    applied after every `CHECK_EVERY` tokens of the reply, whatever the other rows do.
+    """
+
+    def __init__(
+        self, requests: Sequence[Request], caps: Sequence[int], tokenizer: Any, start: int, ends: Sequence[int]
+    ) -> None:
+        self.requests, self.caps, self.ends = list(requests), list(caps), frozenset(ends)
         self.tokenizer, self.start = tokenizer, start
+        self.replies: dict[int, Reply] = {}
+        """By row; the prompt's tokens are not counted here."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
-        made = input_ids.shape[1] - self.start
-        done = [
-            made >= cap or self._met(stops, input_ids[row])
-            for row, (stops, cap) in enumerate(zip(self.stops, self.caps, strict=True))
-        ]
-        return torch.tensor(done, device=input_ids.device)  # type: ignore[return-value]
+        for row, new in enumerate(input_ids[:, self.start :].tolist()):
+            if (reply := self._reply(self.requests[row], new, self.caps[row])) is not None:
+                self.replies[row] = reply
+        return torch.full((len(input_ids),), bool(self.replies), device=input_ids.device)  # type: ignore[return-value]
 
-    def _met(self, stops: tuple[str, ...], ids_T: torch.Tensor) -> bool:
-        """Is a stop string in the last tokens? Every token holds at least a byte, so a window of its bytes does."""
-        if not stops:
-            return False
+    def _reply(self, request: Request, new: list[int], cap: int) -> Reply | None:
+        """The reply of a row that ends with its last token; None for a row that has to be continued."""
+        if new[-1] in self.ends:
+            return self._made(request, new[:-1], "stop")
+        if request.stop and any(stop in self._tail(request.stop, new) for stop in request.stop):
+            text = self._text(new)
+            places = [place for place in (text.find(stop) for stop in request.stop) if place >= 0]
+            if places:
+                return self._made(request, new, "stop", min(places))
+        rule = request.end_rule if len(new) % CHECK_EVERY == 0 else None
+        ending = rule(self._text(new)) if rule is not None else None
+        if ending is not None:
+            return self._made(request, new, ending.finish_reason, ending.length)
+        return self._made(request, new, "length") if len(new) >= cap else None
+
+    def _made(self, request: Request, new: list[int], reason: str, length: int | None = None) -> Reply:
+        text = self._text(new)[:length]
+        return Reply(key=request.key, text=text, completion_tokens=len(new), finish_reason=reason)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _tail(self, stops: tuple[str, ...], new: list[int]) -> str:
+        """The last tokens' text: every token holds at least a byte, so a window of a stop string's bytes holds it."""
         window = max(len(stop.encode()) for stop in stops) + 8
-        tail = self.tokenizer.decode(ids_T[max(self.start, len(ids_T) - window) :].tolist(), skip_special_tokens=True)
-        return any(stop in tail for stop in stops)
+        return self._text(new[-window:])

@@ -63,6 +63,13 @@ def test_questions_and_answers() -> None:
     assert [item.row["instruction"] for item in parse_rows("Q: A?\nA: B\n\nQ: C?\nA: D")] == ["A?", "C?"]
 
 
+def test_labels_in_the_plural_are_read_where_there_is_no_other() -> None:
+    (found,) = parse_rows("Instructions: What color is snow?\nOutput: White.")
+    assert found.row == {"instruction": "What color is snow?", "input": "", "output": "White."}
+    (recipe,) = parse_rows("Instruction: Give a recipe.\nOutput: Ingredients: flour\nInstructions: Knead it.")
+    assert recipe.output == "Ingredients: flour\nInstructions: Knead it."
+
+
 @pytest.mark.parametrize(
     "text",
     [

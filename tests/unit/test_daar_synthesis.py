@@ -18,6 +18,7 @@ from siftune.models.generate import Reply, Request
 from siftune.models.journal import Journal, Journaled
 from siftune.offline.daar.acceptance import embedder
 from siftune.offline.daar.descriptions import read_descriptions
+from siftune.offline.daar.plain import plain_messages
 from siftune.offline.daar.seeds import read_seeds
 from siftune.offline.daar.synthesis import Synthesis, Writing
 from siftune.offline.daar.written import SEEDS, write_rejected
@@ -220,8 +221,9 @@ def test_refusals_and_unreadable_replies_are_kept_with_their_reason() -> None:
 def test_a_domain_without_any_row_is_one_sentence_and_its_replies_are_left(tmp_path: Path) -> None:
     writer = Writer(answer=lambda request: "No." if request.key.startswith("music") else Writer().write(request))
     writing = Writing(TWO, writer, bag, QUICK, seed=0)
-    with pytest.raises(UserError, match=r"no usable row of the domain 'music' in 5 replies \(5 x no row found"):
+    with pytest.raises(UserError, match=r"'music' in 65 replies \(65 x no row found: .*set generator to a larger"):
         writing.run()
+    assert len([request for request in writer.asked if request.key.startswith("music")]) == 65, "the attempts end"
     path = write_rejected(tmp_path, writing.rejected)
     assert json.loads(path.read_text().splitlines()[0])["text"] == "No."
 
@@ -235,6 +237,82 @@ def test_too_few_first_rows_are_asked_for_again() -> None:
     found = written(writer)
     assert sorted(r.key for r in writer.asked if "/seeds/" in r.key) == ["law/seeds/0", "law/seeds/1", "music/seeds/0"]
     assert [row["how"] for row in found.rows["law"][:6]] == ["seed"] * 5 + ["further"]
+
+
+def needs_plain_words(request: Request) -> str:
+    """A small model: remarks instead of rows of music, unless it is asked in the plain form."""
+    if "field of music" in request.messages[-1][1]:
+        return Writer().write(request)
+    return "What a question!" if request.key.startswith("music") else Writer().write(request)
+
+
+def test_a_model_that_cannot_keep_to_the_form_is_asked_in_plainer_words() -> None:
+    writer = Writer(answer=needs_plain_words)
+    found = written(writer)
+    music = [request for request in writer.asked if request.key.startswith("music")]
+    assert music[0].key == "music/seeds/0"
+    assert {request.key.split("/")[1] for request in music[1:]} == {"plain"}
+    assert len({request.seed for request in music}) == len(music)
+    assert {request.max_new_tokens for request in music[1:]} == {256}
+    assert [row["how"] for row in found.rows["music"]] == ["seed"] * 4 + ["further"] * 8
+    assert found.facts["music"]["plain_requests"] == len(music) - 1
+    assert found.facts["law"]["plain_requests"] == 0
+    assert not any("/plain/" in request.key for request in writer.asked if request.key.startswith("law"))
+    assert found.rows["law"] == written(Writer()).rows["law"], "one domain's fallback changed another's rows"
+
+
+def test_the_rows_that_show_the_plain_form_are_not_kept() -> None:
+    shown = plain_messages(TWO.domains[1], TWO.names)[1][1]
+
+    def answer(request: Request) -> str:
+        return shown if request.key.endswith("plain/0") else needs_plain_words(request)
+
+    found = written(Writer(answer=answer))
+    assert [item.reason for item in found.rejected if item.row is None and "plain" in item.asked] == [
+        "copy: the row is the one that showed the form"
+    ]
+
+
+def test_fields_named_like_a_domain_do_not_show_the_plain_form() -> None:
+    domains = read_descriptions({"cooking": "Recipes.", "music": "Notes."})
+    turns = plain_messages(domains.domains[0], domains.names)
+    assert ["cooking" in text for role, text in turns if role == "user"] == [False, False, True]
+
+
+def test_a_domain_that_stays_short_is_one_sentence_with_counts_and_the_way_out() -> None:
+    def answer(request: Request) -> str:
+        if request.key.startswith("law") or request.key == "music/seeds/0":
+            return Writer().write(request)
+        number = int(request.key.split("/")[2])
+        return f"No {number}." if number % 3 else f"Instruction: A {number}\nOutput: A {number}"
+
+    found = written(Writer(answer=answer))
+    assert found.told == [
+        "music: 5 rows instead of 12, the generator wrote no others in 61 requests (not used: 39 x no row found, 21 x "
+        "output repeats the instruction); set generator to a larger model, pass rows of this domain with --seeds, or "
+        "lower rows in the settings of the domains file"
+    ]
+
+
+def test_requests_end_once_their_rows_are_there() -> None:
+    writer = Writer()
+    written(writer)
+    one = "Instruction: A\nOutput: B\n\nInstruction: C"
+    for request in writer.asked:
+        assert request.end_rule is not None
+        assert (request.end_rule(one) is not None) == ("/further/" in request.key)
+
+
+def test_a_reply_that_repeats_itself_is_torn_there() -> None:
+    def answer(request: Request) -> Any:
+        if request.key != "law/further/0":
+            return Writer().write(request)
+        return Reply(key=request.key, text="Instruction: A\nOutput: " + "B " * 400, finish_reason="repetition")
+
+    found = written(Writer(answer=answer))
+    assert [item.reason for item in found.rejected if item.asked == "law/further/0"] == [
+        "torn: the reply repeats itself"
+    ]
 
 
 def test_real_rows_join_the_set_and_save_requests() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from siftune.errors import UserError
-from siftune.models.generate import Reply, Request, check_generator, open_generator, request_key
+from siftune.models import sampling
+from siftune.models.generate import Ending, Reply, Request, check_generator, open_generator, request_key
+from siftune.models.journal import Journal, Journaled
 from siftune.models.sampling import TransformersGenerator, draw
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -45,6 +47,59 @@ def test_a_reply_does_not_hang_on_its_batch(family: str, tmp_path: Path) -> None
     backwards = answers(replace(generator, rows=2), requests[::-1])
     assert together == alone == backwards
     assert len({reply.text for reply in together.values()}) == 6
+
+
+def ends_at(character: str) -> object:
+    """A rule: the reply ends before the first such character."""
+    return lambda text: Ending(text.index(character), "stop") if character in text else None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_rule_ends_its_own_reply_alone_whatever_the_batch(family: str, tmp_path: Path) -> None:
+    generator = TransformersGenerator(str(save_tiny(tmp_path, family)), device="cpu")
+    plain = [ask(str(i), "word " * (i + 1), seed=i, max_new_tokens=40) for i in range(4)]
+    free = answers(generator, plain)
+    ruled = [replace(request, end_rule=ends_at(free[request.key].text[9])) for request in plain[:2]] + plain[2:]  # type: ignore[arg-type]
+    together = answers(generator, ruled)
+    assert together == {r.key: answers(generator, [r])[r.key] for r in ruled}
+    for key in "01":
+        assert together[key].text == free[key].text[: free[key].text.index(free[key].text[9])]
+        assert together[key].completion_tokens % sampling.CHECK_EVERY == 0
+        assert together[key].finish_reason == "stop"
+    assert [together[key] for key in "23"] == [free[key] for key in "23"]
+
+
+def test_a_reply_is_handed_out_as_it_ends_and_its_row_costs_nothing_more(
+    generator: TransformersGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    forward = generator.network.forward
+
+    def counted(*args: object, **more: object) -> object:
+        rows.append(len(more["input_ids"]))  # type: ignore[arg-type]
+        return forward(*args, **more)
+
+    monkeypatch.setattr(generator.network, "forward", counted)
+    caps = {"a": 3, "b": 20, "c": 9}
+    replies = generator.replies([ask(key, "Hello", seed=ord(key), max_new_tokens=cap) for key, cap in caps.items()])
+    assert next(replies).key == "a"
+    assert rows == [3] * 3
+    assert [reply.key for reply in replies] == ["c", "b"]
+    assert rows == [3] * 3 + [2] * 6 + [1] * 11
+
+
+def test_replies_that_ended_before_a_kill_are_in_the_journal(generator: TransformersGenerator, tmp_path: Path) -> None:
+    requests = [ask(str(i), "Hello", seed=i, max_new_tokens=5 * (i + 1)) for i in range(4)]
+    free = answers(generator, requests)
+    with Journal(tmp_path / "replies.jsonl") as journal:
+        for number, _ in enumerate(Journaled(generator, journal).replies(requests), start=1):
+            assert len((tmp_path / "replies.jsonl").read_bytes().splitlines()) == number
+            if number == 2:
+                break
+    with Journal(tmp_path / "replies.jsonl") as journal:
+        resumed = Journaled(generator, journal)
+        assert {reply.key: reply for reply in resumed.replies(requests)} == free
+        assert (resumed.counts.asked, resumed.counts.reused) == (2, 2)
 
 
 def test_seed_and_only_the_seed_changes_a_reply(generator: TransformersGenerator) -> None:
@@ -135,6 +190,23 @@ def test_draws_follow_the_softmax_cut_at_top_p() -> None:
     assert expected.min() == 0
 
 
+def test_sorting_only_the_likeliest_draws_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 300, generator=chance) * torch.linspace(0.2, 6, 64)[:, None]
+    logits[::3] = (logits[::3] * 2).round() / 2  # many equal ones
+    logits[5] = 0.0
+    temperature, top_p, uniform = (torch.rand(64, 1, generator=chance, dtype=torch.float64) for _ in range(3))
+    temperature[::7], top_p[::5] = 0.0, 1.0
+    monkeypatch.setattr(sampling, "LIKELIEST", 300)
+    complete = draw(logits, temperature, top_p, uniform)
+    for likeliest in (1, 8, 40):
+        monkeypatch.setattr(sampling, "LIKELIEST", likeliest)
+        for row in range(64):
+            one = slice(row, row + 1)
+            assert draw(logits[one], temperature[one], top_p[one], uniform[one]) == complete[row]
+    assert complete[5].item() == draw(logits[5:6], temperature[5:6], top_p[5:6], uniform[5:6]).item()
+
+
 def test_nan_logits_are_a_sentence() -> None:
     one = torch.ones(1, 1)
     with pytest.raises(UserError, match="NaN"):
@@ -147,6 +219,7 @@ def test_keys_hang_on_the_model_and_the_question(folder: Path, tmp_path: Path) -
     assert first == again != changed
     assert request_key(first, ask("a", "x")) == request_key(first, ask("b", "x"))
     assert request_key(first, ask("a", "x")) != request_key(first, ask("a", "x", seed=1))
+    assert request_key(first, ask("a", "x")) == request_key(first, ask("a", "x", end_rule=ends_at(".")))
 
 
 @pytest.mark.parametrize(

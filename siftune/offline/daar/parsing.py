@@ -26,8 +26,13 @@ FAMILIES: tuple[dict[str, tuple[str, ...]], ...] = (
         "input": ("input", "context"),
         "output": ("answer", "solution", "output", "response", "completion", "a"),
     },
+    {
+        "instruction": ("instructions",),
+        "input": ("input", "inputs"),
+        "output": ("output", "outputs", "answer", "response"),
+    },
 )
-"""Labels for each field; the second family is tried where a text has no label of the first for the instruction."""
+"""Labels for each field; a family is tried where a text has no label of those before it for the instruction."""
 EMPTY = {"", "none", "n/a", "na", "nil", "null", "empty", "no input", "noinput", "-", "--", "—", '""', "''"}
 """An input that says, in words, that there is none."""
 PLACEHOLDERS = {"...", "…", "what is asked", "the complete, correct answer", "output", "answer", "your answer here"}
@@ -76,7 +81,7 @@ def parse_rows(text: str, *, cut: bool = False) -> list[Found]:
         return [Found(reason="empty reply")]
     if len(text) > LONGEST_REPLY:
         return [Found(reason=f"too long: a reply of more than {LONGEST_REPLY} characters")]
-    found = list(_json_rows(text)) if _looks_like_json(text) else []
+    found = [row for row, _ in _json_rows(text)] if _looks_like_json(text) else []
     whole = bool(found) and text.rstrip().rstrip("`").rstrip().endswith(("]", "}"))
     found = found or list(_labelled_rows(text))
     if not found:
@@ -84,7 +89,41 @@ def parse_rows(text: str, *, cut: bool = False) -> list[Found]:
     if cut and not whole:
         last = found[-1]
         found[-1] = Found(**last.row, reason="torn: the reply reached its token limit")
-    return [item if item.reason else _checked(item) for item in found]
+    return [_checked(item) for item in found]
+
+
+def complete_length(text: str, rows: int) -> int | None:
+    """Characters of a reply up to the end of its row number `rows`, counting usable rows alone; None while that row may
+    still be written on: a labelled row has ended where the next one begins, one in JSON at its closing brace.
+
+    >>> complete_length("Instruction: Add.\nInput: 1, 1\nOutput: 2\n\nInstruction: Sub", 1)
+    41
+    """
+    seen = _without_thoughts(text)
+    if "\r" in text or not text.endswith(seen):
+        return None
+    before = len(text) - len(seen)
+    if _looks_like_json(seen):
+        ends = [end for row, end in _json_rows(seen) if _checked(row).reason is None]
+        return before + ends[rows - 1] if len(ends) >= rows else None
+    for start in _instruction_starts(seen)[rows:]:
+        if sum(row.reason is None for row in parse_rows(seen[:start])) >= rows:
+            return before + len(_without_heading(seen[:start]))
+    return None
+
+
+def starts_a_row(text: str) -> bool:
+    """Does a reply so far hold the beginning of a row, or a thought that may still be followed by one?"""
+    return bool(_instruction_starts(text)) or _looks_like_json(text) or "<think" in text.lower()
+
+
+def _instruction_starts(text: str) -> list[int]:
+    """Where labelled rows begin."""
+    for family in FAMILIES:
+        starts = [m.start() for m in _labels(text, family) if m["field"].lower() in family["instruction"]]
+        if starts:
+            return starts
+    return []
 
 
 def _without_thoughts(text: str) -> str:
@@ -106,6 +145,8 @@ def _without_thoughts(text: str) -> str:
 
 def _checked(found: Found) -> Found:
     """The row without decoration around its fields, or with the reason why it is none."""
+    if found.reason is not None:
+        return found
     instruction, output = found.instruction.strip(), found.output.strip()
     material = found.input.strip()
     if _bare(material) in EMPTY:
@@ -145,23 +186,23 @@ def _looks_like_json(text: str) -> bool:
     return key is not None and all(key.start() < place for place in labels)
 
 
-def _json_rows(text: str) -> Iterator[Found]:
-    """Every object with an instruction, wherever it stands; a broken one does not hide those after it."""
+def _json_rows(text: str) -> Iterator[tuple[Found, int]]:
+    """Every object with an instruction, wherever it is, and where it ends; a broken one does not hide those after it."""
     decoder, place = json.JSONDecoder(strict=False, parse_float=_finite, parse_constant=_finite), 0
     while (place := text.find("{", place)) >= 0:
         try:
             value, end = decoder.raw_decode(text, place)
             rows = list(_objects(value))
         except RecursionError:
-            yield Found(reason="broken JSON: nested too deeply")
+            yield Found(reason="broken JSON: nested too deeply"), place
             return
         except ValueError:
             key = re.match(rf'\{{\s*"(?:{"|".join(_names("instruction"))})"\s*:', text[place:], re.IGNORECASE)
             if key:
-                yield Found(reason="broken JSON")
+                yield Found(reason="broken JSON"), place + 1
             place += 1
             continue
-        yield from rows
+        yield from ((row, end) for row in rows)
         place = end
 
 
@@ -268,12 +309,19 @@ def _on_one_line(parts: dict[str, str]) -> dict[str, str]:
     return {**parts, name: match[1], **({"input": match[2]} if match[2] is not None else {}), "output": match[3]}
 
 
+def _without_heading(text: str) -> str:
+    """A text without the number or the heading of the row after it."""
+    while (shorter := HEADING.sub("", text.rstrip())) != text.rstrip():
+        text = shorter
+    return text.rstrip()
+
+
 def _tail(output: str, *, last: bool) -> str:
     """An output without the next row's number, a closing fence that it never opened, or the model's farewell."""
     if last:
         output = CLOSING.sub("", output)
-    while not last and (shorter := HEADING.sub("", output.rstrip())) != output.rstrip():
-        output = shorter
+    if not last:
+        output = _without_heading(output)
     if last:
         output = re.sub(r"\n[ \t]*[-=*_]{3,}[ \t]*\Z", "", output.rstrip())
     output = re.sub(r"\n[ \t]*```[ \t]*\n\s*```\w*\s*\Z", "", output)  # one fence closed, the next row's opened

@@ -3,6 +3,7 @@
 Per domain the generator is asked for a few rows from the domain's sentence alone, then, a few at a time, for one more
 row unlike three random rows of those kept; a row is kept while its largest cosine to them stays below tau. A domain
 that cannot reach its number within its attempts takes the least similar of the rows that tau kept out, and says so.
+Where no reply of a domain can be read, it is asked for single rows in plainer words from then on (ours; `plain.py`).
 Given the generator's replies and the seed, the result is determined; replies are journaled, so none is asked twice.
 Cost: about `attempts` replies per domain at most.
 
@@ -12,7 +13,8 @@ Axes: `K` domains.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,11 +25,13 @@ from ...records import Row
 from ..draw import number
 from .acceptance import Candidate, Embed, Kept, Space, units
 from .descriptions import THRESHOLD, Descriptions, Domain
+from .endings import REPETITION, end_after
 from .parsing import parse_rows
-from .written import Rejected, Written
+from .plain import PLAIN_TOKENS, copies_the_form, plain_messages
+from .written import Rejected, Written, reject_counts
 
 SEED_TRIES = 5
-"""Requests for seed rows of a domain, until it has its number or at least one."""
+"""Requests for seed rows of a domain at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,8 @@ class Writing:
         """What was noted of rows that only tau kept out, by the candidate's identity."""
         self.attempts = dict.fromkeys(self.kept, 0)
         self.tries = dict.fromkeys(self.kept, 0)
+        self.plain: dict[str, int] = {}
+        """Domains that are asked in plainer words, with the number of such requests."""
         self.texts: dict[str, set[str]] = {name: set() for name in self.kept}
         """Replies that differ, per domain: a generator that does not sample repeats itself."""
 
@@ -117,6 +123,7 @@ class Writing:
             self._seed_rows()
             self._further_rows()
             self._relax()
+            self._check_not_empty(list(self.kept))
         finally:
             if self.progress is not None:
                 self.progress.close()
@@ -136,21 +143,27 @@ class Writing:
 
     def _seed_rows(self) -> None:
         """Ask each domain for its first rows, again with another seed while it has too few (stage 1a)."""
-        for attempt in range(SEED_TRIES):
-            short = [domain for domain in self.descriptions.domains if self._missing_seeds(domain.name) > 0]
-            if not short:
-                return
-            requests = {}
-            for domain in short:
-                messages = self.descriptions.seed_messages(domain, self.how.seeds)
-                requests[domain.name] = [self._request(domain, "seeds", attempt, messages, self.how.temperature)]
-                self.tries[domain.name] += 1
+        while True:
+            requests: dict[str, list[Request]] = {}
+            for domain in self.descriptions.domains:
+                name, tries = domain.name, self.tries[domain.name]
+                count = min(self._missing_seeds(name), SEED_TRIES - tries)
+                if count > 0:
+                    plain = name in self.plain
+                    requests[name] = [self._seed_request(domain, tries + n) for n in range(count if plain else 1)]
+                    self.tries[name] += len(requests[name])
+            if not requests:
+                break
             for name, replies in self._ask(requests).items():
                 rows = self._rows_of(name, replies)
                 self._judge(name, rows, "seed", any_distance=True, most=self._missing_seeds(name))
-        for domain in self.descriptions.domains:
-            if not len(self.kept[domain.name]):
-                raise UserError(self._nothing(domain.name))
+        self._check_not_empty([name for name in self.kept if name not in self.plain])
+
+    def _seed_request(self, domain: Domain, attempt: int) -> Request:
+        if domain.name in self.plain:
+            return self._plain_request(domain, self.how.temperature)
+        messages = self.descriptions.seed_messages(domain, self.how.seeds)
+        return self._request(domain, "seeds", attempt, messages, self.how.temperature, rows=self.how.seeds)
 
     def _missing_seeds(self, name: str) -> int:
         """First rows still to be asked for; none where real rows fill the domain already."""
@@ -174,11 +187,13 @@ class Writing:
                 self._judge(name, rows, "further", most=self.how.rows - len(self.kept[name]))
 
     def _further_request(self, domain: Domain, attempt: int) -> Request:
+        if domain.name in self.plain:
+            return self._plain_request(domain, self.how.further_temperature)
         kept = self.kept[domain.name].candidates
         chance = random.Random(f"siftune window {self.seed} {domain.name} {attempt}")
         shown = [candidate.row for candidate in chance.sample(kept, min(self.how.window, len(kept)))]
         messages = self.descriptions.augment_messages(domain, shown)
-        return self._request(domain, "further", attempt, messages, self.how.further_temperature)
+        return self._request(domain, "further", attempt, messages, self.how.further_temperature, rows=1)
 
     def _relax(self) -> None:
         """Where a domain is short, let the least similar of the rows in that only tau kept out."""
@@ -190,8 +205,22 @@ class Writing:
 
     # --- asking and judging -------------------------------------------------------------------------------------------
 
+    def _plain_request(self, domain: Domain, temperature: float) -> Request:
+        attempt = self.plain[domain.name]
+        self.plain[domain.name] += 1
+        messages = plain_messages(domain, self.descriptions.names)
+        return self._request(domain, "plain", attempt, messages, temperature, rows=1, most_tokens=PLAIN_TOKENS)
+
     def _request(
-        self, domain: Domain, what: str, attempt: int, messages: tuple[Message, ...], temperature: float
+        self,
+        domain: Domain,
+        what: str,
+        attempt: int,
+        messages: tuple[Message, ...],
+        temperature: float,
+        *,
+        rows: int,
+        most_tokens: int | None = None,
     ) -> Request:
         return Request(
             key=f"{domain.name}/{what}/{attempt}",
@@ -199,7 +228,8 @@ class Writing:
             seed=number(self.seed, f"{what} rows", domain.name, attempt) % 2**31,
             temperature=temperature,
             top_p=self.how.top_p,
-            max_new_tokens=self.how.max_new_tokens,
+            max_new_tokens=min(self.how.max_new_tokens, most_tokens or self.how.max_new_tokens),
+            end_rule=end_after(rows),
         )
 
     def _ask(self, requests: Mapping[str, list[Request]]) -> dict[str, list[Reply]]:
@@ -217,21 +247,38 @@ class Writing:
             self.texts[name].update(reply.text for reply in replies)
         return found
 
-    def _rows_of(self, domain: str, replies: Sequence[Reply]) -> Iterator[tuple[dict[str, str], str]]:
-        """Every good row of the replies with its request's name; what is none is noted."""
+    def _rows_of(self, domain: str, replies: Sequence[Reply]) -> list[tuple[dict[str, str], str]]:
+        """Every good row of the replies with its request's name; what is none is noted. A domain none of whose replies
+        can be read is asked in plainer words from then on."""
+        rows: list[tuple[dict[str, str], str]] = []
         for reply in replies:
             if reply.error is not None:
                 self._reject(domain, reply.key, f"refused: {reply.error}", "")
                 continue
-            for found in parse_rows(reply.text, cut=reply.finish_reason == "length"):
-                if found.reason is None:
-                    yield found.row, reply.key
+            torn = reply.finish_reason in ("length", REPETITION)
+            for item in parse_rows(reply.text, cut=torn):
+                reason = item.reason
+                if reason is None and domain in self.plain and copies_the_form(item.row):
+                    reason = "copy: the row is the one that showed the form"
+                if reason is None:
+                    rows.append((item.row, reply.key))
                 else:
-                    self._reject(domain, reply.key, found.reason, reply.text)
+                    self._reject(domain, reply.key, _ended(reason, reply.finish_reason), reply.text)
+        if not rows and any(reply.error is None for reply in replies):
+            self.plain.setdefault(domain, 0)
+        return rows
 
-    def _judge(self, domain: str, rows: Any, how: str, *, any_distance: bool = False, most: int | None = None) -> None:
+    def _judge(
+        self,
+        domain: str,
+        rows: Sequence[tuple[dict[str, str], str]],
+        how: str,
+        *,
+        any_distance: bool = False,
+        most: int | None = None,
+    ) -> None:
         """Keep or reject rows, in order, until `most` are kept."""
-        rows, kept, room = list(rows), self.kept[domain], most
+        kept, room = self.kept[domain], most
         if not rows:
             return
         texts = [text_of(Row(0, "", row["instruction"], row["input"], row["output"])) for row, _ in rows]
@@ -268,20 +315,29 @@ class Writing:
             **{how: sum(row["how"] == how for row in rows) for how in ("real", "seed", "further", "relaxed")},
             "requests": self.tries[domain.name] + self.attempts[domain.name],
             "different_replies": len(self.texts[domain.name]),
+            "plain_requests": self.plain.get(domain.name, 0),
+            "rejected": reject_counts(item for item in self.rejected if item.domain == domain.name),
             "threshold": asked,
             "threshold_used": round(self.kept[domain.name].threshold, 4),
         }
 
-    def _nothing(self, name: str) -> str:
-        reasons: dict[str, int] = {}
-        for item in self.rejected:
-            if item.domain == name:
-                reasons[item.reason] = reasons.get(item.reason, 0) + 1
-        told = ", ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda x: -x[1])[:3])
-        return (
-            f"the generator wrote no usable row of the domain {name!r} in {self.tries[name]} replies ({told}); try "
-            "another generator or description, or give seeds=FILE"
+    def _check_not_empty(self, names: Sequence[str]) -> None:
+        """Raise `UserError` for the first of these domains that has no row."""
+        name = next((name for name in names if not len(self.kept[name])), None)
+        if name is None:
+            return
+        counts = Counter(item.reason for item in self.rejected if item.domain == name)
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
+        raise UserError(
+            f"the generator wrote no usable row of the domain {name!r} in {self.tries[name] + self.attempts[name]} "
+            f"replies ({reasons}); set generator to a larger model, pass rows of the domain with --seeds FILE, or reword "
+            "its description"
         )
+
+
+def _ended(reason: str, finish_reason: str) -> str:
+    """The parser's reason, with what really ended the reply."""
+    return "torn: the reply repeats itself" if finish_reason == REPETITION and reason.startswith("torn") else reason
 
 
 def _line(candidate: Candidate) -> dict[str, Any]:

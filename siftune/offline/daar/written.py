@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ class Rejected:
     """The row's fields where it could be read."""
 
 
+def reject_counts(rejected: Iterable[Rejected]) -> dict[str, int]:
+    """How many replies or rows were not used, by kind of reason, the most frequent first."""
+    return dict(Counter(item.reason.partition(":")[0] for item in rejected).most_common())
+
+
 @dataclass(frozen=True)
 class Written:
     """The rows of every domain, what was rejected, and the counts."""
@@ -52,8 +57,8 @@ class Written:
     @property
     def info(self) -> dict[str, Any]:
         """The facts for a manifest: per domain, and rejected rows by kind of reason."""
-        kinds = Counter(item.reason.partition(":")[0] for item in self.rejected)
-        return {"domains": {name: dict(facts) for name, facts in self.facts.items()}, "rejected": dict(kinds)}
+        domains = {name: dict(facts) for name, facts in self.facts.items()}
+        return {"domains": domains, "rejected": reject_counts(self.rejected)}
 
     @property
     def told(self) -> list[str]:
@@ -66,7 +71,12 @@ class Written:
                     f"in {facts['requests']} requests; {facts['relaxed']} more were taken up to {facts['threshold_used']:.4f}"
                 )
             if facts["rows"] < facts["wanted"]:
-                said.append(f"{name}: {facts['rows']} rows instead of {facts['wanted']}, the generator wrote no others")
+                reasons = ", ".join(f"{count} x {kind}" for kind, count in facts["rejected"].items())
+                said.append(
+                    f"{name}: {facts['rows']} rows instead of {facts['wanted']}, the generator wrote no others in "
+                    f"{facts['requests']} requests (not used: {reasons or 'nothing'}); set generator to a larger model, "
+                    "pass rows of this domain with --seeds, or lower rows in the settings of the domains file"
+                )
             if facts["requests"] >= REPEATS and 2 * facts["different_replies"] <= facts["requests"]:
                 said.append(
                     f"{name}: {facts['different_replies']} different replies to {facts['requests']} requests, so the "
