@@ -22,8 +22,8 @@ import torch
 from machine import describe
 from steps import SHAPES, build, candidates, make_trainable
 
-from siftune.online.gradients import MaxGrad
 from siftune.online.greats import Greats
+from siftune.online.maxgrad import MaxGrad
 
 
 def explicit(model: Any, batch: dict[str, torch.Tensor], *, hold: bool) -> torch.Tensor | list[torch.Tensor]:

@@ -252,7 +252,7 @@ def norms(setting: Setting) -> None:
     from uds_cost import SHAPES, in_turn, random_head
 
     from siftune.models.head import factorise
-    from siftune.models.hidden import exact_math
+    from siftune.models.hidden_states import exact_math
     from siftune.online import nuclear
 
     width = SHAPES[setting.shape]["hidden_size"]

@@ -3,7 +3,7 @@
     floor    two forwards of the decoder over the same token ids in the same batches: question and answer, answer alone;
              no head, nothing else
     heads    floor, plus the model's head on the answers' tokens and their cross-entropy: what any IFD must compute
-    ours     `siftune.offline.loss.IFDTask`: text form, tokenisation, offsets, both forwards, losses of answer tokens
+    ours     `siftune.offline.ifd.IFDTask`: text form, tokenisation, offsets, both forwards, losses of answer tokens
     rows     one row at a time, text tokenised for each of three pieces, whole logits and the model's own loss, as the
              published code works; on a sample of rows, per row
 
@@ -29,10 +29,10 @@ import torch
 from machine import describe
 
 from siftune.data.load import load_pool
+from siftune.models.causal_lm import CausalLM, head_logits
 from siftune.models.features import TOKEN_BUDGET, batches
-from siftune.models.hidden import evaluating
-from siftune.models.lm import CausalLM, head_logits
-from siftune.offline import loss
+from siftune.models.hidden_states import evaluating
+from siftune.offline import ifd
 from siftune.records import Pool
 
 MODEL = Path(__file__).resolve().parents[1] / "siftune" / "demo" / "assets" / "model"
@@ -49,28 +49,28 @@ def made_rows(count: int) -> list[dict[str, str]]:
     return [{"instruction": text(20), "input": "", "output": text(60)} for _ in range(count)]
 
 
-def pairs_of(task: loss.IFDTask, pool: Pool) -> list[loss._Pair]:
+def pairs_of(task: ifd.IFDTask, pool: Pool) -> list[ifd._Pair]:
     """The sequences that the task scores, taken on the way."""
-    taken: list[loss._Pair] = []
-    original = loss.IFDTask._pair
+    taken: list[ifd._Pair] = []
+    original = ifd.IFDTask._pair
 
-    def spy(self: loss.IFDTask, *said: Any) -> Any:
+    def spy(self: ifd.IFDTask, *said: Any) -> Any:
         found = original(self, *said)
         if not isinstance(found, str):
             taken.append(found)
         return found
 
-    loss.IFDTask._pair = spy  # type: ignore[method-assign]
+    ifd.IFDTask._pair = spy  # type: ignore[method-assign]
     try:
         for shard in pool.shards():
             task(pool, shard)
     finally:
-        loss.IFDTask._pair = original  # type: ignore[method-assign]
+        ifd.IFDTask._pair = original  # type: ignore[method-assign]
     return taken
 
 
 @torch.no_grad()
-def bare(lm: CausalLM, pairs: list[loss._Pair], *, heads: bool) -> None:
+def bare(lm: CausalLM, pairs: list[ifd._Pair], *, heads: bool) -> None:
     """Both forwards of the decoder; with `heads`, the cross-entropy of the answers' tokens too."""
     device = lm.files.torch_device
     budget = TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
@@ -117,7 +117,7 @@ def timed(call: Callable[[], object]) -> float:
 
 def measure(lm: CausalLM, pool: Pool, *, rounds: int, sample: int) -> dict[str, Any]:
     """Seconds of every way, medians over the rounds, for the whole pool (of `rows`, per row of the sample times rows)."""
-    task = loss.IFDTask(lm, "perplexity", None, start_token=True)
+    task = ifd.IFDTask(lm, "perplexity", None, start_token=True)
     pairs = pairs_of(task, pool)  # warms everything up, too
     some = pool.read(pool.eligible[:sample].tolist())
     texts = [(row.question + "\n", row.output) for row in some]

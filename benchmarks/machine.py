@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 
-from siftune.machine import cores, processor
+from siftune.study.machine import cores, processor
 
 
 def describe() -> str:

@@ -27,7 +27,7 @@ from machine import describe
 from steps import build, make_trainable, paired
 
 import siftune
-from siftune.models.hidden import real_tokens, take_apart, walk
+from siftune.models.hidden_states import real_tokens, take_apart, walk
 from siftune.models.layout import layout_of, with_layout
 
 LONGEST = 512

@@ -23,7 +23,7 @@ import siftune
 from siftune.engines.local import LocalEngine
 from siftune.models.backbone import Backbone
 from siftune.models.features import FeatureTask, extract
-from siftune.run import peak_memory_mb
+from siftune.runs.folder import peak_memory_mb
 from tests.tiny import save_tiny
 
 

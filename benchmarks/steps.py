@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 import siftune
 from siftune.models.head import factorise, read_head
-from siftune.models.hidden import real_tokens, take_apart, walk
+from siftune.models.hidden_states import real_tokens, take_apart, walk
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,

@@ -26,8 +26,8 @@ from machine import describe
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from siftune.models.head import Head, factorise, read_head
-from siftune.models.hidden import take_apart, walk
-from siftune.online import view
+from siftune.models.hidden_states import take_apart, walk
+from siftune.online import logit_access
 from siftune.online.nuclear import lanczos_norms, norms
 from siftune.online.sketch import Sketch
 from siftune.online.uds import UDS
@@ -77,11 +77,11 @@ class Replayed:
         self.chunks = list(walk(take_apart(model), batch, batch["attention_mask"].bool().cpu()))
 
     def __enter__(self) -> None:
-        self.original = view.walk
-        view.walk = lambda *_, **__: iter(self.chunks)  # type: ignore[assignment]
+        self.original = logit_access.walk
+        logit_access.walk = lambda *_, **__: iter(self.chunks)  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
-        view.walk = self.original
+        logit_access.walk = self.original
 
 
 def cap_head(model: Any, cap: float = 30.0) -> None:

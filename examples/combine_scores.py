@@ -19,7 +19,7 @@ from scipy.stats import rankdata, spearmanr
 import siftune
 from siftune.demo import corpus
 from siftune.demo.embedded import model_folder
-from siftune.offline.loss import IFD
+from siftune.offline.ifd import IFD
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--pool", default=None, help="rows to choose from (default: the embedded corpus)")

@@ -17,7 +17,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 import siftune
 from siftune.demo import corpus
 from siftune.demo.embedded import model_folder
-from siftune.offline.loss import IFD
+from siftune.offline.ifd import IFD
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--dataset", default=None, help="hub id (split train)")

@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 import siftune
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.demo import corpus
 from siftune.offline.base import OfflineMethod
 from siftune.records import Pool, Shard, ShardResult

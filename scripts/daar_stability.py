@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from siftune.config import SelectOptions
 from siftune.demo import corpus, prompts
 from siftune.demo.embedded import model_folder
-from siftune.pipeline import select
-from siftune.run import versions
+from siftune.runs.folder import versions
+from siftune.runs.options import SelectOptions
+from siftune.runs.select import select
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = Path(prompts.__file__).with_name("domains.yaml")

@@ -57,7 +57,7 @@ def measure(rows: int, folder: Path) -> dict[str, float]:
     import siftune
     from siftune.engines.shard import shard_key
     from siftune.records import Scores
-    from siftune.stored import write_rows, write_scores
+    from siftune.runs.stored import write_rows, write_scores
 
     took: dict[str, float] = {}
 

@@ -24,10 +24,10 @@ from scaling_page import put
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from siftune.hook.exchange import pack  # noqa: E402
+from siftune.hook.selection_step import Measurement, decode_measurements, encode_measurements  # noqa: E402
 from siftune.online.base import Measured  # noqa: E402
 from siftune.online.uds import UDS  # noqa: E402
-from siftune.training.exchange import pack  # noqa: E402
-from siftune.training.selection_step import Measurement, decode_measurements, encode_measurements  # noqa: E402
 
 MARKS = ("<!-- online plan: scripts/scaling_online.py -->", "<!-- end of online plan -->")
 

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from study_rows import DOMAINS, FIELDS, ROOT, draw, partial_spearman, read_study, spearman, spread, table
 
 from siftune.data.formats import BadRow
+from siftune.models.tokenize_rows import answer_tokens
 from siftune.online.uds import UDS
 from siftune.records import Row
-from siftune.training.text import answer_tokens
 
 SCORES = {
     "nuclear": "nuclear norm (UDS's s_intra)",

@@ -36,16 +36,16 @@ _PUBLIC = {
     "register": "siftune.registry",
     "DaaR": "siftune.offline.daar.selector",
     "UDS": "siftune.online.uds",
-    "MaxLoss": "siftune.online.losses",
-    "MaxGrad": "siftune.online.gradients",
-    "RhoLoss": "siftune.online.reference",
+    "MaxLoss": "siftune.online.maxloss",
+    "MaxGrad": "siftune.online.maxgrad",
+    "RhoLoss": "siftune.online.rho_loss",
     "Greats": "siftune.online.greats",
     "Regular": "siftune.online.simple",
-    "attach": "siftune.training.attach",
-    "detach": "siftune.training.attach",
-    "reference_losses": "siftune.training.reference",
-    "Recipe": "siftune.training.recipe",
-    "build_trainer": "siftune.training.trainer",
+    "attach": "siftune.hook.attach",
+    "detach": "siftune.hook.attach",
+    "reference_losses": "siftune.sft.reference_losses",
+    "Recipe": "siftune.sft.recipe",
+    "build_trainer": "siftune.sft.trainer",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
@@ -53,11 +53,13 @@ __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 if TYPE_CHECKING:
     from .data.load import load_pool as load_pool
     from .errors import UserError as UserError
+    from .hook.attach import attach as attach
+    from .hook.attach import detach as detach
     from .offline.daar.selector import DaaR as DaaR
-    from .online.gradients import MaxGrad as MaxGrad
     from .online.greats import Greats as Greats
-    from .online.losses import MaxLoss as MaxLoss
-    from .online.reference import RhoLoss as RhoLoss
+    from .online.maxgrad import MaxGrad as MaxGrad
+    from .online.maxloss import MaxLoss as MaxLoss
+    from .online.rho_loss import RhoLoss as RhoLoss
     from .online.simple import Regular as Regular
     from .online.uds import UDS as UDS
     from .records import Kept as Kept
@@ -66,11 +68,9 @@ if TYPE_CHECKING:
     from .records import Scores as Scores
     from .records import Subset as Subset
     from .registry import register as register
-    from .training.attach import attach as attach
-    from .training.attach import detach as detach
-    from .training.recipe import Recipe as Recipe
-    from .training.reference import reference_losses as reference_losses
-    from .training.trainer import build_trainer as build_trainer
+    from .sft.recipe import Recipe as Recipe
+    from .sft.reference_losses import reference_losses as reference_losses
+    from .sft.trainer import build_trainer as build_trainer
 
 
 def __getattr__(name: str) -> Any:

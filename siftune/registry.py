@@ -119,7 +119,7 @@ register(
 register(
     "offline",
     "ifd",
-    "siftune.offline.loss:IFD",
+    "siftune.offline.ifd:IFD",
     summary="instruction-following difficulty: perplexity of the answer with the question over that without it",
     paper="SuperFiltering, arXiv 2402.00530; Cherry LLM, arXiv 2308.12032",
     needs="a causal LM (a small one will do)",
@@ -151,7 +151,7 @@ register(
 register(
     "offline",
     "inter-diversity",
-    "siftune.offline.labelled:InterDiversity",
+    "siftune.offline.domain_diversity:InterDiversity",
     summary="rows far from the centroids of the other domains",
     paper=f"{_DAAR}, section 3",
     needs="domain labels; a model's embedding layer",
@@ -159,7 +159,7 @@ register(
 register(
     "offline",
     "intra-diversity",
-    "siftune.offline.labelled:IntraDiversity",
+    "siftune.offline.domain_diversity:IntraDiversity",
     summary="rows near the centroid of their own domain",
     paper=f"{_DAAR}, section 3",
     needs="domain labels; a model's embedding layer",
@@ -169,19 +169,23 @@ register(
     "online", "random", "siftune.online.simple:Random", summary="a seeded uniform draw, the reference at equal budget"
 )
 register(
-    "online", "maxloss", "siftune.online.losses:MaxLoss", summary="the rows with the largest mean loss", needs="forward"
+    "online",
+    "maxloss",
+    "siftune.online.maxloss:MaxLoss",
+    summary="the rows with the largest mean loss",
+    needs="forward",
 )
 register(
     "online",
     "maxgrad",
-    "siftune.online.gradients:MaxGrad",
+    "siftune.online.maxgrad:MaxGrad",
     summary="the rows with the largest gradient norm over the trained weights (or, cheaper, at the logits)",
     needs="forward and backward; the logits' variant a forward",
 )
 register(
     "online",
     "rho-loss",
-    "siftune.online.reference:RhoLoss",
+    "siftune.online.rho_loss:RhoLoss",
     summary="the rows whose loss is largest beyond that of a reference model trained on held-out data",
     paper="RHO-Loss, arXiv 2206.07137",
     needs="forward; a reference model, or a table made once by siftune.reference_losses",

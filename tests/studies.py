@@ -14,7 +14,7 @@ import yaml
 
 from siftune.budget import parse_keep
 from siftune.data.exports import seal
-from siftune.data.files import hash_json, write_json
+from siftune.files import hash_json, write_json
 from siftune.study import cell as cells
 from siftune.study import compare as comparing
 from siftune.study.cell import Work

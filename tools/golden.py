@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import load_file
 
-from siftune.cli import main as siftune
+from siftune.cli.main import main as siftune
 from siftune.demo import corpus
 from siftune.demo.embedded import model_folder
 

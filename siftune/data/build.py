@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .files import canonical_json, sync, without_nan, write_json
+from ..files import canonical_json, sync, without_nan, write_json
 from .formats import BadRow, Reading
 from .parse import CHUNK_BYTES, Chunk
 from .store import VERSION

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from ..errors import UserError
-from .files import hash_json
+from ..files import hash_json
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

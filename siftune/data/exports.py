@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .files import hash_file, plain_errors, read_json, sync, write_json
+from ..files import hash_file, plain_errors, read_json, sync, write_json
 
 MARK = ".siftune-export.json"
 

@@ -18,11 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
-from ..progress import Activity, doing
-from ..records import Pool
-from .build import Writer
-from .exports import refill
-from .files import (
+from ..files import (
     cache_folder,
     hash_file,
     hash_json,
@@ -32,6 +28,10 @@ from .files import (
     sync,
     temporary_beside,
 )
+from ..progress import Activity, doing
+from ..records import Pool
+from .build import Writer
+from .exports import refill
 from .formats import FIELDS, Reading, candidates, check_format, recognise
 from .parse import Chunk, counted
 from .protect import places

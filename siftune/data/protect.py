@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .files import is_temporary, plain_errors, read_json, write_json
+from ..files import is_temporary, plain_errors, read_json, write_json
 
 CLAIM = ".siftune-folder.json"
 LOCKS = (".lock", ".locks")

@@ -23,8 +23,8 @@ from typing import IO, Any, cast
 import pyarrow as pa
 
 from ..errors import UserError
+from ..files import plain_errors, refuse_special
 from ..redaction import shortened
-from .files import plain_errors, refuse_special
 from .parse import CHUNK_BYTES, Chunk, cut, json_lines, json_rows
 from .parse_csv import csv_rows
 from .tables import read_dataset, read_parquet

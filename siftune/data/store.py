@@ -25,9 +25,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..files import json_value, plain_errors, read_json, without_nan
 from ..records import Row
 from . import write
-from .files import json_value, plain_errors, read_json, without_nan
 from .formats import Reading
 from .protect import refuse_overlap
 from .sums import are_intact, read_checked_json

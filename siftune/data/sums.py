@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import hash_json, plain_errors, read_json, write_json
+from ..files import hash_json, plain_errors, read_json, write_json
 
 PIECE_BYTES = 1 << 20
 CHECK = "check"

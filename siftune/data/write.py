@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ..errors import UserError
-from .files import atomic_path
+from ..files import atomic_path
 
 CHUNK_ROWS = 128
 """Rows in memory at once: few, because a row may hold megabytes."""

@@ -14,8 +14,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
-from ..data.files import atomic_path
 from ..errors import UserError
+from ..files import atomic_path
 from .domains import coding, knowledge, maths, reasoning
 from .domains.made import Kinds, Made
 

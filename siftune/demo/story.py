@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.files import read_json, write_json
 from ..data.protect import claim
+from ..files import read_json, write_json
 from ..output import as_json, say
 from ..records import Subset
 from . import corpus, show
@@ -32,7 +32,7 @@ BINS = 12
 
 
 class Selected(Protocol):
-    """What a selection gives back (`siftune.pipeline.Selection`)."""
+    """What a selection gives back (`siftune.runs.select.Selection`)."""
 
     @property
     def manifest(self) -> Mapping[str, Any]: ...

@@ -24,8 +24,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..data.files import read_json, write_json
 from ..data.protect import foreign_name
+from ..files import read_json, write_json
 from ..output import as_json, say
 from . import corpus, prompts
 from .embedded import MODEL

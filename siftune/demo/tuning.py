@@ -22,9 +22,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..models.checkpoint import quiet
+from ..models.load import quiet
 from ..progress import current
-from ..training.shown import Shown
+from ..sft.progress_callback import Shown
 
 TRAINED = 4
 """Rows trained per step."""
@@ -138,7 +138,7 @@ def fine_tune(
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Shown(current(), lambda line: None))
         if selector is not None:
-            from ..training.attach import attach
+            from ..hook.attach import attach
 
             attach(trainer, selector, quiet=True)
         started = perf_counter()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Where(Protocol):
-    """What a user says of where shards run: the fields of `config.Running` that are read here."""
+    """What a user says of where shards run: the fields of `options.Running` that are read here."""
 
     engine: Any
     workers: int | None

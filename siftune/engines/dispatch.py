@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..records import Shard
-from .course import Done, LeftOut, Outcome, course
+from .retry import Done, LeftOut, Outcome, course
 from .shard import Work
 
 AHEAD = 4

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from ..data.files import sweep_temporaries
+from ..files import sweep_temporaries
 from ..models.store import Store
 from ..records import Pool, Shard, ShardResult, ShardTask
-from .course import Done, Failed, Outcome, course
 from .dispatch import dispatch
+from .retry import Done, Failed, Outcome, course
 from .shard import Progress, Work
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from ..errors import UserError
 from ..records import Shard
-from .course import OUT_OF_MEMORY, Failed, LeftOut, Outcome
+from .retry import OUT_OF_MEMORY, Failed, LeftOut, Outcome
 from .shard import Work
 
 PATIENCE = 10.0

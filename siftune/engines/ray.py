@@ -21,10 +21,10 @@ import torch
 from ..errors import MissingExtra, UserError, is_failure
 from ..records import Pool, Shard, ShardTask
 from ..redaction import shortened
-from .course import Done, Failed, LeftOut, Outcome
 from .dispatch import dispatch
 from .local import LocalEngine, here, stays
 from .processes import portable
+from .retry import Done, Failed, LeftOut, Outcome
 from .shard import Work
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from ..errors import UserError
 from ..models.store import Store
 from ..records import Pool, Shard, ShardResult, ShardTask
-from .course import Done, LeftOut
+from .retry import Done, LeftOut
 
 ROWS_AT_ONCE = 256
 

@@ -240,7 +240,7 @@ def _number(value: Any) -> float:
 @contextlib.contextmanager
 def silent(*, bars: bool = False) -> Iterator[None]:
     """The harness's notes do not reach the user, its bars only with `bars`; nothing of it reaches standard output."""
-    from ..models.checkpoint import quiet
+    from ..models.load import quiet
 
     log = logging.getLogger("lm_eval")
     level = log.level

@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 from ..data.formats import BadRow
 from ..data.load import load_pool
 from ..errors import UserError
-from ..models.checkpoint import quiet
 from ..models.features import batches
-from ..models.hidden import exact_math, predicting_tokens, take_apart
-from ..online.losses import shared_walks
-from ..online.view import View
+from ..models.hidden_states import exact_math, predicting_tokens, take_apart
+from ..models.load import quiet
+from ..models.tokenize_rows import IGNORED, Encoder, check_text
+from ..online.logit_access import View
+from ..online.maxloss import shared_walks
 from ..progress import counted
 from ..records import Pool
-from ..training.text import IGNORED, Encoder, check_text
 
 Files = Mapping[str, str | Path | Sequence[str | Path]]
 NOT_FINITE = "loss not finite"

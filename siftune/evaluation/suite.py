@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..data.yaml_files import read_yaml
 from ..errors import UserError, check_keys, did_you_mean
+from ..yaml_io import read_yaml
 from .tasks import TaskSpec, own_tasks, read_task
 
 SUITES = Path(__file__).parent / "suites"

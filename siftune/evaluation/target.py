@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from ..data.files import hash_file, hash_json, read_json
 from ..errors import MissingExtra, UserError
+from ..files import hash_file, hash_json, read_json
 from ..models import chat
 from ..models.backbone import Backbone, DType
-from ..models.checkpoint import find_folder, quiet
-from ..models.lm import CausalLM
-from ..training.merge import ADAPTER, ADAPTER_WEIGHTS, PREFIX, adapted, is_adapter, tensor_shapes
+from ..models.causal_lm import CausalLM
+from ..models.load import find_folder, quiet
+from ..sft.adapters import ADAPTER, ADAPTER_WEIGHTS, PREFIX, adapted, is_adapter, tensor_shapes
 
 DEFAULT_LENGTH = 2048
 """Tokens of a prompt and its answer where the model's configuration does not say."""

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..data.files import hash_file, hash_json, refuse_special
-from ..data.yaml_files import read_yaml
 from ..errors import UserError, check_keys
+from ..files import hash_file, hash_json, refuse_special
 from ..redaction import shortened
+from ..yaml_io import read_yaml
 from .grading import GRADES, RUN_PROGRAMS
 
 TASKS = Path(__file__).parent / "tasks"

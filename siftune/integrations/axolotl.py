@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..training.attach import attach
-from ..training.selector import selector_of
+from ..hook.attach import attach
+from ..hook.selector import selector_of
 
 if TYPE_CHECKING:
     _Base: Any = object

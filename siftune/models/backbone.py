@@ -3,7 +3,7 @@
 A `Backbone` holds the embedding layer, the first `layer` decoder layers and the final norm, so its last hidden state is
 what `hidden_states[-1]` of a `layer`-layer model gives (DaaR, arXiv 2502.04380, stage 4). The other layers' tensors are
 never read. Cost: the embedding table and `layer` layers of memory; one content hash of them, remembered by the files'
-stamps (see `checkpoint.file_stamp`).
+stamps (see `load.file_stamp`).
 
 Shapes: `B` rows, `T` tokens, `D` hidden width.
 """
@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import torch
 
-from ..data.files import cache_folder
 from ..errors import UserError
-from . import checkpoint
-from .checkpoint import Made, file_stamp
+from ..files import cache_folder
+from . import load
+from .load import Made, file_stamp
 from .store import Store
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -76,14 +76,14 @@ class Backbone:
     @property
     def folder(self) -> Path:
         """Where the model's files are; a hub id is downloaded (or found in the hub's cache) on first use."""
-        return self._once("folder", lambda: checkpoint.find_folder(self.model, self.revision))
+        return self._once("folder", lambda: load.find_folder(self.model, self.revision))
 
     @property
     def config(self) -> Any:
         """The model's configuration as stored, checked to be a causal language model with `layer` layers."""
         return self._once(
             "config",
-            lambda: checkpoint.read_config(
+            lambda: load.read_config(
                 self.folder, model=self.model, layer=self.layer, trust_remote_code=self.trust_remote_code
             ),
         )
@@ -93,13 +93,13 @@ class Backbone:
         """The model's tokenizer, truncating and padding on the right."""
         return self._once(
             "tokenizer",
-            lambda: checkpoint.read_tokenizer(self.folder, model=self.model, trust_remote_code=self.trust_remote_code),
+            lambda: load.read_tokenizer(self.folder, model=self.model, trust_remote_code=self.trust_remote_code),
         )
 
     @property
     def opening(self) -> str:
         """The beginning-of-text token as text, if the tokenizer puts it before every text by itself; else empty."""
-        return self._once("opening", lambda: checkpoint.opening(self.tokenizer))
+        return self._once("opening", lambda: load.opening(self.tokenizer))
 
     @property
     def torch_device(self) -> torch.device:
@@ -174,7 +174,7 @@ def _pick_device(device: str) -> torch.device:
 
 def _load(backbone: Backbone) -> torch.nn.Module:
     device = backbone.torch_device  # a wrong one is better known before gigabytes are read
-    return checkpoint.read_network(
+    return load.read_network(
         backbone.folder,
         backbone.config,
         model=backbone.model,
@@ -195,7 +195,7 @@ def _content_key(backbone: Backbone) -> str:
     said = f"{backbone.layer}|{backbone.torch_dtype}|{backbone.device_kind}|{backbone.length}|{libraries}"
     digest = blake2b(f"backbone 1|{said}|".encode(), digest_size=16)
     digest.update(json.dumps(_config_facts(backbone), sort_keys=True, default=str).encode())
-    texts = [backbone.folder / name for name in checkpoint.TOKENIZER_FILES]
+    texts = [backbone.folder / name for name in load.TOKENIZER_FILES]
     if backbone.trust_remote_code:
         texts += sorted(backbone.folder.glob("*.py"))
     for path in texts:

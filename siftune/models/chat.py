@@ -1,6 +1,6 @@
 """A chat model's folder: how a conversation is put to it, what ends its replies, its weights, its content hash.
 
-Cost: the weights once; their hash once per file, remembered by its stamp (see `checkpoint.file_stamp`).
+Cost: the weights once; their hash once per file, remembered by its stamp (see `load.file_stamp`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..data.chat_template import Refusal, apply_template
-from ..data.files import cache_folder, hash_file, hash_json
 from ..data.formats import BadRow
 from ..errors import UserError
+from ..files import cache_folder, hash_file, hash_json
 from .backbone import Backbone
-from .checkpoint import TOKENIZER_FILES, file_stamp, loading
+from .load import TOKENIZER_FILES, file_stamp, loading
 from .store import Store
 
 SENTINEL = "siftune-end"

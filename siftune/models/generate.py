@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..data.files import hash_json
 from ..errors import UserError
+from ..files import hash_json
 
 Message = tuple[str, str]
 """(role, content), role one of `system`, `user`, `assistant`."""

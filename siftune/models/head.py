@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .hidden import Parts
+from .hidden_states import Parts
 
 BLOCK = 4_000_000
 """Numbers of W in one block of the vocabulary: 16 MB in float32, and products still run at full speed."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from ..data.files import hash_json, plain_errors
 from ..errors import UserError
+from ..files import hash_json, plain_errors
 from ..progress import counted
 from .generate import Generator, Reply, Request, request_key
 

@@ -23,8 +23,8 @@ from ..data.formats import BadRow, row_failures
 from ..errors import UserError
 from .backbone import Backbone
 from .chat import content_key, end_tokens, load, templated
-from .checkpoint import quiet
 from .generate import Reply, Request
+from .load import quiet
 
 Made = TypeVar("Made")
 

@@ -21,8 +21,8 @@ from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..data.files import hash_json
 from ..errors import MissingExtra, UserError
+from ..files import hash_json
 from ..redaction import redact_text
 from .bounded_http import Redirected, bounded_client
 from .completion import BadReply, read_completion, read_models

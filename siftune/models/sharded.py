@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .head import Head, read_head
-from .hidden import Parts
+from .hidden_states import Parts
 
 
 def is_sharded(model: nn.Module) -> bool:

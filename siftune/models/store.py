@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..data.files import atomic_path
+from ..files import atomic_path
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -16,7 +16,7 @@ from ..data.formats import BadRow, row_failures, text_of
 from ..errors import UserError, is_failure
 from ..records import Row
 from .backbone import Backbone
-from .checkpoint import quiet
+from .load import quiet
 
 CUT_CHARACTERS = 32
 """Characters per wanted token that are handed to the tokenizer first: natural text has 1 to 6 per token."""

@@ -12,7 +12,7 @@ from typing import Any
 from ..data.chat_template import Refusal, apply_template
 from ..data.formats import text_of
 from ..records import Row
-from .prompt_file import Prompt
+from .prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.files import hash_json
 from ..errors import UserError
+from ..files import hash_json
 from ..models.backbone import Backbone, DType
+from ..models.causal_lm import CausalLM
 from ..models.features import FeatureTask
-from ..models.lm import CausalLM
 from ..records import Pool, Scores, Shard, ShardResult
 from .base import OfflineMethod
 from .deita_walk import unlike
-from .prompt_file import read_prompt
+from .prompts import read_prompt
 from .rating import Rater
 
 Turns = Literal["sum", "mean", "last"]

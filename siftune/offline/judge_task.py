@@ -19,13 +19,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.files import hash_json
 from ..errors import UserError
+from ..files import hash_json
 from ..models.generate import Generator, Reply, Request, open_generator, request_key
 from ..models.journal import Counts, Journal, Journaled
 from ..records import Pool, Row, Shard, ShardResult
 from .draw import number
-from .prompt_file import Prompt
+from .prompts import Prompt
 
 VERSION = 1
 """Raised whenever the same replies would give other columns."""

@@ -12,14 +12,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.files import cache_folder, hash_json
 from ..errors import UserError
+from ..files import cache_folder, hash_json
 from ..models.generate import Generator, check_generator, is_server, open_generator
 from ..records import Pool, ShardTask
 from .base import OfflineMethod
 from .draw import draw
 from .judge_task import Asking, Form, JudgeTask, cost, filled, spent
-from .prompt_file import Prompt, read_prompt
+from .prompts import Prompt, read_prompt
 
 SAMPLE = 256
 """Rows that an estimate reads."""

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data.files import hash_json
 from ..data.formats import TEXT_FORM
 from ..errors import UserError
-from ..models.lm import CausalLM, Ids, logits
+from ..files import hash_json
+from ..models.causal_lm import CausalLM, Ids, logits
 from ..models.tokenise import texts_of
 from ..records import Pool, Row
-from .prompt_file import Prompt
+from .prompts import Prompt
 
 RATINGS = 6
 ROWS_AT_ONCE = 256

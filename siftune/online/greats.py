@@ -24,12 +24,12 @@ import torch
 
 from ..budget import Keep
 from ..errors import UserError
-from ..models.hidden import predicting_tokens
+from ..models.hidden_states import predicting_tokens
 from ..models.layout import candidates_of
 from ..records import RowScores
-from .backward import Gradients, RowGradients
 from .base import Batch, Measured, OnlineMethod, at_least, one_of
-from .ghost import PAIRS
+from .per_example.backward import Gradients, RowGradients
+from .per_example.ghost import PAIRS
 
 Group = tuple[list[int], int]
 """(rows, columns)."""

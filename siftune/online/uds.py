@@ -24,10 +24,11 @@ import torch
 from ..budget import Keep
 from ..errors import UserError
 from ..models.head import Factor, Head
-from ..models.hidden import exact_math, predicting_tokens, real_tokens
+from ..models.hidden_states import exact_math, predicting_tokens, real_tokens
 from ..records import RowScores
 from .base import Batch, Measured, OnlineMethod, at_least, one_of
 from .collected import Collected, Columns, Entry
+from .logit_access import Seen, View
 from .memory import Memory, pairwise
 from .nuclear import (
     How,
@@ -43,7 +44,6 @@ from .nuclear import (
 )
 from .route import EXACT, Exact, ExactRoute
 from .sketch import Sketch
-from .view import Seen, View
 
 PAPER_ALPHA = 1.5e-3
 """α of the authors' training script."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..data.files import read_json
+from ..files import read_json
 from . import words
 from .blocks import Block, Page, Section, Table
 from .rows_file import SELECTED

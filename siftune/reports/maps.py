@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.files import hash_json
 from ..errors import UserError
+from ..files import hash_json
 from ..records import Pool
 from .probe import ProbeSet
 from .rows_file import Selection, Texts, store_folder
@@ -161,7 +161,7 @@ def _placed(
 
 
 def _digest(features: NDArray[Any] | None) -> str:
-    from ..data.files import hash_bytes
+    from ..files import hash_bytes
 
     assert features is not None
     return hash_bytes(np.ascontiguousarray(features).tobytes())

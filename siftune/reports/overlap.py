@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.files import read_json
 from ..errors import UserError
+from ..files import read_json
 from . import words
 from .blocks import Heat, Note
 from .rows_file import MANIFEST, ROWS, Selection, read_selection

@@ -14,8 +14,8 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..data.files import atomic_path
 from ..errors import MissingExtra
+from ..files import atomic_path
 from .blocks import Page
 from .untrusted import embedded_json
 

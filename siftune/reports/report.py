@@ -8,9 +8,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..data.files import read_json
 from ..data.protect import refuse_overlap, setting_inputs
 from ..errors import MissingExtra, UserError
+from ..files import read_json
 from ..progress import doing
 from . import page
 from .blocks import Page

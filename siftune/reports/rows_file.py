@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.files import cache_folder, read_json
 from ..data.load import load_pool
 from ..errors import UserError
+from ..files import cache_folder, read_json
 from ..records import Pool, Row
 from .untrusted import visible
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.files import read_json
 from ..errors import UserError
+from ..files import read_json
 from . import words
 from .blocks import Block, Chart, Fact, Facts, Page, Section, Table
 from .untrusted import visible

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.files import read_json
 from ..data.load import load_pool
 from ..errors import UserError
+from ..files import read_json
 from ..records import Pool
 from .composition import AT_ONCE, Labels, in_order_of, label_columns
 from .rows_file import MANIFEST, ROWS, SELECTED, Texts, read_selection

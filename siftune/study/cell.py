@@ -16,8 +16,8 @@ from time import perf_counter
 from typing import Any
 
 from ..data.exports import discard
-from ..data.files import read_json, write_json
 from ..errors import UserError
+from ..files import read_json, write_json
 from .cells import Cell
 from .data import Data, model_folder
 from .plan import plan_arm
@@ -55,8 +55,8 @@ def alone(folder: Path, name: str) -> Iterator[None]:
 
 def choose(work: Work, cell: Cell, run: Path) -> Mapping[str, Any]:
     """Run the cell's offline method into the run folder `run`; the manifest. `run/selected.jsonl` holds the rows."""
-    from ..config import SelectOptions
-    from ..pipeline import select
+    from ..runs.options import SelectOptions
+    from ..runs.select import select
 
     study, entry = work.study, cell.arm.offline
     assert entry.method is not None
@@ -77,8 +77,8 @@ def choose(work: Work, cell: Cell, run: Path) -> Mapping[str, Any]:
 
 def train(work: Work, recipe: Mapping[str, Any], run: Path) -> tuple[Path, Mapping[str, Any]]:
     """Tune by a recipe into the run folder `run`, resuming there; the model's folder and the manifest."""
-    from ..training.recipe import Recipe
-    from ..tune import TuneOptions, tune
+    from ..runs.train import TuneOptions, tune
+    from ..sft.recipe import Recipe
 
     tuned = tune(Recipe.read(recipe), TuneOptions(run=str(run), quiet=True, cache=work.cache))
     return tuned.model, tuned.manifest
@@ -130,8 +130,8 @@ def run_reference(work: Work) -> None:
 
 def tabulate(work: Work, recipe: Mapping[str, Any], model: Path, table: Path) -> None:
     """The table of losses under `model` of every row that `recipe` would train on."""
-    from ..score_reference import score_reference
-    from ..training.recipe import Recipe
+    from ..runs.score_reference import score_reference
+    from ..sft.recipe import Recipe
 
     score_reference(Recipe.read(recipe), str(model), out=table, cache=work.cache)
 
@@ -254,8 +254,8 @@ def check_cell(work: Work, cell: Cell, found: Mapping[str, Any], baseline: Mappi
 
 def check_recipe(recipe: Mapping[str, Any], cache: str | None) -> None:
     """Refuse a recipe that its own classes, its files or its model's folder refuse; no weight is read."""
-    from ..training.recipe import Recipe
-    from ..training.trainer import prepare
+    from ..sft.recipe import Recipe
+    from ..sft.trainer import prepare
 
     prepare(Recipe.read(recipe), cache=cache)
 

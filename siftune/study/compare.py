@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..cut import copy_file, refuse_inside
-from ..data.files import atomic_path, hash_json, read_json, write_json
 from ..data.protect import foreign_name, refuse_overlap, setting_inputs
 from ..errors import UserError
 from ..evaluation.suite import suite_file
-from ..job import RUNS, build, check_method
+from ..files import atomic_path, hash_json, read_json, write_json
 from ..redaction import redact
-from ..run import make_folder
+from ..runs.cut import copy_file, refuse_inside
+from ..runs.folder import make_folder
+from ..runs.job import RUNS, build, check_method
 from . import cell as pieces
 from .cell import (
     Work,
@@ -216,7 +216,7 @@ def _check_methods(work: Work, arms: Sequence[Arm]) -> None:
 
 
 def _check_online(options: Mapping[str, Any]) -> None:
-    from ..training.selector import selector_of
+    from ..hook.selector import selector_of
 
     selector_of(options).check()
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data.files import atomic_path, hash_file, hash_json, json_value, read_json, write_json
 from ..data.formats import BadRow
 from ..data.load import load_pool
 from ..errors import UserError
-from ..models.checkpoint import find_folder, quiet, read_tokenizer
+from ..files import atomic_path, hash_file, hash_json, json_value, read_json, write_json
+from ..models.load import find_folder, quiet, read_tokenizer
 from ..records import Pool, Row
 from .spec import DEMO, Study
 
@@ -83,7 +83,7 @@ def model_folder(study: Study) -> Path:
 
 def model_key(study: Study) -> str:
     """Content hash of the model's configuration, tokenizer and weights."""
-    from ..training.merge import model_key as key
+    from ..sft.adapters import model_key as key
 
     return key(model_folder(study))
 
@@ -227,7 +227,7 @@ class _Drawing:
 
     def _usable(self, pool: Pool, order: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """(row, tokens, learnt tokens) of the rows that can be trained on, in order, tokenised as they are asked for."""
-        from ..training.text import Encoder, check_text
+        from ..models.tokenize_rows import Encoder, check_text
 
         check_text(self.study.text, self.tokenizer, model=self.study.model, format=pool.format)
         encoder = Encoder(self.tokenizer, self.study.text, self.study.max_length)

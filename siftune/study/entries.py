@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .. import registry
-from ..config import PARTS, unknown
 from ..errors import UserError
+from ..runs.options import PARTS, unknown
 
 Side = Literal["offline", "online"]
 NONE: Mapping[Side, str] = {"offline": "full", "online": "regular"}

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..data.checked_parquet import write_checked
-from ..data.files import atomic_path, read_json
+from ..files import atomic_path, read_json
 from .cell import BASE, CELL, Work
 from .cells import Arm, Cell, arms_of, baseline_of, groups_of
 from .statistics import Difference, Mean, mean_of, paired

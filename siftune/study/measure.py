@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..models.checkpoint import read_tokenizer
+from ..models.load import read_tokenizer
 from .data import Data, model_folder
 from .spec import Study
 
@@ -27,7 +27,7 @@ def measured(study: Study, data: Data, model: Path, run: Path) -> dict[str, floa
 def check_suite(study: Study) -> None:
     """Refuse a suite, its options or its files, without a weight. Raises `UserError`."""
     if study.suite is not None:
-        from ..evaluate import evaluate
+        from ..runs.evaluate import evaluate
 
         evaluate(str(model_folder(study)), study.suite, dry_run=True, **study.evaluate)
 
@@ -36,7 +36,7 @@ def _held_out(study: Study, data: Data, model: Path) -> dict[str, float]:
     import torch
 
     from ..evaluation.held_out import held_out
-    from ..training.merge import load_tuned
+    from ..sft.adapters import load_tuned
 
     network: Any = load_tuned(model)
     if torch.cuda.is_available():
@@ -56,7 +56,7 @@ def _held_out(study: Study, data: Data, model: Path) -> dict[str, float]:
 
 def _suite(study: Study, model: Path, run: Path) -> dict[str, float]:
     """The metric that stands for each task, and the suite's own average."""
-    from ..evaluate import evaluate
+    from ..runs.evaluate import evaluate
 
     assert study.suite is not None
     results = evaluate(str(model), study.suite, run=str(run), **study.evaluate)

@@ -12,15 +12,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.files import atomic_path
-from ..machine import cores, processor
+from ..files import atomic_path
 from ..reports import figures
 from ..reports.figures import Point
-from ..run import versions
+from ..runs.folder import versions
 from .cells import groups_of, slug
 from .composition import composition_table
 from .entries import Entry
 from .frame import Compared, Frame, lower_is_better, main_value
+from .machine import cores, processor
 from .spec import Study
 from .statistics import LEVEL
 from .tables import cost_table, tables

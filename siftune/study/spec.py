@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..budget import Keep, parse_keep
-from ..config import unknown
-from ..data.yaml_files import read_yaml
 from ..errors import UserError
-from ..training.recipe import merged, read_preset, read_recipe_file
+from ..runs.options import unknown
+from ..sft.recipe import merged, read_preset, read_recipe_file
+from ..yaml_io import read_yaml
 from .entries import NONE, Entry, check_name, fill, read_entries, texts
 
 DEMO = "demo"

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from siftune.config import SelectOptions
 from siftune.data.load import load_pool
-from siftune.pipeline import select
-from siftune.training.ledger import Ledger
+from siftune.hook.ledger import Ledger
+from siftune.runs.options import SelectOptions
+from siftune.runs.select import select
 
 DOMAINS = ("cooking", "sailing", "chess")
 WORDS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from siftune.cli import main
+from siftune.cli.main import main
 
 from .conftest import Tab
 

@@ -70,7 +70,9 @@ def test_the_walk_sees_relative_and_absolute_imports(tmp_path: Path, monkeypatch
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     path = tmp_path / "offline" / "daar" / "new.py"
     path.parent.mkdir(parents=True)
-    path.write_text("from ...engines.local import x\nimport siftune.cli\nfrom ..base import y\nfrom ... import data\n")
+    path.write_text(
+        "from ...engines.local import x\nimport siftune.cli.main\nfrom ..base import y\nfrom ... import data\n"
+    )
     assert imports(path) == {"engines", "cli", "offline", "data"}
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from siftune import registry
 from siftune.errors import UserError
+from siftune.hook import checkpoint as checkpoints
 from siftune.online.base import Measured, OnlineMethod
-from siftune.training import state as checkpoints
 from tests.online_methods import needs
 from tests.reference_uds import tiny_batch
 from tests.tiny import tiny_model

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.demo import corpus
 from tests.tiny import save_tiny
 
@@ -75,8 +75,13 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def stop(*_: object, **__: object) -> None:
         raise UnderstoodError
 
-    targets = ("siftune.pipeline.select", "siftune.pipeline.recut", "siftune.plan.plan", "siftune.demo.story.run")
-    others = ("siftune.loop.loop", "siftune.training.recipe.Recipe.read", "siftune.evaluate.Job.__init__")
+    targets = (
+        "siftune.runs.select.select",
+        "siftune.runs.select.recut",
+        "siftune.runs.plan.plan",
+        "siftune.demo.story.run",
+    )
+    others = ("siftune.runs.loop.loop", "siftune.sft.recipe.Recipe.read", "siftune.runs.evaluate.Job.__init__")
     others += ("siftune.reports.report.write", "siftune.study.spec.read_study")
     for target in (*targets, *others):
         monkeypatch.setattr(target, stop)
@@ -119,8 +124,8 @@ def test_the_readmes_python_runs_on_a_pool(prepared: Path) -> None:
 def test_shipped_yaml_in_pages_is_read() -> None:
     import yaml
 
-    from siftune.commands.common import own_options
-    from siftune.commands.select import select_command
+    from siftune.cli.common import own_options
+    from siftune.cli.select import select_command
 
     for block in blocks(ROOT / "docs" / "cli.md", "yaml"):
         config = yaml.safe_load(block)

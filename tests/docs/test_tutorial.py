@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from siftune.cli import main
+from siftune.cli.main import main
 from tests.docs.test_readme import READ_ONLY, ROOT
 
 PAGE = ROOT / "docs" / "tutorial.md"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from siftune.cli import main
+from siftune.cli.main import main
 
 
 class Said(NamedTuple):

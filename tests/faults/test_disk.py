@@ -72,7 +72,7 @@ def test_a_full_disk_is_one_sentence_and_the_rerun_goes_on(folder: Path, tmp_pat
 
 SMALL_FILES = """
 import resource, sys
-from siftune.cli import main
+from siftune.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
 sys.exit(main(sys.argv[2:]))
 """

@@ -22,15 +22,15 @@ from siftune.data.load import load_pool
 from siftune.engines.local import LocalEngine
 from siftune.errors import UserError
 from siftune.models.backbone import Backbone
+from siftune.models.causal_lm import CausalLM
 from siftune.models.features import FeatureTask
-from siftune.models.lm import CausalLM
 from siftune.models.tokenise import tokenise
+from siftune.models.tokenize_rows import Encoder
 from siftune.offline.base import SerialEngine, gather
-from siftune.offline.loss import IFD
-from siftune.offline.prompt_file import Prompt
+from siftune.offline.ifd import IFD
+from siftune.offline.prompts import Prompt
 from siftune.offline.rating import Rater
 from siftune.records import Pool, Row, Shard
-from siftune.training.text import Encoder
 from tests.failing import PanicException
 from tests.faults.said import add_up, refused, siftune
 from tests.tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
@@ -473,7 +473,7 @@ def test_memory_that_runs_out_over_a_file_names_it(tmp_path: Path, monkeypatch: 
 
 
 def test_memory_and_panics_elsewhere_are_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from siftune import cli
+    from siftune.cli import main
 
     def raising(error: BaseException) -> Any:
         def dispatch(words: list[str]) -> int:
@@ -481,12 +481,12 @@ def test_memory_and_panics_elsewhere_are_no_traceback(monkeypatch: pytest.Monkey
 
         return dispatch
 
-    monkeypatch.setattr(cli, "_dispatch", raising(MemoryError()))
+    monkeypatch.setattr(main, "_dispatch", raising(MemoryError()))
     assert "memory ran out" in refused(siftune(["select"]))
-    monkeypatch.setattr(cli, "_dispatch", raising(PanicException("overflow")))
+    monkeypatch.setattr(main, "_dispatch", raising(PanicException("overflow")))
     result = siftune(["select"])
     assert result.code == 1
     assert "Traceback" not in result.err
-    monkeypatch.setattr(cli, "_dispatch", raising(SystemExit(3)))
+    monkeypatch.setattr(main, "_dispatch", raising(SystemExit(3)))
     with pytest.raises(SystemExit):
         siftune(["select"])

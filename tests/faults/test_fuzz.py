@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from siftune.budget import parse_keep
-from siftune.config import read_config
 from siftune.errors import UserError
+from siftune.runs.options import read_config
 from tests.faults.said import Said, add_up, count, refused, siftune
 
 SOUND = [

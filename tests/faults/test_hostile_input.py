@@ -18,7 +18,7 @@ import pytest
 
 from siftune.data.load import load_pool
 from siftune.offline.alpagasus import AlpaGasus
-from siftune.offline.loss import IFD
+from siftune.offline.ifd import IFD
 from tests.faults.inputs import daar, inter, write_inputs, write_pool
 from tests.faults.said import add_up, count, refused, siftune
 from tests.hostile import hostile

@@ -38,8 +38,8 @@ RECIPE = {
     "peft": {"r": 4, "target_modules": "all-linear"},
     "online": {"method": "uds", "keep": "1/2"},
 }
-PRELOAD = ["siftune.offline.labelled", "siftune.reports", "sklearn.cluster"]
-TRAINING = ["siftune.tune", "siftune.training.trainer", "trl.trainer.sft_trainer", "siftune.study.compare"]
+PRELOAD = ["siftune.offline.domain_diversity", "siftune.reports", "sklearn.cluster"]
+TRAINING = ["siftune.runs.train", "siftune.sft.trainer", "trl.trainer.sft_trainer", "siftune.study.compare"]
 """For the soak alone: some seconds."""
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from siftune.data.files import hash_file, read_json, refuse_special
 from siftune.data.load import load_pool
-from siftune.data.yaml_files import read_yaml
 from siftune.errors import UserError
-from siftune.offline.prompt_file import read_prompt
-from siftune.online.reference import read_table
+from siftune.files import hash_file, read_json, refuse_special
+from siftune.offline.prompts import read_prompt
+from siftune.online.rho_loss import read_table
+from siftune.yaml_io import read_yaml
 from tests.faults.inputs import write_pool
 from tests.faults.said import refused, siftune
 from tests.tiny import save_tiny

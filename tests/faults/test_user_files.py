@@ -293,8 +293,8 @@ def test_a_fit_is_saved_over_no_file_of_the_users(work: Path) -> None:
     import numpy as np
 
     from siftune.errors import UserError
+    from siftune.offline.centroids import FILE, LabelCentroids
     from siftune.offline.daar.written import copy_written
-    from siftune.offline.label_centroids import FILE, LabelCentroids
 
     centroids = LabelCentroids(("a", "b"), np.zeros((2, 3)), np.zeros(2), np.ones(2, np.int64))
     saves: list[tuple[str, Save]] = [

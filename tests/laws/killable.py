@@ -14,7 +14,7 @@ def run(words: Sequence[str], folder: str, log: str) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    from siftune.cli import main
+    from siftune.cli.main import main
 
     code = main(list(words))
     sys.stdout.flush()
@@ -24,5 +24,5 @@ def run(words: Sequence[str], folder: str, log: str) -> None:
 def preload() -> list[str]:
     """Modules the fork server imports once, so that a child starts in milliseconds."""
     assert Path(__file__).exists()
-    return ["tests.laws.killable", "siftune.cli", "siftune.pipeline", "siftune.offline.daar.selector", "siftune.engines.local",
+    return ["tests.laws.killable", "siftune.cli.main", "siftune.runs.select", "siftune.offline.daar.selector", "siftune.engines.local",
             "datasets", "transformers.models.llama.modeling_llama", "pyarrow.parquet"]  # fmt: skip

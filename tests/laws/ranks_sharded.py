@@ -13,13 +13,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from siftune.hook.batching import Padding
+from siftune.hook.exchange import Ranks
+from siftune.hook.selection_step import select_step
 from siftune.models.sharded import is_sharded
 from siftune.online.base import OnlineMethod
-from siftune.online.losses import MaxLoss
+from siftune.online.maxloss import MaxLoss
 from siftune.online.uds import UDS
-from siftune.training.batching import Padding
-from siftune.training.exchange import Ranks
-from siftune.training.selection_step import select_step
 from tests.reference_uds import tiny_batch
 from tests.tiny import tiny_model
 

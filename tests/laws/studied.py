@@ -27,6 +27,6 @@ class Slow(Fakes):
 if __name__ == "__main__":
     study, run, log = sys.argv[1:]
     Slow(Path(log)).install(figures=True)
-    from siftune.cli import main
+    from siftune.cli.main import main
 
     sys.exit(main(["compare", study, "--run", run, "--quiet"]))

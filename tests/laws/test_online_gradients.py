@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 
 from siftune import Greats, MaxGrad, attach
-from siftune.online.backward import Gradients
 from siftune.online.greats import _Shelf
+from siftune.online.per_example.backward import Gradients
 from tests.laws.test_attach_laws import lora
 from tests.reference_gradients import naive_gradients, naive_greedy, naive_norms
 from tests.reference_uds import tiny_batch

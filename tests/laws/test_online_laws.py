@@ -270,22 +270,22 @@ def test_what_else_a_batch_holds_passes_through(model: Any) -> None:
 
 def test_bf16_autocast_touches_the_forward_only(model: Any) -> None:
     """The scores are those of the hidden states that autocast gives, in full precision."""
-    from siftune.online import view
+    from siftune.online import logit_access
 
     batch, seen = BATCHES[0], []
-    original = view.walk
+    original = logit_access.walk
 
     def record(*args: Any, **options: Any) -> Any:
         for chunk in original(*args, **options):
             seen.extend(zip(chunk.rows, chunk.states, strict=True))
             yield chunk
 
-    view.walk = record  # type: ignore[assignment]
+    logit_access.walk = record  # type: ignore[assignment]
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             scores = UDS(keep=1).score(model, batch)
     finally:
-        view.walk = original
+        logit_access.walk = original
     weight = model.get_output_embeddings().weight.detach().double().numpy()
     for row, states in seen:
         exact = np.linalg.svd(states.double().numpy() @ weight.T, compute_uv=False).sum()

@@ -25,7 +25,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.filterwarnings("ignore:scores are taken from the model's own logits")
 def test_sharded_equals_whole(found: dict[str, Any], name: str) -> None:
-    from siftune.training.exchange import Ranks
+    from siftune.hook.exchange import Ranks
 
     many, one = found[name], run(Ranks(rank=0, world=1, device=torch.device("cpu")), **SCENARIOS[name])
     assert many["kept"] == one["kept"]

@@ -15,8 +15,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from siftune import UserError, attach, registry
+from siftune.hook import checkpoint as state
 from siftune.online.base import OnlineMethod
-from siftune.training import state
 from tests.laws.test_attach_laws import lora
 from tests.online_methods import needs
 from tests.tiny import tiny_model

@@ -206,7 +206,7 @@ PASS = """
 import json, sys
 from pathlib import Path
 from siftune.data.load import load_pool
-from siftune.run import peak_memory_mb
+from siftune.runs.folder import peak_memory_mb
 source, out, cache = sys.argv[1:]
 pool = load_pool(source, cache=cache)
 for shard in pool.shards():

@@ -58,7 +58,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], Any
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        [*killable.preload(), "siftune.tune", "siftune.training.trainer", "trl.trainer.sft_trainer"]
+        [*killable.preload(), "siftune.runs.train", "siftune.sft.trainer", "trl.trainer.sft_trainer"]
     )
 
     def started(name: str, run: Path) -> Any:

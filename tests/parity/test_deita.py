@@ -264,7 +264,7 @@ def test_a_chats_merit_is_the_sum_of_its_turns_products(scorer: str, tmp_path: P
 def test_the_command_line_takes_scorer_and_prompt(
     scorer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from siftune.cli import main
+    from siftune.cli.main import main
 
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     words = [str(tmp_path / "pool.jsonl"), "--keep", "4", "--device", "cpu", "--json"]

@@ -17,9 +17,9 @@ import torch
 import siftune
 from siftune.models.backbone import Backbone
 from siftune.models.features import extract
-from siftune.models.hidden import real_tokens, take_apart, walk
-from siftune.online.gradients import MaxGrad
-from siftune.online.losses import MaxLoss
+from siftune.models.hidden_states import real_tokens, take_apart, walk
+from siftune.online.maxgrad import MaxGrad
+from siftune.online.maxloss import MaxLoss
 from siftune.online.uds import UDS
 from tests.reference_gradients import naive_norms
 from tests.reference_uds import NaiveUDS, naive_logits, naive_nuclear, naive_sketch, tiny_batch, true_hidden

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from siftune.errors import UserError
-from siftune.online import ghost
-from siftune.online.backward import Gradients
-from siftune.online.gradients import MaxGrad, logit_gradients
 from siftune.online.greats import Greats
+from siftune.online.maxgrad import MaxGrad, logit_gradients
+from siftune.online.per_example import ghost
+from siftune.online.per_example.backward import Gradients
 from tests.reference_gradients import naive_gradients, naive_greedy, naive_norms
 from tests.reference_uds import naive_logits, tiny_batch, true_hidden
 from tests.tiny import FAMILIES, tiny_config, tiny_model

@@ -15,8 +15,8 @@ import torch
 
 from siftune.errors import UserError
 from siftune.evaluation.held_out import Encoded, HeldOut, against, encode, held_out, measure, ratio, sums
+from siftune.models.tokenize_rows import answer_tokens
 from siftune.records import Row
-from siftune.training.text import answer_tokens
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.data.load import load_pool
 from siftune.errors import UserError
-from siftune.models.lm import CausalLM, logits, mean_losses
-from siftune.offline.loss import IFD
+from siftune.models.causal_lm import CausalLM, logits, mean_losses
+from siftune.offline.ifd import IFD
 from siftune.records import Scores
 from tests.pools import make_pool
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -50,7 +50,7 @@ def byte_ids(text: str) -> list[int]:
 
 def raw_ratios(folder: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], **settings: Any) -> Scores:
     """Scores with the ratios above 1 left in, so that a random model's rows all take part in the comparison."""
-    from siftune.offline import loss
+    from siftune.offline import ifd as loss
 
     monkeypatch.setattr(loss, "_dropped", lambda rows, ratio_B: {})
     pool = make_pool(rows)
@@ -243,7 +243,7 @@ def test_a_head_that_siftune_cannot_apply_goes_through_the_model_itself(
 def test_every_position_comes_once_and_the_logits_never_stand_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from siftune.models import lm as module
+    from siftune.models import causal_lm as module
 
     monkeypatch.setattr(module, "LOGITS", {"cpu": 261 * 7, "cuda": 261 * 7})
     lm = CausalLM(str(save_tiny(tmp_path / "model", "llama")), device="cpu", token_budget=64)
@@ -274,7 +274,7 @@ def test_the_key_moves_with_weights_ratio_prompt_and_length(tmp_path: Path) -> N
 
 
 def test_the_command_line_scores_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from siftune.cli import main
+    from siftune.cli.main import main
 
     folder = save_tiny(tmp_path / "model", "llama")
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

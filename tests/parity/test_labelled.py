@@ -18,8 +18,8 @@ from siftune.models.backbone import Backbone
 from siftune.models.features import extract
 from siftune.models.store import Store
 from siftune.models.tokenise import tokenise
-from siftune.offline.label_centroids import look_up
-from siftune.offline.labelled import InterDiversity, IntraDiversity, places, read_band
+from siftune.offline.centroids import look_up
+from siftune.offline.domain_diversity import InterDiversity, IntraDiversity, places, read_band
 from siftune.records import Pool
 from tests.pools import make_pool
 from tests.tiny import save_tiny
@@ -220,7 +220,7 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path: Path, monkeypatch: pytest
     assert IntraDiversity(model=folder, label_column="kind").fit(one).score(one).domains == ("a",)
     with pytest.raises(UserError, match="not fitted"):
         InterDiversity(model=folder, label_column="kind").score(two)
-    monkeypatch.setattr("siftune.offline.labelled.MOST_DOMAINS", 1)
+    monkeypatch.setattr("siftune.offline.domain_diversity.MOST_DOMAINS", 1)
     with pytest.raises(UserError, match="more than 1 labels"):
         InterDiversity(model=folder, label_column="kind").fit(two)
 
@@ -235,7 +235,7 @@ def test_bands_and_places() -> None:
 
 
 def test_the_command_line_takes_label_column_and_band(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from siftune.cli import main
+    from siftune.cli.main import main
 
     folder = str(save_tiny(tmp_path / "model", "llama"))
     rows = [row("ab"[number % 2], number) for number in range(40)]
@@ -255,7 +255,7 @@ def test_the_command_line_takes_label_column_and_band(tmp_path: Path, capsys: py
 
 def test_a_quota_over_labels_at_select(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Labels stand in the pool, so a quota over them is known before any weight is read, and cut per label."""
-    from siftune.cli import main
+    from siftune.cli.main import main
 
     folder = save_tiny(tmp_path / "model", "llama")
     rows = [row("aab"[number % 3], number) for number in range(60)] + [{**row("a"), "kind": None}]

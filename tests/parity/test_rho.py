@@ -12,10 +12,10 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from siftune import UserError, attach, reference_losses
-from siftune.online.losses import MaxLoss
-from siftune.online.reference import RhoLoss, read_table
+from siftune.online.maxloss import MaxLoss
+from siftune.online.rho_loss import RhoLoss, read_table
 from siftune.online.token_id import token_ids
-from siftune.training import reference as reference_module
+from siftune.sft import reference_losses as reference_module
 from tests.reference_uds import tiny_batch
 from tests.tiny import save_tiny, tiny_model
 from tests.trainers import ledger, rows, trainer

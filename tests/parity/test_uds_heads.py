@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from siftune.errors import UserError
 from siftune.models.head import Head, factorise, read_head
-from siftune.models.hidden import take_apart, walk
-from siftune.online.losses import MaxLoss
+from siftune.models.hidden_states import take_apart, walk
+from siftune.online.maxloss import MaxLoss
 from siftune.online.nuclear import norms
 from siftune.online.uds import UDS
 from tests.parity.test_uds import HEADS, compare
@@ -155,7 +155,7 @@ def test_a_trained_head_is_never_stale(tied: bool, unseen: bool) -> None:
 def test_a_frozen_head_is_factorised_once_and_again_after_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", tie_word_embeddings=False).requires_grad_(False)
     calls = []
-    monkeypatch.setattr("siftune.online.view.factorise", lambda *a: calls.append(1) or factorise(*a))
+    monkeypatch.setattr("siftune.online.logit_access.factorise", lambda *a: calls.append(1) or factorise(*a))
     selector = UDS(keep=1, alpha=0.0)
     for batch in BATCHES * 2:
         selector.select(model, batch)
@@ -171,7 +171,7 @@ def test_a_frozen_head_is_factorised_once_and_again_after_a_load(monkeypatch: py
 def test_the_hooks_rhythm_refreshes_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama").requires_grad_(True)
     calls = []
-    monkeypatch.setattr("siftune.online.view.factorise", lambda *a: calls.append(1) or factorise(*a))
+    monkeypatch.setattr("siftune.online.logit_access.factorise", lambda *a: calls.append(1) or factorise(*a))
     selector = UDS(keep=1)
     for _ in range(3):
         selector.new_step()

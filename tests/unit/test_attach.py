@@ -14,8 +14,8 @@ from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl
 
 from siftune import UserError, attach, detach
-from siftune.online.gradients import MaxGrad
 from siftune.online.greats import Greats
+from siftune.online.maxgrad import MaxGrad
 from siftune.online.simple import Random, Regular
 from tests.tiny import tiny_model
 from tests.trainers import Drifting, kept_rows, ledger, losses, rows, trainer

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from siftune import UserError
-from siftune.training.attach import Attachment
+from siftune.hook.attach import Attachment
 from tests.trainers import ledger, trainer
 
 

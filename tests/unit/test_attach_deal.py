@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from siftune.errors import UserError
+from siftune.hook import checkpoint
+from siftune.hook.batching import Padding, real_tokens, trim
+from siftune.hook.exchange import Ranks
+from siftune.hook.ledger import Ledger
+from siftune.hook.rebalance import build_batches, rebalance
+from siftune.hook.row_index import index_rows
 from siftune.online.token_id import token_ids
-from siftune.training import state
-from siftune.training.batching import Padding, real_tokens, trim
-from siftune.training.exchange import Ranks
-from siftune.training.identity import index_rows
-from siftune.training.ledger import Ledger
-from siftune.training.rebalance import build_batches, rebalance
-from siftune.training.tally import Tally
+from siftune.sft.token_counts import Tally
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import Drifting, rows
 
@@ -230,53 +230,53 @@ class TestState:
     def test_tensors_and_values_come_back(self, tmp_path: Path) -> None:
         selector = Drifting(keep=1)
         selector.phase += 0.1
-        state.write(tmp_path, selector, {"tokens_trained": 3}, step=7)
-        assert not state.is_complete(tmp_path)
-        state.finish(tmp_path, step=7)
-        assert state.is_complete(tmp_path)
-        saved = state.read(tmp_path, Drifting(keep=1))
+        checkpoint.write(tmp_path, selector, {"tokens_trained": 3}, step=7)
+        assert not checkpoint.is_complete(tmp_path)
+        checkpoint.finish(tmp_path, step=7)
+        assert checkpoint.is_complete(tmp_path)
+        saved = checkpoint.read(tmp_path, Drifting(keep=1))
         assert torch.equal(saved.selector["phase"], selector.phase)
         assert saved.selector["note"] == "any plain value"
         assert saved.totals == {"tokens_trained": 3}
         assert not list(tmp_path.rglob("*.tmp"))
 
     def test_another_selectors_state_and_a_missing_rank_are_refused(self, tmp_path: Path) -> None:
-        state.write(tmp_path, Drifting(keep=1), {}, step=7)
+        checkpoint.write(tmp_path, Drifting(keep=1), {}, step=7)
         with pytest.raises(UserError, match="no selection state of rank 3"):
-            state.read(tmp_path, Drifting(keep=1), rank=3)
+            checkpoint.read(tmp_path, Drifting(keep=1), rank=3)
         record = json.loads((tmp_path / "siftune" / "selector.json").read_text())
         record["selector"] = "uds"
         (tmp_path / "siftune" / "selector.json").write_text(json.dumps(record))
         with pytest.raises(UserError, match="saved with the selector uds, and drifting is attached"):
-            state.read(tmp_path, Drifting(keep=1))
+            checkpoint.read(tmp_path, Drifting(keep=1))
 
     def test_ranks_that_chose_together_serve_any_number_and_alone_only_theirs(self, tmp_path: Path) -> None:
-        state.write(tmp_path / "together", Drifting(keep=1, scope="global"), {}, step=7, world=4)
+        checkpoint.write(tmp_path / "together", Drifting(keep=1, scope="global"), {}, step=7, world=4)
         for world in (1, 2):
-            saved = state.read(tmp_path / "together", Drifting(keep=1), world=world, together=True)
+            saved = checkpoint.read(tmp_path / "together", Drifting(keep=1), world=world, together=True)
             assert saved.selector["note"] == "any plain value"
         for rank in (0, 1):
-            state.write(tmp_path / "alone", Drifting(keep=1, scope="local"), {}, step=7, rank=rank, world=2)
-        state.read(tmp_path / "alone", Drifting(keep=1), rank=1, world=2)
+            checkpoint.write(tmp_path / "alone", Drifting(keep=1, scope="local"), {}, step=7, rank=rank, world=2)
+        checkpoint.read(tmp_path / "alone", Drifting(keep=1), rank=1, world=2)
         for now in ({"world": 2, "together": True}, {"world": 1}, {"world": 3}):
             with pytest.raises(UserError, match='resume with 2 processes and scope="local"'):
-                state.read(tmp_path / "alone", Drifting(keep=1), **now)  # type: ignore[arg-type]
+                checkpoint.read(tmp_path / "alone", Drifting(keep=1), **now)  # type: ignore[arg-type]
 
     def test_true_means_the_newest_complete_checkpoint(self, tmp_path: Path) -> None:
         folder = str(tmp_path)
-        assert state.checkpoint_to_resume(True, folder, allow_fresh=False) is True
+        assert checkpoint.checkpoint_to_resume(True, folder, allow_fresh=False) is True
         for step in (9, 10, 11):
             (tmp_path / f"checkpoint-{step}").mkdir()
         with pytest.raises(UserError, match=r"checkpoint-11 holds no complete selection state"):
-            state.checkpoint_to_resume(True, folder, allow_fresh=False)
-        assert state.checkpoint_to_resume(True, folder, allow_fresh=True) is True
+            checkpoint.checkpoint_to_resume(True, folder, allow_fresh=False)
+        assert checkpoint.checkpoint_to_resume(True, folder, allow_fresh=True) is True
         for step in (9, 10):
             (tmp_path / f"checkpoint-{step}" / "siftune").mkdir()
-            state.finish(tmp_path / f"checkpoint-{step}", step=step)
-        assert state.checkpoint_to_resume(True, folder, allow_fresh=False) == str(tmp_path / "checkpoint-10")
+            checkpoint.finish(tmp_path / f"checkpoint-{step}", step=step)
+        assert checkpoint.checkpoint_to_resume(True, folder, allow_fresh=False) == str(tmp_path / "checkpoint-10")
         with pytest.raises(UserError, match=r"checkpoint-11 .* allow_fresh_selector=True"):
-            state.checkpoint_to_resume(str(tmp_path / "checkpoint-11"), folder, allow_fresh=False)
-        assert state.checkpoint_to_resume(None, folder, allow_fresh=False) is None
+            checkpoint.checkpoint_to_resume(str(tmp_path / "checkpoint-11"), folder, allow_fresh=False)
+        assert checkpoint.checkpoint_to_resume(None, folder, allow_fresh=False) is None
 
 
 class TestDamage:
@@ -303,30 +303,30 @@ class TestDamage:
 
     @pytest.mark.parametrize("name", ["selector.json", "selector.safetensors", "COMPLETE"])
     def test_any_flipped_bit_in_a_selectors_state_is_noticed(self, tmp_path: Path, name: str) -> None:
-        state.write(tmp_path, Drifting(keep=1), {"tokens_trained": 3}, step=7)
-        state.finish(tmp_path, step=7)
+        checkpoint.write(tmp_path, Drifting(keep=1), {"tokens_trained": 3}, step=7)
+        checkpoint.finish(tmp_path, step=7)
         path = tmp_path / "siftune" / name
         content = path.read_bytes()
         for place in range(0, len(content), 5):
             path.write_bytes(flipped(content, place))
             with pytest.raises(UserError, match=r"is damaged; delete .* and run again"):
-                state.read(tmp_path, Drifting(keep=1))
+                checkpoint.read(tmp_path, Drifting(keep=1))
         path.write_bytes(content)
-        state.read(tmp_path, Drifting(keep=1))
+        checkpoint.read(tmp_path, Drifting(keep=1))
 
     def test_a_state_that_was_cut_is_one_sentence_even_without_sums(self, tmp_path: Path) -> None:
         for name in ("selector.json", "selector.safetensors"):
-            state.write(tmp_path, Drifting(keep=1), {}, step=7)
+            checkpoint.write(tmp_path, Drifting(keep=1), {}, step=7)
             (tmp_path / "siftune" / "COMPLETE").write_text("7\n")  # as earlier versions wrote it
-            state.read(tmp_path, Drifting(keep=1))
+            checkpoint.read(tmp_path, Drifting(keep=1))
             (tmp_path / "siftune" / name).write_bytes((tmp_path / "siftune" / name).read_bytes()[:20])
             with pytest.raises(UserError, match="is damaged"):
-                state.read(tmp_path, Drifting(keep=1))
+                checkpoint.read(tmp_path, Drifting(keep=1))
 
     def test_damaged_counts_of_a_training_run_are_one_sentence(self, tmp_path: Path) -> None:
         tally = Tally(None)
         tally.save(tmp_path)
-        state.finish(tmp_path, step=7)
+        checkpoint.finish(tmp_path, step=7)
         path = tmp_path / "siftune" / "tally.json"
         for content in (path.read_bytes().replace(b'"steps": 0', b'"steps": 8'), b"{", b'{"a": 1}'):
             path.write_bytes(content)

@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from siftune.errors import UserError
 from siftune.models.backbone import Backbone
-from siftune.models.checkpoint import truncated_config
+from siftune.models.load import truncated_config
 from tests.tiny import save_tiny, tiny_config, tiny_model, tiny_tokenizer
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox"]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from siftune import registry
-from siftune.arguments import Command
-from siftune.cli import COMMANDS, main
-from siftune.config import Cutting, Everywhere, SelectOptions, options_of, pairs
-from siftune.cut import Budget
+from siftune.cli.main import COMMANDS, main
+from siftune.cli.parser import Command
 from siftune.errors import MissingExtra, UserError
+from siftune.runs.cut import Budget
+from siftune.runs.options import Cutting, Everywhere, SelectOptions, options_of, pairs
 
 ROW = {"instruction": "add 1 and 2", "input": "", "output": "3"}
 
@@ -156,7 +156,7 @@ def test_a_fault_of_ours_is_exit_1_with_a_hint(
     def broken(words: list[str]) -> int:
         raise RuntimeError("wires\ncrossed")
 
-    monkeypatch.setattr("siftune.commands.methods.run", broken)
+    monkeypatch.setattr("siftune.cli.methods.run", broken)
     code, _, err = said(capsys, "methods")
     assert code == 1
     assert "RuntimeError" in err
@@ -178,7 +178,7 @@ def test_methods_lists_the_whole_registry(capsys: pytest.CaptureFixture[str]) ->
 def test_help_and_methods_load_no_torch() -> None:
     for words in (["--help"], ["methods"], ["select", "--help"], ["version"], ["keep", "--help"]):
         check = (
-            "import sys; from siftune.cli import main; code = main(sys.argv[1:]); "
+            "import sys; from siftune.cli.main import main; code = main(sys.argv[1:]); "
             "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules); sys.exit(code)"
         )
         ran = subprocess.run([sys.executable, "-c", check, *words], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import siftune
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.demo import corpus
 from siftune.offline.daar.seeds import read_seeds
 from tests.hostile import Hostile, hostile

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.demo import corpus
 from tests.hostile import hostile
 from tests.judges import rate, tag

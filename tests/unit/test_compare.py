@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.data.load import load_pool
 from siftune.errors import UserError
 from siftune.study.compare import compare

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from siftune.data import files
+from siftune import files
 from siftune.errors import UserError
 
 
@@ -84,7 +84,7 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 
 def test_sweep_removes_what_dead_processes_left_and_nothing_else(tmp_path: Path) -> None:
     script = (
-        "import sys, os; from siftune.data.files import temporary_beside as t; from pathlib import Path;"
+        "import sys, os; from siftune.files import temporary_beside as t; from pathlib import Path;"
         "p = t(Path(sys.argv[1]) / 'x'); p.mkdir(); (p / 'in').write_text('a');"
         "t(Path(sys.argv[1]) / 'y').write_text('b'); os.kill(os.getpid(), 9)"
     )
@@ -99,7 +99,9 @@ def test_sweep_removes_what_dead_processes_left_and_nothing_else(tmp_path: Path)
 
 
 def test_whoever_writes_first_in_a_folder_tidies_up_there(tmp_path: Path) -> None:
-    script = "from siftune.data.files import temporary_beside; from pathlib import Path; temporary_beside(Path('a/x')).touch()"
+    script = (
+        "from siftune.files import temporary_beside; from pathlib import Path; temporary_beside(Path('a/x')).touch()"
+    )
     (tmp_path / "a").mkdir()
     for left in (1, 2, 2):  # each process removes the file that the one before it left, and leaves its own
         subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
@@ -125,15 +127,13 @@ def test_another_machines_temporary_goes_after_a_week_only(tmp_path: Path) -> No
 
 def test_the_lock_is_held_by_one_and_freed_by_death(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    script = "import sys; from siftune.data.files import FolderLock\nwith FolderLock(sys.argv[1]): print('held')"
+    script = "import sys; from siftune.files import FolderLock\nwith FolderLock(sys.argv[1]): print('held')"
     with files.FolderLock(folder):
         with pytest.raises(UserError, match=f"{folder} is in use"), files.FolderLock(folder):
             pass
         other = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False)
         assert "is in use" in other.stderr
-    killed = (
-        "import os, sys; from siftune.data.files import FolderLock\nFolderLock(sys.argv[1]).__enter__(); os._exit(1)"
-    )
+    killed = "import os, sys; from siftune.files import FolderLock\nFolderLock(sys.argv[1]).__enter__(); os._exit(1)"
     subprocess.run([sys.executable, "-c", killed, str(folder)], check=False)
     with files.FolderLock(folder):
         pass

@@ -22,9 +22,9 @@ import pytest
 
 import siftune.data.load as load_module
 from siftune.data.build import later_duplicates
-from siftune.data.files import hash_json, temporary_beside
 from siftune.data.load import counts, load_pool
 from siftune.errors import UserError
+from siftune.files import hash_json, temporary_beside
 
 ROWS = [{"instruction": f"Ask {i} é", "input": "", "output": f'Say "{i}",\nthen stop'} for i in range(5)]
 

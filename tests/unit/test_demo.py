@@ -19,13 +19,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from siftune import load_pool
-from siftune.config import SelectOptions
 from siftune.demo import corpus, embedded, prompts, story, train_model, tuning
 from siftune.errors import UserError
 from siftune.offline.daar.stage_one import StageOne
-from siftune.pipeline import Selection
-from siftune.pipeline import select as pipeline_select
 from siftune.records import Scores
+from siftune.runs.options import SelectOptions
+from siftune.runs.select import Selection
+from siftune.runs.select import select as pipeline_select
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from siftune.config import SelectOptions
 from siftune.engines.local import LocalEngine
 from siftune.engines.ray import RayEngine, connect
 from siftune.errors import UserError
 from siftune.models.store import Store
 from siftune.offline.base import SerialEngine, gather
-from siftune.pipeline import select
 from siftune.records import SHARD_ROWS, Pool
+from siftune.runs.options import SelectOptions
+from siftune.runs.select import select
 from tests.failing import Obey, pool_of, same
 from tests.tiny import save_tiny
 

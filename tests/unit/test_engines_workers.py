@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from siftune.config import SelectOptions
 from siftune.engines import check_engine, gpus_for, make_engine
-from siftune.engines.course import MOST_POISONED, Done, Failed, course
 from siftune.engines.local import LocalEngine
 from siftune.engines.ray import room_for
+from siftune.engines.retry import MOST_POISONED, Done, Failed, course
 from siftune.engines.shard import Work, math_threads
 from siftune.errors import UserError
 from siftune.models.store import Store
 from siftune.offline.base import SerialEngine, gather
 from siftune.records import SHARD_ROWS, Pool, Shard, ShardResult
+from siftune.runs.options import SelectOptions
 from tests.failing import Obey, pool_of, same
 
 COUNT = 3 * SHARD_ROWS + 100

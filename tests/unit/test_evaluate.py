@@ -14,16 +14,16 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from siftune import cli
+from siftune.cli.main import main
 from siftune.demo.embedded import model_folder
 from siftune.errors import UserError
-from siftune.evaluate import EvaluateOptions, Job, evaluate, file_name, named
 from siftune.evaluation import harness
 from siftune.evaluation import target as target_module
 from siftune.evaluation.own import build_own, rendered
 from siftune.evaluation.results import averaged
 from siftune.evaluation.suite import Suite
 from siftune.evaluation.tasks import Questions, own_tasks, questions
+from siftune.runs.evaluate import EvaluateOptions, Job, evaluate, file_name, named
 from tests import evaluation_data
 from tests.tiny import save_tiny
 
@@ -218,7 +218,7 @@ def test_no_random_state_is_touched(folder: Path, embedded: Any) -> None:
 
 
 def run_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    code = cli.main(["evaluate", *words, "--json"])
+    code = main(["evaluate", *words, "--json"])
     said = capsys.readouterr()
     assert code == 0, said.err
     found: dict[str, Any] = json.loads(said.out)
@@ -334,9 +334,9 @@ def test_held_out_alone_needs_no_suite_and_no_harness(
     assert found["tasks"] == {}
     assert found["average"] is None
     assert json.loads(out.read_text())["held_out"] == found["held_out"]
-    assert cli.main(["evaluate", *words, "--run", str(tmp_path / "run"), "--quiet"]) == 0
+    assert main(["evaluate", *words, "--run", str(tmp_path / "run"), "--quiet"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "results.json")
-    assert cli.main(["evaluate", *words, "--run", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", *words, "--run", str(tmp_path / "run")]) == 0
     assert "token accuracy" in capsys.readouterr().out
     config = str(tmp_path / "run" / "config.yaml")
     assert run_json(["--config", config, "--run", str(tmp_path / "run")], capsys)["held_out"] == found["held_out"]
@@ -346,9 +346,9 @@ def test_held_out_alone_needs_no_suite_and_no_harness(
 def test_a_dry_run_says_what_would_be_asked(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = choices(tmp_path / "three.yaml")
     words = ["evaluate", str(model_folder()), "--suite", str(said), "--data", str(folder), "--limit", "3", "--dry-run"]
-    assert cli.main([*words, "--run", str(tmp_path / "run")]) == 0
+    assert main([*words, "--run", str(tmp_path / "run")]) == 0
     assert "mmlu: 3 questions, 1 worked examples, from" in capsys.readouterr().out
-    assert cli.main([*words, "--json"]) == 0
+    assert main([*words, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert {name: about["questions"] for name, about in plan["tasks"].items()} == {
         "hellaswag": 3,
@@ -391,7 +391,7 @@ def test_chat_puts_the_question_into_the_models_template(folder: Path, tmp_path:
 def test_mistakes_are_one_sentence_before_any_weight(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["evaluate", str(model_folder()), *words]) == 2
+    assert main(["evaluate", str(model_folder()), *words]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from siftune.errors import UserError
 from siftune.evaluation import target as target_module
 from siftune.evaluation.target import Target
-from siftune.training.merge import load_tuned, merge
+from siftune.sft.adapters import load_tuned, merge
 from tests.tiny import save_tiny, tiny_model
 
 peft = pytest.importorskip("peft")

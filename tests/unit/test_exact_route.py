@@ -13,13 +13,13 @@ import torch
 
 import siftune
 from siftune.errors import UserError
+from siftune.hook.ledger import Ledger, facts_of
 from siftune.models.head import read_head
-from siftune.models.hidden import real_tokens, take_apart, walk
+from siftune.models.hidden_states import real_tokens, take_apart, walk
 from siftune.online import nuclear
 from siftune.online.nuclear import gram_of_rows
 from siftune.online.route import EXACT, Exact, ExactRoute, device_clock
 from siftune.online.uds import UDS
-from siftune.training.ledger import Ledger, facts_of
 from tests.reference_uds import tiny_batch
 from tests.tiny import tiny_model
 from tests.trainers import trainer as live_trainer

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from siftune.cli import main
-from siftune.data.file_keys import check_file_keys
-from siftune.data.yaml_files import read_yaml
+from siftune.cli.main import main
 from siftune.errors import UserError
-from siftune.training.recipe import Recipe, presets, read_preset
+from siftune.file_keys import check_file_keys
+from siftune.sft.recipe import Recipe, presets, read_preset
+from siftune.yaml_io import read_yaml
 
 CODE = "names code to run, which no file may"
 
@@ -270,7 +270,7 @@ def test_python_callers_pass_what_they_like() -> None:
 
 def test_a_recipe_never_holds_the_hubs_token() -> None:
     pytest.importorskip("trl")
-    from siftune.training.configs import sft_config
+    from siftune.sft.configs import sft_config
 
     with pytest.raises(UserError, match="set HF_TOKEN in the environment"):
         sft_config(Recipe.read({"model": "m", "train": "t", **TOKEN}), "out")

@@ -12,15 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from siftune.config import KeepOptions, SelectOptions
 from siftune.data.checked_parquet import read_checked, write_checked
 from siftune.data.load import load_pool
 from siftune.errors import UserError
 from siftune.models.backbone import Backbone
 from siftune.models.chat import content_key
-from siftune.pipeline import recut, select
 from siftune.reports.rows_file import read_selection
-from siftune.training.rows import training_rows
+from siftune.runs.options import KeepOptions, SelectOptions
+from siftune.runs.select import recut, select
+from siftune.sft.dataset import training_rows
 from tests.tiny import save_tiny, tiny_tokenizer
 
 

@@ -20,7 +20,7 @@ from siftune.models.store import Store
 from siftune.offline.alpagasus import WORDS, AlpaGasus, read_rating
 from siftune.offline.instag import InsTagC, InsTagD, read_tags
 from siftune.offline.judge_task import cost, filled
-from siftune.offline.prompt_file import Prompt
+from siftune.offline.prompts import Prompt
 from siftune.records import Pool, Row
 from tests.hostile import hostile
 from tests.judges import Stub, between_marks, rate, tag

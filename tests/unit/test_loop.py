@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.demo import corpus
 from siftune.errors import UserError
-from siftune.loop import LoopOptions, command_of, loop
+from siftune.runs.loop import LoopOptions, command_of, loop
 from tests.tiny import save_tiny
 
 TUNE = """

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.errors import UserError
 from siftune.evaluation.suite import Suite
 from siftune.models.backbone import Backbone
-from siftune.models.checkpoint import find_folder
-from siftune.training.recipe import Recipe
+from siftune.models.load import find_folder
+from siftune.sft.recipe import Recipe
 from tests.tiny import save_tiny
 from tests.training_rows import write_alpaca
 

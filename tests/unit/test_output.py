@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from siftune.cli import main
+from siftune.cli.main import main
+from siftune.cli.terminal import Bars, show_rounds, show_selection
 from siftune.demo import show
 from siftune.output import as_json, say, single_line, visible
 from siftune.screen import console
-from siftune.terminal import Bars, show_rounds, show_selection
 from tests.faults.inputs import WORDS, inter, write_inputs
 from tests.hostile import hostile
 
@@ -213,8 +213,8 @@ def test_warnings_and_faults(attack: str, capsys: pytest.CaptureFixture[str], mo
         warnings.warn(f"a\n{attack}", stacklevel=1)
         raise RuntimeError(f"b\n{attack}")
 
-    monkeypatch.setattr("siftune.commands.methods.run", run)
-    monkeypatch.setattr("siftune.cli.warnings.filterwarnings", lambda *_, **__: warnings.simplefilter("always"))
+    monkeypatch.setattr("siftune.cli.methods.run", run)
+    monkeypatch.setattr("siftune.cli.main.warnings.filterwarnings", lambda *_, **__: warnings.simplefilter("always"))
     assert main(["methods"]) == 1
     assert clean(capsys.readouterr().err).count("\n") == 3
     monkeypatch.setenv("SIFTUNE_TRACEBACK", "1")

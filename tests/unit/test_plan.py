@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from siftune.cli import main
-from siftune.config import PlanOptions
+from siftune.cli.main import main
 from siftune.demo import corpus
 from siftune.demo.embedded import model_folder
 from siftune.demo.story import DOMAINS
 from siftune.errors import UserError
 from siftune.offline.daar.stage_one import StageOne
-from siftune.plan import plan, writing
+from siftune.runs.options import PlanOptions
+from siftune.runs.plan import plan, writing
 
 
 @pytest.fixture(scope="module")

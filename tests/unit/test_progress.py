@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 
 from siftune import progress
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.errors import UserError
 from siftune.evaluation.held_out import Encoded, measure
 from siftune.models.journal import Journal, Journaled
 from siftune.progress import VARIABLE, ProgressLines, counted, current, doing
+from siftune.sft.progress_callback import Shown
 from siftune.study.schedule import Task, run_tasks
-from siftune.training.shown import Shown
 from tests.faults.inputs import inter, write_inputs
 from tests.hostile import hostile
 from tests.judges import Stub, rate

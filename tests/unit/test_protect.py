@@ -11,12 +11,12 @@ import pytest
 
 from siftune.data import exports
 from siftune.data.exports import MARK, check_export, check_replaceable, clear, discard, place, seal, why_kept
-from siftune.data.files import atomic_path
 from siftune.data.load import load_pool
 from siftune.data.protect import CLAIM, RUN, claim, foreign_name, refuse_foreign, refuse_overlap, setting_inputs
 from siftune.errors import UserError
+from siftune.files import atomic_path
 from siftune.records import Scores
-from siftune.run import RunFolder
+from siftune.runs.folder import RunFolder
 from tests.training_rows import write_alpaca
 
 

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftune import UserError
+from siftune.hook.batching import Padding
+from siftune.hook.exchange import Ranks, pack, unpack
+from siftune.hook.rebalance import rebalance, rebalance_by_tokens, shares
+from siftune.hook.selection_step import select_step
 from siftune.models.layout import with_layout
 from siftune.online.simple import Random
 from siftune.records import RowScores
-from siftune.training.batching import Padding
-from siftune.training.exchange import Ranks, pack, unpack
-from siftune.training.rebalance import rebalance, rebalance_by_tokens, shares
-from siftune.training.selection_step import select_step
 from tests import packed
 from tests.trainers import Drifting
 from tests.unit.test_attach_deal import batch_of, real_rows
@@ -212,7 +212,7 @@ def test_ranks_that_differ_stop_before_any_row_moves() -> None:
 
 
 def test_a_memory_that_drifts_apart_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("siftune.training.selection_step.STATE_CHECK_EVERY", 3)
+    monkeypatch.setattr("siftune.hook.selection_step.STATE_CHECK_EVERY", 3)
     steps: list[int] = []
 
     def task(ranks: Ranks) -> Any:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.data.yaml_files import parse_yaml
 from siftune.errors import UserError
-from siftune.training.given import fitting
-from siftune.training.recipe import Recipe, merged, presets
+from siftune.sft.config_values import fitting
+from siftune.sft.recipe import Recipe, merged, presets
+from siftune.yaml_io import parse_yaml
 
 BASE: dict[str, Any] = {"model": "./model", "train": "rows.jsonl"}
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from siftune.config import write_yaml
-from siftune.data.files import write_json
 from siftune.errors import UserError
+from siftune.files import write_json
 from siftune.models.server import OpenAIGenerator
 from siftune.redaction import MASK, is_secret_key, mask_patterns, redact, redact_text, shortened
-from siftune.run import RunFolder, identity, read_manifest
-from siftune.training.card import model_card
+from siftune.runs.folder import RunFolder, identity, read_manifest
+from siftune.runs.options import write_yaml
+from siftune.sft.model_card import model_card
 from tests.hostile import hostile
 
 SECRET = "sk-planted-5d1c0a77b2e94f36"
@@ -165,7 +165,7 @@ def test_the_model_card_masks() -> None:
 
 
 def test_every_error_sentence_masks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from siftune.cli import main
+    from siftune.cli.main import main
 
     monkeypatch.setenv("HF_TOKEN", SECRET)
     assert SECRET not in str(UserError(f"the hub says {SECRET}; try again"))
@@ -175,7 +175,7 @@ def test_every_error_sentence_masks(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_a_fault_and_a_traceback_mask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from siftune import cli
+    from siftune.cli import main as cli
 
     def fails(words: list[str]) -> int:
         raise RuntimeError(f"broken at {SECRET}")

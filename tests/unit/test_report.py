@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from siftune import cli
+from siftune.cli.main import main
 from siftune.data.load import load_pool
 from siftune.demo import corpus, embedded
 from siftune.errors import MissingExtra, UserError
@@ -322,12 +322,12 @@ def test_the_command(
 ) -> None:
     words = ["report", str(run), "--map-rows", "0", "--cache", str(tmp_path / "cache")]
     monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
-    assert cli.main(words) == 0
+    assert main(words) == 0
     assert "report.html   one page," in capsys.readouterr().out
-    assert cli.main([*words, "--quiet", "--out", str(tmp_path / "p.html")]) == 0
+    assert main([*words, "--quiet", "--out", str(tmp_path / "p.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'p.html'}\n"
-    assert cli.main([*words, "--json"]) == 0
+    assert main([*words, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["bytes"] == (run / "report.html").stat().st_size
-    assert cli.main(["report"]) == 2
+    assert main(["report"]) == 2
     assert capsys.readouterr().err == "siftune: siftune report needs a run folder: siftune report RUN\n"

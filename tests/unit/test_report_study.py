@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftune import cli
+from siftune.cli.main import main
 from siftune.errors import UserError
 from siftune.reports import report
 from tests.browser.runs import rows_of, selected, study_cells, study_run, trained_run, write_jsonl
@@ -87,7 +87,7 @@ def test_every_chart_of_every_page_is_drawn_twice_and_the_same_way(
     assert {"measure-0-0-differences.svg", "measure-0-1-differences.png"} <= drawn["study"]
     assert {"total.svg", "kept-0.svg", "kept-topic.png", "loss.svg", "length.svg", "times.png"} <= drawn["out"]
     words = ["report", str(run), "--map-rows", "0", "--figures", "--cache", str(tmp_path / "cache"), "--json"]
-    assert cli.main(words) == 0
+    assert main(words) == 0
     figures = Path(json.loads(capsys.readouterr().out)["figures"])
     made = {path.name: path.read_bytes() for path in figures.iterdir()}
     assert {"scores.svg", "composition-topic.svg", "overlap-chosen-by.png"} <= made.keys()
@@ -97,7 +97,7 @@ def test_every_chart_of_every_page_is_drawn_twice_and_the_same_way(
             assert ElementTree.fromstring(content).tag.endswith("svg")
         else:
             assert content.startswith(b"\x89PNG")
-    assert cli.main(words) == 0
+    assert main(words) == 0
     assert {path.name: path.read_bytes() for path in figures.iterdir()} == made
 
 

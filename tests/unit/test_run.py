@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from siftune.config import KeepOptions, SelectOptions
-from siftune.data.files import FolderLock, temporary_beside
 from siftune.data.load import load_pool
 from siftune.errors import UserError
+from siftune.files import FolderLock, temporary_beside
 from siftune.models.backbone import Backbone
-from siftune.pipeline import Selection, recut, select
-from siftune.run import RunFolder, read_manifest
-from siftune.stored import read_scores, write_rows, write_scores
+from siftune.runs.folder import RunFolder, read_manifest
+from siftune.runs.options import KeepOptions, SelectOptions
+from siftune.runs.select import Selection, recut, select
+from siftune.runs.stored import read_scores, write_rows, write_scores
 from tests.tiny import save_tiny
 
 ROWS = 4200  # two shards

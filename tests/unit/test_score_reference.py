@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from siftune import score_reference as module
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.errors import UserError
-from siftune.online.reference import read_table
-from siftune.score_reference import score_reference
-from siftune.training import reference as parts
-from siftune.training import trainer as building
-from siftune.training.merge import load_tuned
-from siftune.training.recipe import Recipe
-from siftune.training.trainer import prepare
-from siftune.tune import TuneOptions, tune
+from siftune.online.rho_loss import read_table
+from siftune.runs import score_reference as module
+from siftune.runs.score_reference import score_reference
+from siftune.runs.train import TuneOptions, tune
+from siftune.sft import reference_losses as parts
+from siftune.sft import trainer as building
+from siftune.sft.adapters import load_tuned
+from siftune.sft.recipe import Recipe
+from siftune.sft.trainer import prepare
 from tests.tiny import save_tiny
 from tests.trainers import loss_by_hand
 from tests.training_rows import write_alpaca

@@ -15,17 +15,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.data.load import load_pool
 from siftune.errors import UserError
-from siftune.training import rows as token_rows
-from siftune.training import trainer as building
-from siftune.training.merge import load_tuned, merge
-from siftune.training.recipe import Recipe
-from siftune.training.rows import tokenizer_key, training_rows
-from siftune.training.text import Encoder, answer_tokens
-from siftune.training.trainer import build_trainer, prepare
-from siftune.tune import Tuned, TuneOptions, tune
+from siftune.models.tokenize_rows import Encoder, answer_tokens
+from siftune.runs.train import Tuned, TuneOptions, tune
+from siftune.sft import dataset as token_rows
+from siftune.sft import trainer as building
+from siftune.sft.adapters import load_tuned, merge
+from siftune.sft.dataset import tokenizer_key, training_rows
+from siftune.sft.recipe import Recipe
+from siftune.sft.trainer import build_trainer, prepare
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.trainers import loss_by_hand
 from tests.training_rows import alpaca, write_alpaca
@@ -343,7 +343,7 @@ def test_quantization_is_checked(said: Callable[..., Recipe], monkeypatch: pytes
     ):
         with pytest.raises(UserError, match=why):
             prepare(said(**more))
-    from siftune.training import configs
+    from siftune.sft import configs
 
     monkeypatch.setattr(configs, "find_spec", lambda name: None if name == "bitsandbytes" else object())
     with pytest.raises(UserError, match="bitsandbytes, which is not installed; run: pip install bitsandbytes"):
@@ -430,7 +430,7 @@ def test_mistakes_are_told_before_weights_are_read(
 def test_several_processes_and_a_missing_trl_are_told(
     said: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from siftune.training import configs
+    from siftune.sft import configs
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="runs in one process, and WORLD_SIZE=2"):
@@ -442,7 +442,7 @@ def test_several_processes_and_a_missing_trl_are_told(
 
 
 def test_a_share_of_steps_as_warm_up_has_the_versions_own_name() -> None:
-    from siftune.training.configs import _warm_up
+    from siftune.sft.configs import _warm_up
 
     class Four:
         def __init__(self, warmup_ratio: float = 0.0, warmup_steps: int = 0) -> None: ...
@@ -532,7 +532,7 @@ def test_the_command_tells_mistakes(
 
 
 def test_settings_are_yaml_and_many(said: Callable[..., Recipe]) -> None:
-    from siftune.commands.train import overrides, settings
+    from siftune.cli.train import overrides, settings
 
     rest, found = settings(["a.yaml", "--set", "sft.learning_rate=1e-4", "--set=train=[x.jsonl, y=1.jsonl]", "--quiet"])
     assert rest == ["a.yaml", "--quiet"]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.demo import corpus
 from siftune.errors import UserError
-from siftune.training.configs import lora_config, sft_config
-from siftune.training.recipe import Recipe, presets
-from siftune.training.trainer import checked_selector
-from siftune.tune import TuneOptions, tune
+from siftune.runs.train import TuneOptions, tune
+from siftune.sft.configs import lora_config, sft_config
+from siftune.sft.recipe import Recipe, presets
+from siftune.sft.trainer import checked_selector
 from tests.tiny import save_tiny
 from tests.training_rows import write_alpaca
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from siftune.cli import main
+from siftune.cli.main import main
 from siftune.demo import corpus
 from tests.tiny import save_tiny
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from siftune.data.formats import BadRow
 from siftune.demo.embedded import model_folder
 from siftune.errors import UserError
+from siftune.models.tokenize_rows import Encoder, answer_tokens, check_text
 from siftune.records import Row
-from siftune.training.text import Encoder, answer_tokens, check_text
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 UNMARKED = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from siftune.data.exports import place, seal
-from siftune.data.files import atomic_path, sweep_temporaries, temporary_beside
 from siftune.data.load import load_pool
 from siftune.errors import UserError
+from siftune.files import atomic_path, sweep_temporaries, temporary_beside
+from siftune.hook.ledger import Ledger
 from siftune.models.store import Store
+from siftune.sft.adapters import merge
 from siftune.study.cell import _drop_model
 from siftune.study.data import FACTS, prepare
 from siftune.study.spec import read_study
-from siftune.training.ledger import Ledger
-from siftune.training.merge import merge
 from tests.studies import write_study
 from tests.training_rows import write_alpaca
 
@@ -106,7 +106,7 @@ def test_a_damaged_pool_in_the_cache_is_replaced_without_the_users_files() -> No
 def test_damaged_tokens_in_the_cache_are_replaced_without_the_users_files() -> None:
     from transformers import AutoTokenizer
 
-    from siftune.training.rows import tokenizer_key, training_rows
+    from siftune.sft.dataset import tokenizer_key, training_rows
     from tests.tiny import save_tiny
 
     save_tiny(Path("model"))
@@ -163,7 +163,7 @@ def test_a_ledger_replaces_only_parts_of_ledgers(name: str) -> None:
 def test_parts_of_a_table_are_known_by_their_note() -> None:
     import torch
 
-    from siftune.training.reference import NOTE, _begin
+    from siftune.sft.reference_losses import NOTE, _begin
 
     model = torch.nn.Linear(2, 2)
     folder = Path("table.parquet.parts")
@@ -231,7 +231,7 @@ def test_the_rows_of_a_study_are_drawn_again_beside_the_users_files() -> None:
 
 
 def test_a_checkpoint_that_is_not_finished_stays() -> None:
-    from siftune.tune import _newest
+    from siftune.runs.train import _newest
 
     mine = plant(Path("checkpoints/checkpoint-7/model.safetensors"))
     assert _newest(Path("checkpoints")) is None
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_is_not_finished_stays() -> None:
 
 
 def test_a_tuning_done_again_removes_its_own_note_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from siftune.loop import _tune
+    from siftune.runs.loop import _tune
 
     rows = plant(Path("rows.jsonl"))
     mine = [plant(Path("tune-1/notes.txt")), plant(Path("tune-1/model/mine.txt")), rows]

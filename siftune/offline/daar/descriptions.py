@@ -14,8 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...data.yaml_files import parse_yaml, read_yaml
 from ...errors import UserError, check_keys
+from ...yaml_io import parse_yaml, read_yaml
 
 THRESHOLD = 0.85
 """tau where a domain gives none: the paper's (0.90 for its mathematics)."""

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...data.files import hash_json
 from ...data.formats import BadRow
+from ...files import hash_json
 from ...models.backbone import Backbone
 from ...models.features import NO_TOKENS, NOT_FINITE, extract
 from ...models.tokenise import texts_of, tokenise

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...data.files import hash_json
 from ...errors import UserError
+from ...files import hash_json
 from ...records import Engine, Pool, Row, RowSource, Shard, ShardTask
 from ..base import gather
 from ..draw import draw

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...data.files import hash_json
 from ...data.formats import TEXT_FORM
 from ...errors import UserError
+from ...files import hash_json
 from ...records import Pool, Shard, ShardResult, ShardTask
 from ..base import ArrayStore
 from .probes import apply, entropy

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...data.files import hash_json
 from ...data.formats import TEXT_FORM
 from ...errors import UserError
+from ...files import hash_json
 from ...models.backbone import Backbone, DType
 from ...models.features import FeatureTask
 from ...records import Pool, Scores, ShardTask

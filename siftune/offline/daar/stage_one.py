@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ...data.files import cache_folder, hash_json
 from ...errors import UserError
+from ...files import cache_folder, hash_json
 from ...models.backbone import Backbone, DType
 from ...models.chat import content_key
 from ...models.generate import Generator, check_generator, is_server, open_generator

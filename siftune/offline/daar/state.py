@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ...data.files import atomic_path, read_json, write_json
 from ...data.protect import RUN, refuse_foreign
 from ...errors import UserError
+from ...files import atomic_path, read_json, write_json
 from .probes import Probe
 
 VERSION = 1

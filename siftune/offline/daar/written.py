@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...data.files import atomic_path, read_json, write_json
 from ...data.protect import RUN, refuse_foreign
+from ...files import atomic_path, read_json, write_json
 
 SEEDS = "seeds.jsonl"
 REJECTED = "rejected.jsonl"

@@ -1,0 +1,110 @@
+"""What the commands share: options read, methods named, JSON printed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import registry
+from ..errors import UserError
+from ..file_keys import check_texts
+from ..output import as_json, say
+from ..progress import begin
+from ..runs.options import PARTS, Option, options_of, read_config
+from .parser import Command, HelpWanted
+
+SEEDS = 2**32
+"""Seeds below it are sound for every library underneath."""
+
+
+def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
+    """The options' values; None when help was asked for and printed."""
+    try:
+        values = command.read(words)
+    except HelpWanted:
+        say(command.help(), multiline=True, end="")
+        return None
+    for name, value in values.items():
+        check_texts(value, f"--{name.replace('_', '-')}", command.where)
+    if not (values.get("quiet") or values.get("json") or sys.stderr.isatty()):
+        begin(command.name)
+    seed = values.get("seed")
+    if seed is not None and not 0 <= seed < SEEDS:
+        raise UserError(f"--seed {str(seed)[:20]} is not from 0 to {SEEDS - 1}; give another")
+    if values.get("cache"):  # also for what has no argument of its own
+        os.environ["SIFTUNE_CACHE"] = str(Path(values["cache"]).expanduser().absolute())
+    return values
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    say(as_json(value, indent=2), multiline=True)
+
+
+def own_options(method: str) -> list[Option]:
+    """The options of a method's own: the fields of its dataclass."""
+    cls = registry.find("offline", method).load()
+    return options_of(cls, group=f"The method {method}", skip=(*PARTS, "seed"))
+
+
+def which_method(words: list[str], command: str = "select") -> tuple[str | None, list[str]]:
+    """The method's name, first of the words or in the configuration file, and the words without it."""
+    if words and not words[0].startswith("-"):
+        return registry.find("offline", words[0]).name, words[1:]
+    if any(word in ("-h", "--help") for word in words):
+        return None, words
+    paths = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    paths += [after for word, after in itertools.pairwise(words) if word == "--config"]
+    named = read_config(paths[-1]).get("method") if paths else None
+    if named is None:
+        known = ", ".join(entry.name for entry in registry.methods("offline"))
+        raise UserError(
+            f"siftune {command} needs a method before its options: one of {known}; see siftune {command} --help"
+        )
+    return registry.find("offline", str(named)).name, words
+
+
+def split_set(words: Sequence[str], *, example: str) -> tuple[list[str], dict[str, str]]:
+    """The words without `--set KEY=VALUE`, of which there may be many, and what they set, as text.
+
+    Values may hold commas and brackets, so they are no list of the command line. Raises `UserError`.
+    """
+    rest: list[str] = []
+    said: dict[str, str] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if word == "--set":
+            pair = left.pop(0) if left and not left[0].startswith("--") else ""
+        elif word.startswith("--set="):
+            pair = word.removeprefix("--set=")
+        else:
+            rest.append(word)
+            continue
+        key, separator, value = pair.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--set {pair or '(nothing)'} is no KEY=VALUE; write --set {example}")
+        said[key.strip()] = value
+    return rest, said
+
+
+MAP_ROWS = 5000
+"""Rows of the map on the page that a command writes at its end: seconds, whatever the pool's size."""
+
+
+def page_line(run: str | Path, *, cache: str | None = None, seed: int = 0) -> str:
+    """Write the page of a finished run into its folder, and say so in a line for "next"; or say why there is none.
+
+    The run is finished whatever becomes of its page, so nothing that goes wrong here ends the command.
+    """
+    from ..reports import report
+
+    try:
+        path = report.write(run, map_rows=MAP_ROWS, cache=cache, seed=seed)
+    except UserError as error:
+        return f"siftune report {run}   a page to look at ({error})"
+    return f"{path}   the page of this run, to open in a browser"

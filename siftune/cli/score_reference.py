@@ -1,0 +1,85 @@
+"""`siftune score-reference RECIPE`: the table of losses that RHO-Loss subtracts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UserError
+from ..output import say
+from ..runs.options import options_of
+from .common import print_json, read
+from .parser import Command
+from .train import named, overrides, settings
+
+
+@dataclass(kw_only=True)
+class ScoreReferenceOptions:
+    """`siftune score-reference RECIPE`"""
+
+    recipe: str | None = None
+    """YAML file of the recipe whose rows are to be scored, as `siftune train` reads it."""
+    reference: str | None = None
+    """Reference model: a folder, a hub id, or an adapter's folder; best trained on held-out rows."""
+    score_tokens: int = 8192
+    """Padded tokens of one forward pass at most."""
+    set: dict[str, str] | None = None
+    """Keys of the recipe with other values, dotted and as often as wanted: --set sft.max_length=256."""
+    run: str | None = None
+    """Folder for the table where no --out is given: RUN/reference.parquet."""
+    out: str | None = None
+    """The table (.parquet or .safetensors); default reference.parquet."""
+    seed: int | None = None
+    """As in `siftune train`; no loss depends on it."""
+    quiet: bool = False
+    """Print the table's path and nothing else."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+    config: str | None = None
+    """YAML file with any of these options; the command line wins. The recipe is not one of these files."""
+    cache: str | None = None
+    """Cache folder; default $SIFTUNE_CACHE, else ~/.cache/siftune."""
+
+
+def run(words: list[str]) -> int:
+    words, said = settings(words)
+    command = Command(
+        "score-reference",
+        "siftune score-reference RECIPE --reference MODEL [options]",
+        "The loss of every training row under a reference model, made once; rho-loss takes the table as `reference`.",
+        options_of(ScoreReferenceOptions),
+        positional="recipe",
+        examples=(
+            "siftune score-reference recipe.yaml --reference ./held-out-model --out reference.parquet",
+            "siftune train recipe.yaml --online rho-loss --keep 1/8 --set online.reference=reference.parquet",
+        ),
+    )
+    values = read(command, words)
+    if values is None:
+        return 0
+    options = ScoreReferenceOptions(**values)
+    if options.reference is None:
+        raise UserError("siftune score-reference needs --reference: the model whose losses are subtracted")
+    from ..data.protect import refuse_overlap
+    from ..runs.score_reference import score_reference
+    from ..sft.recipe import Recipe
+
+    recipe = Recipe.read(named(values, "score-reference"), overrides(values, said))
+    out = options.out or (f"{options.run}/reference.parquet" if options.run else "reference.parquet")
+    refuse_overlap({"--out": out}, {"the recipe": options.recipe, "--config": options.config})
+    speaks = not (options.quiet or options.json)
+    done = score_reference(
+        recipe,
+        options.reference,
+        out=out,
+        score_tokens=options.score_tokens,
+        cache=options.cache,
+        told=say if speaks else lambda line: None,
+    )
+    if options.json:
+        print_json({"table": str(done.table), "rows": done.rows, "reused": done.reused})
+    elif options.quiet:
+        say(done.table)
+    else:
+        say(f"{done.rows:,} rows{', as made before' if done.reused else ''} -> {done.table}")
+        say(f"next: siftune train RECIPE --online rho-loss --keep 1/8 --set online.reference={done.table}")
+    return 0

@@ -1,0 +1,120 @@
+"""What a trainer that packs does to selection: whether it packs, and whether its model keeps the packed rows apart.
+
+Where attention separates the segments of a packed line (flash attention, flex attention, a block mask, or a mask that
+`transformers` derives from restarting positions), a segment's score is that of its row alone. Elsewhere a model reads across
+rows, so a segment is scored in the context of those before it, as it is trained. Which of the two holds is measured once, on
+the first packed batch: one segment's hidden states behind another one and by itself. Models that carry a recurrent state from
+row to row are refused. Cost: two forward passes of one or two segments, once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..models.hidden_states import real_tokens, take_apart, walk
+from ..models.layout import LaidOut, Span
+from ..models.repack import join_segments
+from ..models.sharded import is_sharded
+from ..online.base import OnlineMethod
+
+_RECURRENT_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "ssm", "hybrid")
+_RECURRENT_KEYS = ("ssm_cfg", "state_size", "mamba_d_state", "linear_conv_kernel_dim", "ssm_state_size", "conv_L_cache")
+_CLOSE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
+"""Relative distance of hidden states below which a segment counts as unaffected by the one before it; 1e-3 in float32."""
+
+
+def packs(trainer: Any) -> bool:
+    """Whether the trainer's options or its collator show that rows are packed; its batches may show it all the same."""
+    args, collator = trainer.args, trainer.data_collator
+    options = any(getattr(args, name, False) is True for name in ("packing", "sample_packing", "padding_free"))
+    flattens = (
+        type(collator).__name__ == "DataCollatorWithFlattening" or getattr(collator, "padding_free", False) is True
+    )
+    return options or flattens
+
+
+def describe_packed(selector: OnlineMethod, batches: Sequence[LaidOut], model: torch.nn.Module) -> str:
+    """What the first packed step holds, in one line, and a second line where the model reads across its rows.
+
+    Raises `UserError` for a model that carries a state from row to row.
+    """
+    tokens = [sum(span.tokens for span in batch.layout.spans) for batch in batches]
+    segments = [len(batch.layout) for batch in batches]
+    kept = [selector.count(count) for count in segments]
+    budget = f" and at most {selector.keep_tokens} tokens" if selector.keep_tokens is not None else ""
+    line = (
+        f"siftune: packed batches (rows begin where {_source(batches)} says so): the first step holds {sum(segments)} rows of "
+        f"{sum(tokens)} tokens in {len(batches)} micro-batch{'es' if len(batches) > 1 else ''} and trains on "
+        f"{sum(kept)} rows{budget}"
+    )
+    if not selector.needs_forward or is_sharded(take_apart(model).called):  # a forward pass would need every rank
+        return line
+    if (apart := separates(model, batches)) is None or apart:
+        return line
+    attention = getattr(take_apart(model).config, "_attn_implementation", None)
+    return (
+        f"{line}\nsiftune: this model reads across the rows of a packed line (attn_implementation={attention!r}), so a row is "
+        "scored, as it is trained, in the context of the rows before it; flash_attention_2 keeps them apart"
+    )
+
+
+def _source(batches: Sequence[LaidOut]) -> str:
+    return next((batch.layout.source for batch in batches if batch.layout.source != "lines"), "the line")
+
+
+def separates(model: torch.nn.Module, batches: Sequence[LaidOut]) -> bool | None:
+    """Whether a segment's hidden states are those that it has alone; None where no line holds two segments to try.
+
+    Raises `UserError` for a model with recurrent layers whose state crosses segments.
+    """
+    pair = _pair(batches)
+    if pair is None:
+        return None
+    batch, first, second = pair
+    behind = _states(model, join_segments([(batch, first), (batch, second)], like=batch))[-1]
+    alone = _states(model, join_segments([(batch, second)], like=batch))[-1]
+    distance = float((behind.double() - alone.double()).norm() / alone.double().norm().clamp_min(1e-12))
+    apart = distance <= _CLOSE.get(alone.dtype, 1e-3)
+    config = take_apart(model).config
+    if not apart and is_recurrent(config):
+        raise UserError(
+            f"{type(take_apart(model).causal).__name__} carries a state from one packed row to the next, so its rows cannot be "
+            "told apart; set packing and padding_free to False"
+        )
+    return apart
+
+
+def is_recurrent(config: Any) -> bool:
+    """Whether a configuration names layers with a recurrent or convolutional state."""
+    layers = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
+    return any(name in kind for kind in layers for name in _RECURRENT_LAYERS) or any(
+        getattr(config, key, None) is not None for key in _RECURRENT_KEYS
+    )
+
+
+def _pair(batches: Sequence[LaidOut]) -> tuple[LaidOut, Span, Span] | None:
+    """Two neighbours in a line, the second of at least two tokens; the shortest such pair of the first batch with one."""
+    for batch in batches:
+        spans = batch.layout.spans
+        pairs = [
+            (first, second)
+            for first, second in itertools.pairwise(spans)
+            if first.line == second.line and second.tokens > 1
+        ]
+        if pairs:
+            first, second = min(pairs, key=lambda pair: pair[0].tokens + pair[1].tokens)
+            return batch, first, second
+    return None
+
+
+def _states(model: torch.nn.Module, batch: LaidOut) -> list[torch.Tensor]:
+    """Final hidden states of each segment, in order."""
+    states: dict[int, torch.Tensor] = {}
+    for chunk in walk(take_apart(model), batch, real_tokens(batch)):
+        states |= dict(zip(chunk.rows, chunk.states, strict=True))
+    return [states[row] for row in sorted(states)]

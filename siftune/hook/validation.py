@@ -1,0 +1,55 @@
+"""Validation rows of a file, tokenised as the trainer's own rows are, for a selector that learns from them (GREATS).
+
+The rows go through the same row -> tokens function as `siftune train` and the held-out loss (`siftune.models.tokenize_rows`),
+with the trainer's tokenizer and its `max_length`. Cost: one pass over the file, when the selector is attached.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ..data.formats import BadRow
+from ..data.load import load_pool
+from ..errors import UserError
+from ..models.tokenize_rows import Encoder, check_text
+from ..online.greats import Greats
+from ..output import say
+
+UNCUT = 2**31
+"""`max_length` of a trainer that has none."""
+
+
+def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None:
+    """Give `selector` the tokenised rows of its validation file; nothing for other selectors and other `validation`.
+
+    Rows without answer tokens are left out, with one line on stderr unless `quiet`. Raises `UserError` for a file that
+    cannot be read, a trainer without a tokenizer, and where no row is left.
+
+    >>> read_validation(trainer, Greats(keep="1/8", validation="held-out.jsonl"))
+    """
+    if not isinstance(selector, Greats) or selector.validation_file is None:
+        return
+    file, tokenizer = selector.validation_file, getattr(trainer, "processing_class", None)
+    if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
+        raise UserError(
+            f"validation={file!r} is a file, and the trainer has no tokenizer for it; pass processing_class=tokenizer "
+            "to the trainer, or give tokenised rows"
+        )
+    pool = load_pool(file)
+    model = getattr(getattr(trainer.model, "config", None), "_name_or_path", "") or type(trainer.model).__name__
+    check_text(selector.validation_text, tokenizer, model=model, format=pool.format)
+    encode = Encoder(tokenizer, selector.validation_text, getattr(trainer.args, "max_length", None) or UNCUT)
+    rows: list[dict[str, list[int]]] = []
+    lost: Counter[str] = Counter()
+    for _, found in encode.over(pool, range(len(pool))):
+        if isinstance(found, BadRow):
+            lost[str(found).partition(":")[0]] += 1
+        else:
+            rows.append({"input_ids": found.input_ids, "labels": found.labels})
+    why = "; ".join(f"{count} x {reason}" for reason, count in lost.most_common())
+    if not rows:
+        raise UserError(f"validation={file!r} holds no row to learn from ({why}); give rows with answers")
+    if lost and not quiet and trainer.is_world_process_zero():
+        say(f"siftune: {lost.total()} of {len(pool)} validation rows are left out: {why}", error=True)
+    selector.use_validation(rows)

@@ -1,0 +1,113 @@
+"""MaxGrad: the candidates whose loss has the largest gradient.
+
+    exact        ‖∇_θ CE_i‖₂ over all trained weights, CE_i the row's mean loss over its label tokens
+    last-layer   Σ_t ‖softmax(z_t) − onehot(label_t)‖₂ over the row's label tokens: the gradient at the logits z
+
+Higher = a larger step for the model as it is. Cost: `exact` a forward and a backward pass without weight gradients, plus
+the ghost products (`siftune.online.per_example.ghost`); `last-layer` a forward pass and the logits of the label tokens.
+Source: the baseline of UDS (arXiv 2510.16882); the last-layer form follows Katharopoulos & Fleuret, arXiv 1803.00942.
+
+Axes: `B` candidates, `N` label tokens, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from ..budget import Keep
+from ..models.hidden_states import predicting_tokens
+from ..records import RowScores
+from .base import Batch, Measured, OnlineMethod, one_of
+from .logit_access import View
+from .maxloss import over_labels
+from .per_example.backward import Gradients
+
+
+@dataclass(kw_only=True, eq=False)
+class MaxGrad(OnlineMethod):
+    """Keeps the K candidates with the largest gradient norm.
+
+    >>> MaxGrad(keep=2).select(model, batch).scores.total
+    """
+
+    name: ClassVar[str] = "maxgrad"
+
+    keep: Keep
+    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
+    variant: Literal["exact", "last-layer"] = "exact"
+    """`exact`: over all trained weights. `last-layer`: at the logits, summed over label tokens; no backward pass."""
+    window: str = "micro"
+    """Choose within each micro-batch (`micro`) or across the accumulation window (`step`)."""
+    scope: str = "global"
+    """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
+    score_tokens: int | None = None
+    """Padded tokens of one scoring pass at most, which bounds its activations; None is the whole batch at once (the
+    trainer hook sets its own)."""
+    keep_tokens: int | None = None
+    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row."""
+    start_step: int = 0
+    """Optimiser steps before the first selection; until then every row is kept."""
+
+    def __post_init__(self) -> None:
+        self._view = View()
+        self._gradients = Gradients()
+
+    def check(self) -> None:
+        super().check()
+        one_of("variant", self.variant, ("exact", "last-layer"))
+
+    def whole_weights(self) -> bool:
+        return self.variant == "exact"
+
+    def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
+        """Columns `gradient` `(B,)` (float64) and `tokens` `(B,)` (int64, label tokens)."""
+        wanted = predicting_tokens(batch)
+        if self.variant == "exact":
+            norms = torch.full((len(wanted),), torch.nan, dtype=torch.float64)
+            for rows, width in self._gradients.plan(model, batch, self.score_tokens):
+                for part in self._gradients.of(model, batch, rows, width):
+                    norms[part.rows] = part.squares().sqrt()
+        else:
+            norms = over_labels(
+                self._view, model, batch, wanted, logit_gradients, torch.sum, score_tokens=self.score_tokens
+            )
+        reasons = {
+            row: "its gradient is not finite" if bool(wanted[row].any()) else "no label tokens to score"
+            for row in (~torch.isfinite(norms)).nonzero().flatten().tolist()
+        }
+        norms[list(reasons)] = torch.nan
+        return Measured(len(wanted), {"gradient": norms, "tokens": wanted.sum(dim=1)}, reasons)
+
+    def combine(self, measured: Measured) -> RowScores:
+        return RowScores(measured.columns["gradient"], {}, dict(measured.reasons))
+
+
+def logit_gradients(blocks: Iterable[tuple[int, int, torch.Tensor]], targets: torch.Tensor) -> torch.Tensor:
+    """`‖softmax(z) − onehot(target)‖₂` of each of N positions, float64 `(N,)` on the CPU.
+
+    `blocks` are the logits z as (start, stop, float32 `(N, stop - start)`), `targets` int64 `(N,)`. Summed without the
+    target's own probability, so that nothing cancels where the model is sure of it.
+
+    >>> logit_gradients([(0, 2, torch.zeros(1, 2))], torch.tensor([1]))
+    tensor([0.7071], dtype=torch.float64)
+    """
+    others: torch.Tensor | None = None
+    for start, stop, block in blocks:
+        aim = targets.to(block.device)
+        if others is None:
+            others = torch.full((2, len(block)), -torch.inf, dtype=torch.float64, device=block.device)
+            own = torch.full((len(block),), -torch.inf, dtype=torch.float64, device=block.device)
+        inside = ((aim >= start) & (aim < stop)).nonzero().flatten()
+        place = (inside, aim[inside] - start)
+        own[inside] = block[place].double()
+        block = block.index_put(place, block.new_tensor(-torch.inf))
+        pieces = torch.stack([torch.logsumexp(block, dim=1).double(), torch.logsumexp(2 * block, dim=1).double()])
+        others = torch.logaddexp(others, pieces)
+    assert others is not None, "a head without a vocabulary"
+    everything = torch.logaddexp(others[0], own)
+    missing = torch.exp(others[0] - everything)  # 1 - p(target)
+    return (missing**2 + torch.exp(others[1] - 2 * everything)).sqrt().cpu()

@@ -1,0 +1,170 @@
+"""RHO-Loss: the candidates that are hard for the model but not for one that has seen held-out data.
+
+    total_i = CE_i(θ) − IL_i        CE: mean loss over the row's label tokens; IL: the same under the reference model
+
+Higher = worth learning: rows that are easy already have a small CE, noisy rows a large IL. Masks and the shift by one are
+those of the model's own loss, on both sides. Cost: one forward of the model, and one of the reference model unless its
+losses were tabulated before (`siftune.reference_losses`).
+Source: Mindermann et al., arXiv 2206.07137, as the baseline of UDS (arXiv 2510.16882).
+
+Axes: `B` candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..budget import Keep
+from ..errors import UserError
+from ..files import refuse_special
+from ..models.load import loading
+from ..records import RowScores
+from .base import Batch, Measured, OnlineMethod
+from .maxloss import MaxLoss
+from .token_id import token_ids
+
+REMAKE = "make the table again with siftune.reference_losses(trainer, ref_model)"
+
+Table = Mapping[bytes, float]
+TABLES = (".parquet", ".safetensors")
+
+
+@dataclass(kw_only=True, eq=False)
+class RhoLoss(OnlineMethod):
+    """Keeps the K candidates with the largest reducible loss.
+
+    >>> RhoLoss(keep=2, reference=held_out_model).select(model, batch).scores.irreducible
+    >>> RhoLoss(keep=2, reference="reference.parquet")          # made by siftune.reference_losses
+    """
+
+    name: ClassVar[str] = "rho-loss"
+
+    keep: Keep
+    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
+    reference: Any
+    """Where IL comes from: a causal LM, the folder or hub id of one (loaded at first use, safetensors only), a table
+    (`.parquet`, `.safetensors`), or a mapping from `token_id` (bytes or hex) to the loss."""
+    window: str = "micro"
+    """Choose within each micro-batch (`micro`) or across the accumulation window (`step`)."""
+    scope: str = "global"
+    """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
+    score_tokens: int | None = None
+    """Padded tokens of one scoring forward at most; None is the whole batch at once (the trainer hook sets its own)."""
+    keep_tokens: int | None = None
+    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row."""
+    start_step: int = 0
+    """Optimiser steps before the first selection; until then every row is kept."""
+
+    def __post_init__(self) -> None:
+        self._ours, self._theirs = MaxLoss(keep=self.keep), MaxLoss(keep=self.keep)
+        self._model: torch.nn.Module | None = None
+        self._table: Table | None = None
+        self._met = False
+        """Whether any candidate was found in the table yet."""
+
+    def check(self) -> None:
+        super().check()
+        known = isinstance(self.reference, (torch.nn.Module, Mapping, str, Path))
+        if not known or self.reference == "":
+            raise UserError(
+                f"reference={self.reference!r} is no causal LM, folder, hub id, table or mapping; make a table with "
+                "siftune.reference_losses(trainer, ref_model)"
+            )
+
+    def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
+        """Columns `loss`, `irreducible` `(B,)` (float64) and `tokens` `(B,)` (int64, label tokens)."""
+        self._ours.score_tokens = self._theirs.score_tokens = self.score_tokens
+        measured = self._ours.measure(model, batch)
+        loss, reasons = measured.columns["loss"].clone(), dict(measured.reasons)
+        self._load(next(model.parameters()).device)
+        if self._model is not None:
+            theirs = self._theirs.measure(self._model, batch)
+            irreducible, lacking = theirs.columns["loss"].clone(), dict(theirs.reasons)
+            lacking = {row: f"under the reference model {reason}" for row, reason in lacking.items()}
+        else:
+            irreducible, lacking = self._looked_up(batch)
+        reasons = {**lacking, **reasons}
+        loss[list(reasons)] = torch.nan
+        irreducible[list(reasons)] = torch.nan
+        columns = {"loss": loss, "irreducible": irreducible, "tokens": measured.columns["tokens"]}
+        return Measured(measured.rows, columns, dict(sorted(reasons.items())))
+
+    def _looked_up(self, batch: Batch) -> tuple[torch.Tensor, dict[int, str]]:
+        assert self._table is not None
+        found = [self._table.get(digest) for digest in token_ids(batch)]
+        self._met |= any(value is not None for value in found)
+        if not self._met:
+            raise UserError(
+                f"none of {len(found)} candidates is among the {len(self._table)} rows of the reference table; make it "
+                "with this trainer's own data, tokenizer and max_length (siftune.reference_losses)"
+            )
+        missing = {row: "the reference table lacks it" for row, value in enumerate(found) if value is None}
+        values = torch.tensor([torch.nan if value is None else value for value in found], dtype=torch.float64)
+        empty = {row: "the reference table holds no loss for it" for row, value in enumerate(found) if value != value}
+        return values, {**missing, **empty}
+
+    def _load(self, device: torch.device) -> None:
+        if self._model is not None or self._table is not None:
+            return
+        if isinstance(self.reference, torch.nn.Module):
+            self._model = self.reference
+        elif isinstance(self.reference, Mapping):
+            self._table = {_digest(name): float(loss) for name, loss in self.reference.items()}
+        elif Path(self.reference).suffix in TABLES:
+            self._table = read_table(Path(self.reference))
+        else:
+            from transformers import AutoModelForCausalLM
+
+            loaded: Any = loading(
+                f"reference={str(self.reference)!r} could not be loaded",
+                lambda: AutoModelForCausalLM.from_pretrained(str(self.reference), dtype="auto", use_safetensors=True),
+            )
+            self._model = loaded.to(device).eval().requires_grad_(False)
+
+    def combine(self, measured: Measured) -> RowScores:
+        loss, irreducible = measured.columns["loss"], measured.columns["irreducible"]
+        parts = {"loss": loss, "irreducible": irreducible}
+        return RowScores(loss - irreducible, parts, dict(measured.reasons))
+
+
+def read_table(path: Path) -> Table:
+    """`token_id` -> loss (NaN where the reference model gave none) of a table that `reference_losses` wrote.
+
+    Raises `UserError` where the file is missing or holds other columns.
+    """
+    if not path.exists():
+        raise UserError(
+            f"there is no reference table {path}; make one with siftune.reference_losses(trainer, ref_model)"
+        )
+    refuse_special(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = loading(f"the reference table {path} cannot be read", lambda: load_file(path))
+        _expect(path, set(tensors))
+        names = tensors["token_id"].contiguous().numpy().tobytes()
+        return {names[16 * at : 16 * at + 16]: float(loss) for at, loss in enumerate(tensors["loss"].tolist())}
+    from ..data.checked_parquet import read_checked
+
+    table = read_checked(path, way_out=REMAKE)
+    _expect(path, set(table.column_names))
+    columns = table.select(["token_id", "loss"]).to_pydict()
+    pairs = zip(columns["token_id"], columns["loss"], strict=True)
+    return {_digest(name): float("nan") if loss is None else loss for name, loss in pairs}
+
+
+def _expect(path: Path, names: set[str]) -> None:
+    if not {"token_id", "loss"} <= names:
+        raise UserError(f"{path} holds {', '.join(sorted(names))}, and a reference table has token_id and loss")
+
+
+def _digest(name: bytes | str) -> bytes:
+    digest = bytes.fromhex(name) if isinstance(name, str) else name
+    if len(digest) != 16:
+        raise UserError(f"{name!r} is no token_id: 16 bytes, or 32 hexadecimal digits")
+    return digest

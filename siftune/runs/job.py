@@ -1,0 +1,177 @@
+"""A selection before it runs: everything the user can get wrong (options, rows, budget, seeds, model folder), checked
+before a weight is loaded, and what makes the run this one and no other. Cost: one pass over the pool for its index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from .. import registry
+from ..data.protect import refuse_overlap, setting_inputs
+from ..engines import check_engine
+from ..errors import UserError
+from ..files import hash_file
+from ..offline.base import OfflineMethod
+from ..records import Pool
+from .cut import DEFAULT_KEEP, Budget, check_out
+from .options import PARTS, Reading, SelectOptions, unknown
+
+if TYPE_CHECKING:
+    from ..engines.shard import Progress
+
+RUNS = Path("siftune-runs")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A selection that has been checked and can run."""
+
+    method: OfflineMethod
+    pool: Pool
+    options: SelectOptions
+    budget: Budget
+    config: Mapping[str, Any]
+    """The run's identity as said: written to config.yaml."""
+    load_seconds: float
+    progress: Progress | None = field(default=None)
+
+
+def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, progress: Progress | None = None) -> Job:
+    """Check all that can be checked without a model's weights, reading the pool on the way."""
+    budget = Budget.read(options)
+    check_out(options.out)
+    check_engine(options)
+    method = build(name, options.seed, settings)
+    outputs = {"--out": options.out, "--run": options.run}
+    refuse_overlap(outputs, named_inputs(options, {item: getattr(method, item) for item in settings}))
+    started = perf_counter()
+    pool = read_pool(options)
+    seconds = perf_counter() - started
+    method.cache = options.cache
+    domains, labels = check_method(method), labels_of(method, pool)
+    budget.check(pool, domains or labels, labels=bool(labels))
+    if options.shards is not None:
+        from ..engines.shard import part_of
+
+        part_of(pool.shards(), options.shards)
+    return Job(method, pool, options, budget, resolved(name, options, method), seconds, progress)
+
+
+def named_inputs(options: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command reads, by name, for `refuse_overlap`: the pool, the method's own settings, the configuration."""
+    given = {"the pool": list(getattr(options, "pool", ())), "--config": options.config}
+    return given | {name.replace("_", "-"): value for name, value in setting_inputs(settings, "--{}").items()}
+
+
+def read_pool(options: Reading) -> Pool:
+    """The pool of `--pool` and its reading options."""
+    from ..data.load import load_pool
+
+    if not options.pool:
+        raise UserError("no pool was given; name a file, a folder, a glob or a hub id after the method")
+    return load_pool(
+        options.pool[0] if len(options.pool) == 1 else list(options.pool),
+        columns=options.columns,
+        on_bad_row=options.on_bad_row,
+        duplicates=options.duplicates,
+        format=options.format,
+        cache=getattr(options, "cache", None),
+    )
+
+
+def build(name: str, seed: int, settings: Mapping[str, Any]) -> OfflineMethod:
+    """The method by name, with its settings. Raises `UserError` for a setting it does not have."""
+    cls = registry.find("offline", name).load()
+    fields = {item.name: item for item in dataclasses.fields(cls) if item.init}
+    for setting in settings:
+        if setting not in fields or setting in PARTS:
+            raise unknown(setting, list(fields), what="setting", where=f"method {name}")
+    given = {"seed": seed, **settings} if "seed" in fields else dict(settings)
+    for setting, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and given.get(setting) is None:
+            raise UserError(f"siftune select {name} needs --{setting.replace('_', '-')}; see its --help")
+    method = cls(**given)
+    assert isinstance(method, OfflineMethod), cls
+    return method
+
+
+def check_method(method: OfflineMethod) -> tuple[str, ...]:
+    """Check settings, seeds and model folder without a weight; the method's domains, `()` where it has none.
+
+    A method may offer `check()`, which raises `UserError` and returns what holds its `domains`, and `feature_task`,
+    whose `backbone` knows the model's configuration and tokenizer.
+    """
+    check: Callable[[], Any] | None = getattr(method, "check", None)
+    checked = check() if check is not None else None
+    if backbone := getattr(features_of(method), "backbone", None):
+        _ = backbone.config, backbone.tokenizer
+    return tuple(getattr(checked, "domains", ()))
+
+
+def labels_of(method: OfflineMethod, pool: Pool) -> tuple[str, ...]:
+    """The domains that the pool's own rows name, for a method that reads such labels (it offers `labels(pool)`, which
+    raises `UserError`); `()` for the others."""
+    labels: Callable[[Pool], tuple[str, ...]] | None = getattr(method, "labels", None)
+    return () if labels is None else labels(pool)
+
+
+def features_of(method: OfflineMethod) -> Any:
+    """The task that reads the model for the fit; None for a method that reads no model."""
+    task: Callable[..., Any] | None = getattr(method, "feature_task", None)
+    return None if task is None else task(for_fit=True)
+
+
+def inputs_of(method: OfflineMethod) -> dict[str, str]:
+    """Content hashes of what the method reads beside the pool: the model's layers, the seeds file, other files.
+
+    A method may offer `inputs()` for what is no file of its fields: a folder of seeds, a generator.
+    """
+    found: dict[str, str] = {}
+    own: Callable[[], dict[str, str]] | None = getattr(method, "inputs", None)
+    for item in dataclasses.fields(method):  # type: ignore[arg-type]
+        value = getattr(method, item.name)
+        if isinstance(value, (str, Path)) and Path(value).is_file():
+            found[item.name] = hash_file(value)
+    if task := features_of(method):
+        found["model"] = str(task.key)
+    return found | (own() if own is not None else {})
+
+
+def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[str, Any]:
+    """Every option that was said or has a default and decides the result, in a reader's order: config.yaml, which
+    `--config` takes."""
+    config: dict[str, Any] = {"command": "select", "method": name, "pool": list(options.pool), "seed": options.seed}
+    for item in dataclasses.fields(method):  # type: ignore[arg-type]
+        if item.init and item.name not in (*PARTS, "seed"):
+            config[item.name] = plain(getattr(method, item.name))
+    for setting in ("keep", "tokens", "quota", "target_mix", "order", "columns", "format", "on_bad_row", "duplicates"):
+        config[setting] = plain(getattr(options, setting))
+    if all(config[budget] is None for budget in ("keep", "tokens", "quota")):
+        config["keep"] = DEFAULT_KEEP
+    return {setting: value for setting, value in config.items() if value is not None}
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON and YAML hold it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def run_folder(options: SelectOptions, method: str, hashed: str) -> Path:
+    """`--run`, else a name that the same command finds again; a part of n has a folder of its own beside it."""
+    folder = Path(options.run) if options.run else RUNS / f"{method}-{hashed}"
+    if options.shards is None:
+        return folder
+    index, _, parts = options.shards.replace(" ", "").partition("/")
+    return folder.with_name(f"{folder.name}.part-{index}-of-{parts}")

@@ -1,0 +1,264 @@
+"""What a user can say to every command, as typed dataclasses: the command line and YAML are read from these alone.
+
+An option's help is its field's docstring, its type the field's type, its default the field's default. A method's own
+options come the same way from the method's dataclass, so an option sits beside the code that reads it. Reading is
+strict: an unknown key or option is an error that names the nearest known one. No torch here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..budget import Keep
+from ..errors import UserError, did_you_mean
+from ..redaction import redact
+from ..yaml_io import read_yaml
+
+PARTS = ("engine", "store", "cache")
+"""Fields of a method that the pipeline hands in; never an option."""
+
+
+@dataclass(kw_only=True)
+class Everywhere:
+    """Options of every command."""
+
+    run: str | None = None
+    """Run folder; the default name holds a hash of options and inputs, so the same command finds its own run."""
+    out: str | None = None
+    """File for the result (.jsonl, .jsonl.gz, .json or .parquet); the run folder has a copy in any case."""
+    seed: int = 0
+    """Seed of every random draw."""
+    quiet: bool = False
+    """Print the result's path and nothing else."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+    config: str | None = None
+    """YAML file with any of these options; the command line wins. A run folder's config.yaml is one."""
+    cache: str | None = None
+    """Cache folder; default $SIFTUNE_CACHE, else ~/.cache/siftune."""
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """How the pool is read."""
+
+    pool: list[str] = field(default_factory=list)
+    """Files (.jsonl, .json, .parquet, .csv, .gz, .zst), folders, globs or hub ids."""
+    columns: dict[str, str] | None = None
+    """Your column for each of ours: instruction=question,output=answer."""
+    format: Literal["alpaca", "prompt-completion", "messages", "text"] | None = None
+    """Form of the rows; recognised by itself when left out."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A bad row stops the command before any model is loaded, or is skipped with its reason in rows.parquet."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Rows equal to an earlier one are kept and counted, or dropped with a reason."""
+
+
+@dataclass(kw_only=True)
+class Cutting:
+    """How many rows are kept."""
+
+    keep: Keep | None = None
+    """A share of the usable rows (20%, 0.2, 1/5) or a number of rows (8000); 20% when no budget is given."""
+    tokens: int | None = None
+    """Budget in tokens instead of rows: best rows first while they fit."""
+    quota: dict[str, str | int | float] | None = None
+    """Amount per domain instead of one for all: mathematics=50%,*=10%."""
+    target_mix: dict[str, float] | None = None
+    """Wanted share per domain (mathematics=0.6,coding=0.4): ranks by importance weight instead of the score."""
+    order: Literal["original", "score"] = "original"
+    """Order of the rows in the result: as in the pool, or best first."""
+
+
+@dataclass(kw_only=True)
+class Running:
+    """Where and how it runs."""
+
+    engine: Literal["local", "ray"] = "local"
+    """Where the pool's shards are scored, this machine or a Ray cluster; never changes a result."""
+    workers: int | None = None
+    """Processes or Ray actors that score, each with a model of its own; default: one per GPU, or all that Ray has room for."""
+    ray_address: str | None = None
+    """Ray cluster: auto, HOST:PORT or ray://HOST:PORT; left out, one is started on this machine."""
+    worker_cpus: float = 1.0
+    """CPUs that a Ray worker reserves."""
+    worker_gpus: float | None = None
+    """GPUs that a Ray worker reserves (0.5: two on one); default 1 where the cluster has GPUs, else 0."""
+    shards: str | None = None
+    """Score only part i of n (2/8) into the cache; the same command without --shards then merges."""
+    dry_run: bool = False
+    """Check rows, model folder, seeds and budget, say what would be done, and stop."""
+
+
+@dataclass(kw_only=True)
+class SelectOptions(Running, Cutting, Reading, Everywhere):
+    """`siftune select METHOD POOL...`"""
+
+
+@dataclass(kw_only=True)
+class KeepOptions(Cutting, Everywhere):
+    """`siftune keep RUN`"""
+
+
+@dataclass(kw_only=True)
+class PlanOptions(Reading, Everywhere):
+    """`siftune plan POOL...`"""
+
+    sample: int = 256
+    """Rows tokenised and timed, drawn by --seed."""
+
+
+@dataclass(kw_only=True)
+class DemoOptions(Everywhere):
+    """`siftune demo`"""
+
+    rows: int = 6000
+    """Rows of the embedded pool."""
+    steps: int = 40
+    """Optimiser steps of the fine-tuning with and without UDS; 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: what the parser, the help and the error messages need to know."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    group: str
+
+    @property
+    def flag(self) -> str:
+        """As written on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_switch(self) -> bool:
+        """True when it is given without a value."""
+        return self.type is bool and self.default is False
+
+    @property
+    def expects(self) -> str:
+        """The type in words, for errors."""
+        choices = [value for part in (self.type, *typing.get_args(self.type)) for value in _choices(part)]
+        if choices:
+            return "one of " + ", ".join(choices)
+        words = {int: "a whole number", float: "a number", bool: "true or false", dict: "pairs name=value"}
+        members = [typing.get_origin(part) or part for part in (typing.get_args(self.type) or (self.type,))]
+        if (typing.get_origin(self.type) or self.type) is dict:
+            members = [dict]
+        return " or ".join(dict.fromkeys(words.get(part, "text") for part in members if part is not type(None)))
+
+
+def _choices(part: Any) -> list[str]:
+    return [str(value) for value in typing.get_args(part)] if typing.get_origin(part) is Literal else []
+
+
+def options_of(cls: type[Any], *, group: str | None = None, skip: Sequence[str] = ()) -> list[Option]:
+    """The options of a dataclass, grouped by the class in whose body each is written (first line of its docstring).
+
+    Fields that the pipeline hands in, that take no part in `__init__` or whose type has no text form are left out.
+    """
+    hints = typing.get_type_hints(cls)
+    found = {}
+    for base in cls.__mro__:
+        if not dataclasses.is_dataclass(base):
+            continue
+        title = group or (inspect.getdoc(base) or base.__name__).split("\n")[0].rstrip(".")
+        notes = field_docs(base)
+        for item in dataclasses.fields(base):
+            if item.name not in inspect.get_annotations(base) or item.name in found:
+                continue
+            if not item.init or item.name.startswith("_") or item.name in skip:
+                continue
+            kind = textual(hints[item.name])
+            if kind is not None:
+                found[item.name] = Option(item.name, kind, default_of(item), notes.get(item.name, ""), title)
+    return [found[item.name] for item in dataclasses.fields(cls) if item.name in found]
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """A field's default value, `None` where it has none."""
+    if item.default is not dataclasses.MISSING:
+        return item.default
+    return None if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def textual(hint: Any) -> Any:
+    """The part of a type that can be written in a shell or in YAML; None when there is no such part."""
+    if hint is Path:
+        return str
+    if hint in (str, int, float, bool, type(None)) or typing.get_origin(hint) is Literal:
+        return hint
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        parts = [textual(part) for part in typing.get_args(hint)]
+        kept = tuple(dict.fromkeys(part for part in parts if part is not None and part is not type(None)))
+        if not kept:
+            return None
+        return typing.Union[kept + ((type(None),) if type(None) in typing.get_args(hint) else ())]  # noqa: UP007
+    if origin is dict or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        inner = [textual(part) for part in typing.get_args(hint)]
+        return dict[inner[0], inner[1]] if None not in inner else None  # type: ignore[valid-type]
+    return list[str] if hint == list[str] else None
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """The string under each field of a class, on one line."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError):  # a class made at run time has no source
+        return {}
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    notes = {}
+    for above, below in itertools.pairwise(body):
+        match above, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                notes[name] = " ".join(text.split())
+    return notes
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A configuration file as a mapping of option names; hyphens and underscores are the same. Raises `UserError`."""
+    said = read_yaml(path, what="--config", write="write one `option: value` a line")
+    return {key.replace("-", "_"): value for key, value in said.items()}
+
+
+def write_yaml(config: Mapping[str, Any]) -> str:
+    """A configuration as YAML text, keys in the order given, secrets masked."""
+    import yaml
+
+    return str(yaml.safe_dump(redact(dict(config)), sort_keys=False, allow_unicode=True))
+
+
+def unknown(said: str, known: Sequence[str], *, what: str, where: str) -> UserError:
+    """The error for a name nobody knows: repeats it and names the nearest known one."""
+    return UserError(f"{where} has no {what} {said}; {did_you_mean(said, known, otherwise=f'see {where} --help')}")
+
+
+def pairs(said: Any) -> Any:
+    """`a=1,b=50%` as a mapping, the command line's short form of one; a mapping is passed on.
+
+    >>> pairs("mathematics=50%,*=10%")
+    {'mathematics': '50%', '*': '10%'}
+    """
+    if not isinstance(said, str) or said.lstrip().startswith("{"):
+        return said
+    found: dict[str, str] = {}
+    for part in said.split(","):
+        name, separator, value = part.partition("=")
+        if not separator or not name.strip() or not value.strip():
+            raise UserError(f"{said!r} is not a list of pairs; write name=value,name=value")
+        found[name.strip()] = value.strip()
+    return found

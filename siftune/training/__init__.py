@@ -1,1 +1,0 @@
-"""THE HOOK ON A LIVE TRAINER: attach, ledger, integrations."""
