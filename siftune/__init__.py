@@ -1,19 +1,32 @@
 """Sift, then tune: choose which rows a language model is fine-tuned on.
 
-The data's way, top to bottom (a folder imports only from those above it):
+The data's way, top to bottom (a folder or module imports only from those above it):
 
-    records, budget, registry   what crosses folders
-    output, progress, screen    the only ways to the terminal
-    data/        text in and out: files to a pool of rows, chosen rows to a file
-    models/      first layers as feature extractor, LM head as a linear map, content-addressed store
-    engines/     where it runs
-    offline/     score the pool once (DaaR and what it is compared with)
-    online/      score every batch (UDS and what it is compared with)
-    training/    the hook on a live Trainer, the ledger, integrations
-    evaluation/  lm-eval suites, task files, held-out loss
-    reports/     figures, and the one page of a run
-    demo/        embedded corpus and tiny model
-    config, job, cut, pipeline, tune, evaluate, study/, commands/, cli
+    redaction      secrets masked in all that is written or printed
+    errors         the errors of a user's input
+    output         everything that is printed
+    screen         consoles for tables and summaries
+    progress       what a long command is doing
+    files          atomic files and locks
+    file_keys      what a file of a user's may name
+    yaml_io        YAML, read strictly
+    budget         from scores to the rows that are kept
+    records        what crosses folders
+    registry       every method by name
+    data/          text in and out: files to a pool of rows, chosen rows to a file
+    models/        first layers as feature extractor, LM head as a linear map, rows to tokens, content-addressed store
+    engines/       where it runs: one process, several, or a Ray cluster
+    offline/       score the pool once (DaaR and what it is compared with)
+    online/        score every batch (UDS and what it is compared with)
+    hook/          the selection inside a live Trainer: attach, batches, ranks, checkpoints, the ledger
+    sft/           fine-tuning by a recipe, with trl and peft
+    evaluation/    lm-eval suites, task files, held-out loss
+    reports/       figures, and the one page of a run
+    demo/          embedded corpus and tiny model
+    runs/          the commands as functions, each with a run folder
+    study/         methods x seeds at equal budget
+    integrations/  plugins for other training frameworks
+    cli/           the command line, one file a command
 
 Public names are resolved on first use, so `import siftune` loads neither torch nor transformers.
 """

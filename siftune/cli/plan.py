@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..runs.options import PlanOptions, options_of
 from .common import own_options, print_json, read
 from .parser import Command
@@ -22,7 +25,7 @@ def run(words: list[str]) -> int:
         return 0
     settings = {option.name: values.pop(option.name) for option in own}
     options = PlanOptions(**values)
-    from ..runs.plan import plan, show
+    from ..runs.plan import plan
 
     facts = plan(options, settings)
     if options.json:
@@ -34,3 +37,38 @@ def run(words: list[str]) -> int:
 
         write_json(options.out, facts)
     return 0
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print a plan for a person."""
+    from ..screen import console
+    from .terminal import row_lines, share
+
+    rows, measured, expected, cache = facts["rows"], facts["measured"], facts["estimate"], facts["cache"]
+    error = measured["tokens_per_row_error"]
+    about = f" ± {1.96 * error:.1f}" if error is not None else ""
+    lines = [
+        *row_lines(rows),
+        ("tokens", f"about {expected['tokens']:,} (estimate: {measured['tokens_per_row']:.1f}{about} a row, from a "
+         f"sample of {measured['sample_rows']:,}; {share(measured['truncated_share'], 1)} of rows are truncated)"),
+        ("speed", f"{measured['rows_per_second']:,.0f} rows/s, {measured['tokens_per_second']:,.0f} tokens/s, measured "
+         f"on {measured['device']}"),
+        ("time", f"about {expected['minutes']:.1f} minutes (estimate: {expected['probe_rows']:,} rows for the fit, "
+         f"{rows['usable']:,} for the scores; fitting the probes comes on top, seconds on a GPU or at small widths)"),
+        ("memory", f"about {expected['memory_gb']:.1f} GB, whatever the pool's size"
+         + (f"; {measured['device_memory_mb']:,} MB on the device" if measured["device_memory_mb"] else "")),
+        ("disk", f"about {expected['disk_gb']:.2f} GB beside the chosen rows"),
+        ("cache", f"{cache['folder']}: the pool's index was {cache['pool_index']}, {cache['finished_shards']:,} "
+         "finished shards of any run"),
+    ]  # fmt: skip
+    if asked := facts["writing"]:
+        lines.append(
+            ("writing", f"{asked['generator']} is asked {asked['requests_at_least']:,} to {asked['requests_at_most']:,} "
+             f"times for {asked['rows_wanted']:,} rows of {asked['domains']} domains, at most "
+             f"{asked['reply_tokens_at_most']:,} tokens of replies; a rerun asks nothing twice")
+        )  # fmt: skip
+    shown = console()
+    shown.line(f"plan of siftune select {facts['method']} with {facts['model']}: nothing was kept or scored")
+    shown.print()
+    for name, text in lines:
+        shown.line(f"  {name:<10}{text}")

@@ -1,6 +1,6 @@
 """WHERE IT RUNS: the same shard function in one process, in several, or on a Ray cluster.
 
-shard (one attempt) -> course (retries, failing rows left out) -> dispatch (many shards, many workers) -> local,
+shard (one attempt) -> retry (further attempts, failing rows left out) -> dispatch (many shards, many workers) -> local,
 processes, ray. Nothing here imports torch or Ray before an engine is made.
 """
 

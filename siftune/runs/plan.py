@@ -163,38 +163,3 @@ def _device_memory_mb(device: Any) -> int | None:
 
 def _entries(folder: Any, pattern: str = "*") -> int:
     return sum(1 for _ in folder.glob(pattern)) if folder.is_dir() else 0
-
-
-def show(facts: Mapping[str, Any]) -> None:
-    """Print a plan for a person."""
-    from ..cli.terminal import row_lines, share
-    from ..screen import console
-
-    rows, measured, expected, cache = facts["rows"], facts["measured"], facts["estimate"], facts["cache"]
-    error = measured["tokens_per_row_error"]
-    about = f" ± {1.96 * error:.1f}" if error is not None else ""
-    lines = [
-        *row_lines(rows),
-        ("tokens", f"about {expected['tokens']:,} (estimate: {measured['tokens_per_row']:.1f}{about} a row, from a "
-         f"sample of {measured['sample_rows']:,}; {share(measured['truncated_share'], 1)} of rows are truncated)"),
-        ("speed", f"{measured['rows_per_second']:,.0f} rows/s, {measured['tokens_per_second']:,.0f} tokens/s, measured "
-         f"on {measured['device']}"),
-        ("time", f"about {expected['minutes']:.1f} minutes (estimate: {expected['probe_rows']:,} rows for the fit, "
-         f"{rows['usable']:,} for the scores; fitting the probes comes on top, seconds on a GPU or at small widths)"),
-        ("memory", f"about {expected['memory_gb']:.1f} GB, whatever the pool's size"
-         + (f"; {measured['device_memory_mb']:,} MB on the device" if measured["device_memory_mb"] else "")),
-        ("disk", f"about {expected['disk_gb']:.2f} GB beside the chosen rows"),
-        ("cache", f"{cache['folder']}: the pool's index was {cache['pool_index']}, {cache['finished_shards']:,} "
-         "finished shards of any run"),
-    ]  # fmt: skip
-    if asked := facts["writing"]:
-        lines.append(
-            ("writing", f"{asked['generator']} is asked {asked['requests_at_least']:,} to {asked['requests_at_most']:,} "
-             f"times for {asked['rows_wanted']:,} rows of {asked['domains']} domains, at most "
-             f"{asked['reply_tokens_at_most']:,} tokens of replies; a rerun asks nothing twice")
-        )  # fmt: skip
-    shown = console()
-    shown.line(f"plan of siftune select {facts['method']} with {facts['model']}: nothing was kept or scored")
-    shown.print()
-    for name, text in lines:
-        shown.line(f"  {name:<10}{text}")
