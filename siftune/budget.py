@@ -28,7 +28,7 @@ LONGEST = 100
 
 @dataclass(frozen=True)
 class Amount:
-    """How much to keep, as the user said it: exactly one of `count` (rows) and `fraction` (of the rows, 0 < f <= 1)."""
+    """How much to keep, as the user wrote it: exactly one of `count` (rows) and `fraction` (of the rows, 0 < f <= 1)."""
 
     count: int | None = None
     fraction: float | None = None
@@ -55,13 +55,13 @@ def parse_keep(keep: Keep) -> Amount:
     (Amount(count=None, fraction=0.2), 0.125, 2)
     """
     wrong = UserError(
-        f"keep={keep!r} is not an amount; give a number of rows (8), a fraction (0.2 or 1/8), a percentage (20%) or 'all'"
+        f"cannot parse keep={keep!r}; expected a number of rows (8), a fraction (0.2 or 1/8), a percentage (20%) or 'all'"
     )
     if isinstance(keep, bool):
         raise wrong
     if isinstance(keep, (int, np.integer)):
         if keep < 1:
-            raise UserError(f"keep={keep} keeps nothing; give at least 1 row or a fraction above 0")
+            raise UserError(f"keep={keep} keeps no row; pass at least 1 row or a fraction above 0")
         return Amount(count=int(keep))
     if isinstance(keep, (float, np.floating)):
         return _unambiguous(float(keep), keep)
@@ -69,7 +69,9 @@ def parse_keep(keep: Keep) -> Amount:
         raise wrong
     text = keep.strip()
     if len(text) > LONGEST:
-        raise UserError(f"keep={text[:LONGEST]!r}... is no amount of anything; give a number of rows, or a share")
+        raise UserError(
+            f"cannot parse keep={text[:LONGEST]!r}...; expected a number of rows, a fraction or a percentage"
+        )
     if re.fullmatch(r"[+]?\d+", text):
         return parse_keep(int(text))
     number = r"(\d+(?:\.\d*)?|\.\d+)"
@@ -124,16 +126,16 @@ def within_tokens(values: Floats, tokens: NDArray[np.int32], budget: int) -> Row
     """
     order = ranking(values)
     if len(order) and (tokens[order] < 0).any():
-        raise UserError("tokens= needs token counts, and this method has none; give fraction= or count=")
+        raise UserError("tokens= needs token counts, and this method has none; pass fraction= or count=")
     used = np.cumsum(tokens[order].astype(np.int64))
     kept = order[: int(np.searchsorted(used, budget, side="right"))]
     if len(order) and not len(kept):
-        raise UserError(f"tokens={budget} is less than the best row alone ({int(used[0])} tokens); raise it")
+        raise UserError(f"tokens={budget} is less than the best row alone ({int(used[0])} tokens); raise tokens=")
     return np.sort(kept)
 
 
 def by_quota(values: Floats, labels: NDArray[np.int16], domains: Sequence[str], quota: Mapping[str, Keep]) -> Rows:
-    """The best rows of every domain, each domain at its own amount of its own rows; `"*"` stands for the others.
+    """The best rows of every domain, each domain at its own amount of its own rows; `"*"` covers the other domains.
 
     The paper's customised selection (DaaR section 5, "7'") is `{"mathematics": "50%", "*": "10%"}`. A domain that is
     not named, with no `"*"`, keeps nothing. Raises `UserError` for a domain that the pool does not know.
@@ -143,18 +145,18 @@ def by_quota(values: Floats, labels: NDArray[np.int16], domains: Sequence[str], 
         raise UserError(f"quota names the domain {unknown[0]!r}, which is not one of {', '.join(domains)}")
     kept = []
     for index, name in enumerate(domains):
-        said = quota.get(name, quota.get("*"))
-        if said is None:
+        keep = quota.get(name, quota.get("*"))
+        if keep is None:
             continue
         masked = np.where(labels == index, values, np.nan)
-        kept.append(top(masked, parse_keep(said).rows(int((~np.isnan(masked)).sum()))))
+        kept.append(top(masked, parse_keep(keep).rows(int((~np.isnan(masked)).sum()))))
     return np.sort(np.concatenate(kept)) if kept else np.empty(0, dtype=np.int64)
 
 
 def importance_weights(probabilities: Floats, domains: Sequence[str], target_mix: Mapping[str, float]) -> Floats:
     """`w(x) = sum_k lambda_k p_k(x)` with `lambda_k = q(k) / p(k)` (DaaR, Prop. 3.2). Shape `(n,)`, NaN where p is.
 
-    `target_mix` gives the wanted shares q(k), normalised to 1 (domains not named get 0); p(k) is the mean of p_k over
+    `target_mix` gives the target shares q(k), normalised to 1 (domains not named get 0); p(k) is the mean of p_k over
     the pool. Raises `UserError` for unknown domains, negative shares or shares that sum to 0.
     """
     unknown = [name for name in target_mix if name not in domains]
@@ -162,7 +164,7 @@ def importance_weights(probabilities: Floats, domains: Sequence[str], target_mix
         raise UserError(f"target_mix names the domain {unknown[0]!r}, which is not one of {', '.join(domains)}")
     shares = np.array([float(target_mix.get(name, 0.0)) for name in domains])
     if not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
-        raise UserError(f"target_mix={dict(target_mix)!r} must hold shares >= 0 that do not all vanish")
+        raise UserError(f"target_mix={dict(target_mix)!r} must hold shares >= 0, at least one of them above 0")
     p = probabilities.astype(np.float64)
     present = np.nanmean(p, axis=0)
     with np.errstate(divide="ignore"):

@@ -1,7 +1,7 @@
-"""What siftune raises when the user can mend it.
+"""Errors that the user can fix.
 
 `UserError` is one clear sentence: the place, the value, the way out. The command line prints it alone and exits with 2;
-anything else is our fault, exits with 1 and shows where.
+anything else is an internal error, exits with 1 and shows where it occurred.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MissingExtra(UserError, ImportError):
 
 def is_failure(error: BaseException) -> bool:
     """Whether `error` reports that something failed: any `Exception`, and the panic of a library written in Rust, which pyo3
-    derives from `BaseException`. KeyboardInterrupt, SystemExit and their like are no failures and must pass.
+    derives from `BaseException`. KeyboardInterrupt, SystemExit and the like are not failures and must pass.
 
     >>> is_failure(ZeroDivisionError()), is_failure(KeyboardInterrupt())
     (True, False)
@@ -51,26 +51,26 @@ def one_line(error: BaseException, limit: int = 120) -> str:
     return shortened(f"{type(error).__name__}: {error}", limit).rstrip(": ")
 
 
-def did_you_mean(said: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
-    """The way out for a name nobody knows: the nearest known one, else `otherwise`, else all that are known.
+def did_you_mean(name: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
+    """Advice for an unknown name: the nearest known one, else `otherwise`, else all known ones.
 
     >>> did_you_mean("gsm8", ["gsm8k", "mmlu"])
     'did you mean gsm8k?'
     """
     known = list(known)
-    near = difflib.get_close_matches(said, known, n=1, cutoff=0.5)  # so that `rank` finds rank_pattern
-    near = near or difflib.get_close_matches(said.lower(), known, n=1)
-    if near:
-        return f"did you mean {near[0]}?"
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)  # so that `rank` finds rank_pattern
+    nearest = nearest or difflib.get_close_matches(name.lower(), known, n=1)
+    if nearest:
+        return f"did you mean {nearest[0]}?"
     return f"known: {', '.join(known)}" if otherwise is None else otherwise
 
 
-def check_keys(said: Iterable[object], known: Iterable[str], where: str) -> None:
-    """Raise `UserError` for a key that is not known, naming the nearest that is.
+def check_keys(keys: Iterable[object], known: Iterable[str], where: str) -> None:
+    """Raise `UserError` for a key that is not known, naming the nearest known one.
 
     >>> check_keys({"shots": 5}, ["shots", "limit"], "suite daar")
     """
     known = list(known)
-    for key in said:
+    for key in keys:
         if key not in known:
             raise UserError(f"{where} has an unknown key {key!r}; {did_you_mean(str(key), known)}")

@@ -1,9 +1,9 @@
-"""What no file may say: keys that name code to run, and secrets. Recipes, studies, suites, configurations and `--set` alike.
+"""Keys that no file may hold: those that name code to run, and secrets. Recipes, studies, suites, configurations and `--set` alike.
 
 A file may come from anyone, so it holds data alone: a key of trl, transformers, peft or accelerate that ends in importing
 or running what its value names (`trust_remote_code`, a class, a callback, a kernel of the hub) is refused, wherever it is
-nested, also inside a JSON text or a JSON file that the value names. Python callers pass such keys as they like. Secrets
-belong into the environment: what a file says is copied into run folders and model cards.
+nested, also inside a JSON text or a JSON file that the value names. Python callers may pass such keys. Secrets
+belong into the environment: the content of a file is copied into run folders and model cards.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ CODE = frozenset(
         *("custom_dataset", "confirm_run_unsafe_code", "unsafe_code"),
     )
 )
-"""Keys that name code, as transformers 4.57 to 5, trl, peft and accelerate call them."""
+"""Keys that name code, as transformers 4.57 to 5, trl, peft and accelerate name them."""
 HARMLESS_WHEN_TRUE = ("weights_only",)
-"""Of these, true is the careful value; of the others, false."""
+"""For these, true is the safe value; for the others, false."""
 CODE_ENDINGS = re.compile(
     r"(?:.*_)?(?:class|classes|cls|callables?|callbacks?|functions?|funcs?|fn|fns|hooks?|plugins?|processors?|entry_?points?"
     r"|factory|import|imports)"
@@ -45,14 +45,14 @@ NAMES = re.compile(r"(?:.*_)?(?:implementation|backend)(?:_internal)?")
 """Keys whose value is one of a library's own names; a path or a repository there is code."""
 JSON_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 """Keys of `sft` whose text may name a JSON file (or, for deepspeed, be one in base64)."""
-COMMANDS = {"tune": "give --tune on the command line"}
-"""Options that run a command of the user's."""
+COMMANDS = {"tune": "pass --tune on the command line"}
+"""Options that run a command of the user."""
 CHOSEN_NAMES = (
     *("pool", "eval", "held_out", "tasks", "fields", "columns", "quota", "target_mix", "price", "hub_rows", "shots"),
 )
 """Sections whose keys are names that the file's author chose: domains, tasks, the columns of rows."""
 PROSE = ("about", "prompt", "opening", "shown", "delimiter", "stop", "name")
-"""Keys whose text is for people or models; what looks like a header there is none."""
+"""Keys whose text is for people or models; a text there that looks like a header is not one."""
 VARIABLES = {
     "proxies": "HTTPS_PROXY", "wandb": "WANDB_API_KEY", "comet": "COMET_API_KEY", "aws": "AWS_SECRET_ACCESS_KEY",
     "judge": "OPENAI_API_KEY", "generator": "OPENAI_API_KEY", "api": "OPENAI_API_KEY", "authorization": "OPENAI_API_KEY",
@@ -116,7 +116,7 @@ def _check_key(part: str, value: Any, name: str, where: str) -> None:
 
 
 def _check_value(value: Any, name: str, where: str) -> None:
-    """What a key holds: more keys, in JSON as well."""
+    """The value of a key: nested keys, in JSON as well."""
     last = name.rpartition(".")[2]
     if isinstance(value, Mapping):
         _check(value, name, where)
@@ -137,7 +137,7 @@ def _stored(text: str) -> str | bytes:
         if Path(text).is_file():
             return Path(text).read_bytes()
         return text if text.lstrip().startswith("{") else base64.urlsafe_b64decode(text)
-    except (OSError, ValueError):  # the library that reads it says what is wrong with it
+    except (OSError, ValueError):  # the library that reads it reports the fault
         return text
 
 

@@ -1,8 +1,8 @@
-"""Files that are whole or absent: atomic writes, content hashes, folder locks, the cache folder.
+"""Files that are complete or absent: atomic writes, content hashes, folder locks, the cache folder.
 
 A file is written under a temporary name beside its place, flushed to the disk and renamed, so that a process killed at
 any moment leaves the old file or the new one. Temporary names carry host and process, so that a later run can tell
-those of dead processes and remove them. Errors that the user can mend (full disk, no permission) become one sentence.
+those of dead processes and remove them. Errors that the user can fix (full disk, no permission) become one sentence.
 POSIX only: `flock` and atomic rename. Cost: one pass over the bytes.
 """
 
@@ -42,7 +42,7 @@ _FOREIGN_SECONDS = 7 * 24 * 3600
 """Age after which a temporary of another machine (a shared file system) counts as stale."""
 
 _swept: set[str] = set()
-"""Folders that this process has tidied up."""
+"""Folders in which this process has removed stale temporaries."""
 
 _WAYS_OUT = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
@@ -51,19 +51,19 @@ _WAYS_OUT = {
     errno.EACCES: "permission denied; change its permissions or choose another path",
     errno.EPERM: "the operation is not permitted; change its permissions or choose another path",
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
-    errno.EISDIR: "it is a folder; give the path of a file",
+    errno.EISDIR: "it is a folder; pass the path of a file",
     errno.EEXIST: "it exists and is not a folder; choose another path",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.ENOENT: "it does not exist; check the path",
     errno.EFBIG: "the file would be larger than the file system or a limit allows; choose another folder",
     errno.EBUSY: "it is in use, such as a mount point; choose a folder inside it",
-    errno.ELOOP: "its symbolic links run in a circle; choose another path",
+    errno.ELOOP: "its symbolic links form a loop; choose another path",
 }
 
 
 @contextmanager
 def plain_errors(path: str | Path) -> Iterator[None]:
-    """Turn the operating system's errors that a user can mend into a `UserError` that names the path."""
+    """Turn the operating system's errors that a user can fix into a `UserError` that names the path."""
     try:
         yield
     except OSError as error:
@@ -85,14 +85,14 @@ _SPECIAL = {
 def refuse_special(path: str | Path) -> None:
     """Raise `UserError` for a pipe, a socket or a device, links followed: opening one may wait, reading it never end.
 
-    Every reader of a file that a user names asks this before it opens the file; what does not exist passes.
+    Every reader of a user's file calls this before it opens the file; a path that does not exist passes.
     """
     try:
         kind = _SPECIAL.get(stat.S_IFMT(os.stat(path).st_mode))
-    except (OSError, ValueError):  # said by whoever opens it
+    except (OSError, ValueError):  # reported by the caller that opens it
         return
     if kind is not None:
-        raise UserError(f"{path} is {kind}, not a file; write its content to a file and give that")
+        raise UserError(f"{path} is {kind}, not a file; write its content to a file and pass that file")
 
 
 # --- temporary names, atomic files ----------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ def refuse_special(path: str | Path) -> None:
 def temporary_beside(path: Path) -> Path:
     """A fresh temporary name in the folder of `path`, which `sweep_temporaries` recognises.
 
-    The first time that a process asks, what dead processes left in that folder is removed: whoever writes somewhere tidies
-    up there, so that a killed command, run again, leaves nothing of its former self.
+    At a process's first call for a folder, temporaries of dead processes are removed from it, so that a killed command
+    that runs again leaves nothing behind.
     """
     if (folder := os.path.abspath(path.parent)) not in _swept:
         _swept.add(folder)
@@ -111,7 +111,7 @@ def temporary_beside(path: Path) -> Path:
 
 
 def is_temporary(path: str | Path) -> bool:
-    """Is this one of our temporary names?"""
+    """Whether this is one of siftune's temporary names."""
     return _TEMPORARY.fullmatch(os.path.basename(path)) is not None
 
 
@@ -119,7 +119,7 @@ def is_temporary(path: str | Path) -> bool:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path to write to; on success it is flushed to the disk and renamed onto `path`, mode 0644.
 
-    On an error nothing is left. A missing parent folder is made. Raises `UserError` for a full disk, a read-only
+    On an error nothing is left. A missing parent folder is created. Raises `UserError` for a full disk, a read-only
     folder or a missing permission.
 
     >>> with atomic_path("out/scores.bin") as temporary:
@@ -132,7 +132,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "", str(path))
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no ordinary file, so it is not replaced; choose another path")
+            raise UserError(f"{path} is not a regular file, so it is not replaced; choose another path")
         try:
             yield temporary
             os.chmod(temporary, 0o644)
@@ -172,7 +172,7 @@ def sweep_temporaries(folder: str | Path) -> int:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole folder, if it is there; what cannot be removed stays."""
+    """Remove a file or a complete folder, if it exists; what cannot be removed stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -204,7 +204,7 @@ def _stale(path: Path, match: re.Match[str]) -> bool:
 
 
 def json_value(value: Any) -> Any:
-    """What stands in JSON for a value that JSON lacks, in row ids and in JSONL made from tables.
+    """The JSON form of a value that JSON lacks, in row ids and in JSONL made from tables.
 
     Dates and times: ISO 8601; durations: seconds; decimals, UUIDs and paths: text; bytes: base64; numpy: numbers and
     lists; sets: sorted lists. Raises `TypeError` for anything else.
@@ -223,7 +223,7 @@ def json_value(value: Any) -> Any:
         return dict(value)
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} has no place in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def without_nan(value: Any) -> Any:
@@ -251,14 +251,14 @@ def canonical_json(value: Any) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON value of a whole file. Raises `UserError` when it is missing or is not JSON."""
+    """The JSON value of a file. Raises `UserError` when it is missing or is not JSON."""
     refuse_special(path)
     with plain_errors(path):
         data = Path(path).read_bytes()
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a JSON file ({error}); mend or remove it") from error
+        raise UserError(f"{path} is not a JSON file ({error}); fix or remove it") from error
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -304,7 +304,7 @@ def hash_file(path: str | Path) -> str:
 
 
 def cache_folder(explicit: str | Path | None = None) -> Path:
-    """Where reusable results live: the argument, else `SIFTUNE_CACHE`, else `~/.cache/siftune`. Not made here."""
+    """The folder of reusable results: the argument, else `SIFTUNE_CACHE`, else `~/.cache/siftune`. Not created here."""
     chosen = explicit or os.environ.get("SIFTUNE_CACHE") or Path("~/.cache/siftune")
     return Path(chosen).expanduser().absolute()
 
@@ -312,7 +312,7 @@ def cache_folder(explicit: str | Path | None = None) -> Path:
 class FolderLock:
     """One process at a time in a folder: an exclusive `flock` on `<folder>/.lock`, freed by the system at any death.
 
-    Entering makes the folder and raises `UserError` when another process (or another lock of this one) holds it.
+    Entering creates the folder and raises `UserError` when another process (or another lock of this one) holds it.
 
     >>> with FolderLock("runs/first"):
     ...     ...
@@ -323,7 +323,7 @@ class FolderLock:
         self._handle: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        assert self._handle is None, "this lock is held already"
+        assert self._handle is None, "this lock is already held"
         with plain_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = open(self.folder / ".lock", "ab")  # held until __exit__

@@ -1,10 +1,10 @@
-"""Signs of life where no terminal shows bars: a line on standard error at least every 30 seconds.
+"""Progress where no terminal shows bars: a line on standard error at least every 30 seconds.
 
     siftune: select daar, 0:02:30: score > daar: 8,192 of 100,000 rows, 410 rows/s, about 0:03:44 left
 
-A command calls `begin` and `end`; whatever is inside names what it does by `doing`, or through the calls that engines
-and trainers make (`start`, `advance`, `close`). A thread of its own prints the last known state, so that a stage that
-is silent for long inside one row shows itself too. Nothing is printed in a library's use, in workers, or in forks.
+A command calls `begin` and `end`; the code inside names its activity with `doing`, or through the calls that engines
+and trainers make (`start`, `advance`, `close`). A separate thread prints the last known state, so that a stage that
+spends long in one row is shown too. Nothing is printed in library use, in workers, or in forks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VARIABLE = "SIFTUNE_PROGRESS_SECONDS"
 """Environment variable: seconds between two lines."""
 SECONDS = 30.0
 SETTLED = 1.0
-"""Seconds of an activity that its rate leaves out: what a cache or a checkpoint held already arrives in them."""
+"""Seconds of an activity that its rate leaves out: results from a cache or a checkpoint arrive in them."""
 SAMPLES = 5
 """The rate is that since the fifth line before, so that it follows a stage that becomes slower."""
 
@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 
 
 class Activity:
-    """One thing that is being done: its name, and how much of it is done."""
+    """One activity: its name, and how much of it is done."""
 
     def __init__(self, label: str, total: int | None, unit: str, done: int, clock: Clock) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done
@@ -66,7 +66,7 @@ class Activity:
 
 
 class ProgressLines:
-    """The lines of one command. Also what engines report to, as the bars of a terminal are.
+    """The lines of one command. Engines report to it as they do to the bars of a terminal.
 
     >>> with ProgressLines("select random", every=30):
     ...     with doing("score", total=100) as score:
@@ -76,7 +76,7 @@ class ProgressLines:
     def __init__(self, command: str, *, every: float | None = None, clock: Clock = time.monotonic) -> None:
         self.command, self.every, self.clock = command, seconds() if every is None else every, clock
         self._began = clock()
-        self._stream = sys.stderr  # as it is now: it may be redirected while a library is kept silent
+        self._stream = sys.stderr  # as it is now: it may be redirected while a library is silenced
         self._activities: list[Activity] = []
         self._started: Activity | None = None
         self._over = threading.Event()
@@ -94,7 +94,7 @@ class ProgressLines:
         self._over.set()
         self._thread.join(timeout=5)  # a stream that blocks must not keep the command from ending
 
-    # --- what is being done -------------------------------------------------------------------------------------------
+    # --- activities ---------------------------------------------------------------------------------------------------
 
     def push(self, label: str, total: int | None = None, unit: str = "rows", done: int = 0) -> Activity:
         """A new innermost activity."""
@@ -126,7 +126,7 @@ class ProgressLines:
     # --- the lines ----------------------------------------------------------------------------------------------------
 
     def line(self) -> str:
-        """What is being done now, the outermost first."""
+        """The current activities, the outermost first."""
         now = self.clock()
         state = " > ".join(activity.text(now) for activity in list(self._activities)) or "working"
         return f"siftune: {self.command}, {_time(now - self._began)}: {state}"
@@ -146,7 +146,7 @@ _printing = threading.Lock()
 
 
 def _in_fork() -> None:
-    """A forked process has no thread of ours, and prints no progress."""
+    """A forked process has no progress thread, and prints nothing."""
     global _lines
     _lines = None
     _printing.release()
@@ -156,7 +156,7 @@ os.register_at_fork(before=_printing.acquire, after_in_parent=_printing.release,
 
 
 def begin(command: str) -> None:
-    """Print lines from now until `end`. Raises `UserError` where the environment variable is no number of seconds."""
+    """Print lines from now until `end`. Raises `UserError` where the environment variable is not a number of seconds."""
     end()
     ProgressLines(command).__enter__()
 
@@ -168,7 +168,7 @@ def end() -> None:
 
 
 def current() -> ProgressLines | None:
-    """What prints lines now, for engines and trainers to report to; None where nothing does."""
+    """The current `ProgressLines`, for engines and trainers to report to; None where there is none."""
     return _lines
 
 
@@ -199,7 +199,7 @@ def counted(
     done: int = 0,
     size: Callable[[Item], int] = lambda item: 1,
 ) -> Iterator[Item]:
-    """The items as they are; each counts as `size` units of `total` once the next one is wanted.
+    """The items as they are; each counts as `size` units of `total` once the next one is requested.
 
     >>> for batch in counted("held-out loss", batches, 1000, size=len): ...
     """
@@ -210,7 +210,7 @@ def counted(
 
 
 def seconds() -> float:
-    """Seconds between two lines. Raises `UserError` where the environment variable is no number above 0."""
+    """Seconds between two lines. Raises `UserError` where the environment variable is not a number above 0."""
     text = os.environ.get(VARIABLE, "").strip()
     try:
         value = float(text) if text else SECONDS

@@ -1,4 +1,4 @@
-"""Secrets are masked in whatever siftune writes or prints: the one place that knows what a secret looks like.
+"""Masks secrets in everything that siftune writes or prints: the only definition of what a secret looks like.
 
 Three kinds: the value of a key that holds one (`hub_token`, `api_key`, `password`, ...), a password or a key inside a text
 (an address, a header, a command's flag), and the values of the environment's secret variables. What is masked becomes
@@ -66,7 +66,7 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def redact_text(text: str) -> str:
-    """`text` without secrets: those that its own form shows, and the values of the environment's secret variables."""
+    """`text` without secrets: those that its form reveals, and the values of the environment's secret variables."""
     masked: str = _redacted(text, _environment())
     return masked
 
@@ -81,7 +81,7 @@ def redact(value: Any) -> Any:
 
 
 def shortened(text: object, most: int) -> str:
-    """A foreign message on one line of at most `most` characters, masked before it is cut: half a key is a secret too."""
+    """A library's message on one line of at most `most` characters, masked before it is cut: part of a key is a secret too."""
     return " ".join(redact_text(str(text)).split())[:most]
 
 
@@ -106,7 +106,7 @@ def _redacted(value: Any, secrets: Sequence[str]) -> Any:
 
 
 def _masked(value: Any) -> Any:
-    """What is stored under a secret key: every text in it masked; a domain of that name has counts, which stay."""
+    """What is stored under a secret key: every text in it masked; a domain of that name has counts, which are kept."""
     if isinstance(value, Mapping):
         return {key: _masked(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

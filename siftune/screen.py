@@ -1,6 +1,6 @@
-"""Rich consoles for tables and summaries: what they are given is text, never markup and never control characters.
+"""Rich consoles for tables and summaries: their input is text, never markup and never control characters.
 
-Colours stop where NO_COLOR is set or the output is no terminal.
+Colours stop where NO_COLOR is set or the output is not a terminal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Screen(Console):
     """A console that prints strings as they are, in paragraphs and in the cells of tables, by `output.visible`."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Every string that is printed, or that a table holds, passes here."""
+        """Every string that is printed, or that a table holds, passes through here."""
         return super().render_str(visible(text), **options)
 
     def line(self, text: object = "") -> None:
@@ -29,7 +29,7 @@ class Screen(Console):
 
 
 def console(*, piped_width: int = PIPED_WIDTH, silent: bool = False) -> Screen:
-    """Standard output: as wide as the terminal, wide enough for complete lines where it is none."""
+    """Standard output: as wide as the terminal, wide enough for complete lines otherwise."""
     width = None if sys.stdout.isatty() else piped_width
     return Screen(file=sys.stdout, markup=False, emoji=False, highlight=False, width=width, quiet=silent)
 

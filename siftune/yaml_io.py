@@ -27,7 +27,7 @@ def _loader() -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """One YAML value, safely, with `5e-5` as the number it is. Raises `UserError` that opens with `where`.
+    """One YAML value, safely, with `5e-5` read as a number. Raises `UserError` that starts with `where`.
 
     >>> parse_yaml("keep: 20%\\nlearning_rate: 5e-5", "config.yaml")
     {'keep': '20%', 'learning_rate': 5e-05}
@@ -47,7 +47,7 @@ def read_yaml(
     and for a key that names code or holds a secret (`file_keys`).
 
     `what` names the kind of file, as in "the recipe"; `write` is the advice for a file that holds no keys; `names` is for
-    a file whose keys are the author's own names.
+    a file whose keys the author chooses.
     """
     refuse_special(path)
     try:

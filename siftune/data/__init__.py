@@ -1,1 +1,1 @@
-"""TEXT IN AND OUT: files and tables of any shape become a pool of rows, and chosen rows become a file again."""
+"""Data in and out: files and tables of any format become a pool of rows, and chosen rows are written to a file again."""

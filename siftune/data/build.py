@@ -1,6 +1,6 @@
 """Every row's id and reason, and the folder that keeps the rows (`siftune.data.store` reads it).
 
-An id is blake2b-128 of the canonical JSON of the row's original columns; where a row is no object, of its bytes. Cost
+An id is blake2b-128 of the canonical JSON of the row's original columns; where a row is not an object, of its bytes. Cost
 per row of 300 bytes: about 10 microseconds, most of it canonical JSON; 36 bytes of memory per row while it runs.
 
 Shapes: `n` rows of the pool.
@@ -33,24 +33,24 @@ _ID_BYTES = 16
 
 
 def row_text(row: dict[str, Any], *, table: bool) -> tuple[str, str | None]:
-    """Canonical JSON of a row, and why the row is bad (None: good). Tables may hold NaN, which stands as null."""
+    """Canonical JSON of a row, and why the row is bad (None: good). Tables may hold NaN, which is written as null."""
     try:
         text = canonical_json(row)
     except ValueError:
         text = canonical_json(without_nan(row))
         if not table:
-            return text, f"NaN or Infinity: {_guilty(row, lambda value: without_nan(value) != value)}"
+            return text, f"NaN or Infinity: {_first_column(row, lambda value: without_nan(value) != value)}"
     except (TypeError, RecursionError) as error:
         return repr(row), f"wrong type: {error}"
     except MemoryError:
         return repr(sorted(row)), "too large: memory ran out over its values"
     if "\\u0000" in text:
-        name = _guilty(row, lambda value: isinstance(value, str) and "\0" in value)
+        name = _first_column(row, lambda value: isinstance(value, str) and "\0" in value)
         return text, None if name is None else f"NUL character: {name}"
     return text, None
 
 
-def _guilty(row: dict[str, Any], test: Callable[[Any], bool]) -> str | None:
+def _first_column(row: dict[str, Any], test: Callable[[Any], bool]) -> str | None:
     """The top-level column below which a value (or a key) meets the test, printable; None if there is none."""
 
     def anywhere(value: Any) -> bool:
@@ -68,19 +68,19 @@ def _surrogate(value: Any) -> bool:
 
 
 def identify(chunk: Chunk, reading: Reading) -> Iterator[tuple[bytes, str | None, str | None]]:
-    """(id, reason, note) of every row of a chunk; a note is of a good row that the user may take for another kind."""
+    """(id, reason, note) of every row of a chunk; a note marks a good row that may not be of the kind the user expects."""
     for index, (row, reason) in enumerate(zip(chunk.rows, chunk.reasons, strict=True)):
         note = None
         if row is None:
-            data = chunk.raws[index] if chunk.batch is None else _wire(chunk.batch.slice(index, 1))
+            data = chunk.raws[index] if chunk.batch is None else _ipc_bytes(chunk.batch.slice(index, 1))
         else:
-            text, wrong = row_text(row, table=chunk.batch is not None)
-            reason = reason or wrong
+            text, text_reason = row_text(row, table=chunk.batch is not None)
+            reason = reason or text_reason
             try:
                 data = text.encode("utf-8")
             except UnicodeEncodeError:
                 data = text.encode("utf-8", "surrogatepass")
-                reason = reason or f"lone surrogate: {_guilty(row, _surrogate)}"
+                reason = reason or f"lone surrogate: {_first_column(row, _surrogate)}"
             if reason is None:
                 try:
                     note = reading.check(row)
@@ -89,15 +89,15 @@ def identify(chunk: Chunk, reading: Reading) -> Iterator[tuple[bytes, str | None
         yield hashlib.blake2b(data, digest_size=_ID_BYTES).digest(), reason, note
 
 
-def _wire(batch: pa.RecordBatch) -> bytes:
+def _ipc_bytes(batch: pa.RecordBatch) -> bytes:
     return cast(bytes, batch.serialize().to_pybytes())
 
 
 def later_duplicates(ids: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """(row, first row with the same id) of every row whose id came before, ascending. Shape `(duplicates, 2)`."""
-    words = np.ascontiguousarray(ids).view(np.uint64)
-    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal ids stay in the pool's order
-    ordered = words[order]
+    """(row, first row with the same id) of every row whose id occurred before, ascending. Shape `(duplicates, 2)`."""
+    id_words = np.ascontiguousarray(ids).view(np.uint64)
+    order = np.lexsort((id_words[:, 1], id_words[:, 0]))  # stable: equal ids stay in the pool's order
+    ordered = id_words[order]
     new = np.ones(len(order), dtype=bool)
     new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
     first = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
@@ -106,7 +106,7 @@ def later_duplicates(ids: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def save(path: Path, values: NDArray[Any]) -> None:
-    """As `np.save`, which on a full disk raises an error without its number."""
+    """Like `np.save`, which raises an error without an errno on a full disk."""
     values = np.ascontiguousarray(values)
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
@@ -117,7 +117,7 @@ def save(path: Path, values: NDArray[Any]) -> None:
 
 
 class Writer:
-    """Puts chunks into a folder, in order; `finish` makes the folder whole. Holds 36 bytes per row."""
+    """Writes chunks into a folder, in order; `finish` completes the folder. Uses 36 bytes of memory per row."""
 
     def __init__(self, folder: Path, reading: Reading) -> None:
         self.folder, self.reading = folder, reading
@@ -126,7 +126,7 @@ class Writer:
         self.starts: list[int] = []
         self.reasons: dict[int, str] = {}
         self.notes: Counter[str] = Counter()
-        """Good rows that may be of another kind than the user takes them for, counted by note."""
+        """Good rows that may not be of the kind the user expects, counted by note."""
         self.tables: list[dict[str, Any]] = []
         self._text = open(folder / "lines.bin", "wb", buffering=CHUNK_BYTES)  # noqa: SIM115
         self._table: pa.RecordBatchFileWriter | None = None
@@ -175,7 +175,7 @@ class Writer:
             self._table = None
 
     def close(self) -> None:
-        """Let go of the open files."""
+        """Close the open files."""
         self._text.close()
         self._close_table()
 

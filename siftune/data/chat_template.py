@@ -1,10 +1,10 @@
-"""Chat templates, rendered under limits: they are programs that come with a model, and one of them must not end a run.
+"""Chat templates, rendered under limits: they are programs that come with a model, and must not end a run.
 
 A render is stopped between two operations of the template when it takes too much processor time or memory, in any thread
 and in any process; its result may be only so much longer than the row's messages. What the template raises, and a render
-that was stopped, is the row's reason. A single operation inside Python itself (such as one multiplication of enormous
-numbers) is not interrupted; the operator `**`, the quick way to one, is refused.
-Cost: some microseconds per render; one thread that looks ten times a second while templates are rendered.
+that was stopped, becomes the row's reason. A single operation inside Python itself (such as one multiplication of enormous
+numbers) is not interrupted; the operator `**`, which produces them easily, is refused.
+Cost: some microseconds per render; one thread that checks ten times a second while templates are rendered.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ MEMORY, MEMORY_PER_CHARACTER = 2**30, 100
 MOST_ADDED = 64 * 2**20
 """Characters by which a rendered row may exceed its messages."""
 MOST_OVERRUNS = 32
-"""Renders of a process that may be stopped; with more the template, not a row, is at fault."""
+"""Renders of a process that may be stopped; with more, the template is considered faulty, not the rows."""
 TICK = 0.1
-"""Seconds between two looks at the renders under way."""
+"""Seconds between two checks of the renders in progress."""
 _IDLE_TICKS = 50
 _AGAIN = 1.0
 """Seconds after which a render that did not stop is stopped again."""
 
 _OVERRUNS = itertools.count(1)
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Refusal(BadRow):
@@ -69,7 +69,7 @@ def apply_template(tokenizer: Any, turns: Sequence[dict[str, str]], **options: A
         except TemplateSyntaxError as error:
             raise UserError(f"{_name(tokenizer)} cannot be parsed (line {error.lineno}: {error}); {_FIX}") from error
         except TemplateError as error:
-            if type(error) is not TemplateError:  # an undefined variable and the like: an error of the template
+            if type(error) is not TemplateError:  # such as an undefined variable: an error of the template
                 raise
             raise Refusal(f"chat template refuses the row: {' '.join(str(error).split())[:120]}") from error
         except Overrun as error:
@@ -85,7 +85,7 @@ _FIX = "fix it in the model's folder (chat_template.jinja, or chat_template in t
 def check_template(tokenizer: Any) -> None:
     """Raise `UserError` for a template that cannot be parsed, uses `**`, or exceeds the limits on the shortest chat.
 
-    What a template makes of rows beyond that is a matter of the rows.
+    Failures on other rows are reported per row.
     """
     from jinja2 import Environment, TemplateSyntaxError
 
@@ -95,7 +95,7 @@ def check_template(tokenizer: Any) -> None:
         source = str(tokenizer.get_chat_template())
         if any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(source)):
             raise UserError(f"{_name(tokenizer)} uses the operator **, which can take any time and memory; {_FIX}")
-    except (ValueError, TemplateSyntaxError) as error:  # several templates without a default; said below as well
+    except (ValueError, TemplateSyntaxError) as error:  # several templates without a default; reported below as well
         if isinstance(error, UserError):
             raise
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -120,7 +120,7 @@ class _Stopped(BaseException):
 
 @dataclass(eq=False)
 class _Call:
-    """A call under way, and what it may take."""
+    """A call in progress, and its limits."""
 
     thread: int
     seconds: float
@@ -128,7 +128,7 @@ class _Call:
     clock: Callable[[], float]
     begun: float
     resident: int | None = None
-    """Bytes of the process at the first look."""
+    """Bytes of the process at the first check."""
     verdict: str = ""
     """The limit that was exceeded."""
     stopped: float = 0.0
@@ -148,12 +148,12 @@ class _Call:
 
 _LOCK = threading.Lock()
 _CALLS: dict[int, _Call] = {}
-"""Calls under way, by thread."""
+"""Calls in progress, by thread."""
 _WATCHES: list[threading.Thread] = []
-"""The thread that looks at them, where there is one."""
+"""The thread that checks them, where there is one."""
 
 
-def limited(call: Callable[[], Made], *, characters: int) -> Made:
+def limited(call: Callable[[], Result], *, characters: int) -> Result:
     """`call()`, stopped between two of its operations once it exceeds the limits for so many characters of input.
 
     Works in every thread, by an exception raised from another one; time is the processor time of this thread, so that a
@@ -176,7 +176,7 @@ def limited(call: Callable[[], Made], *, characters: int) -> Made:
 
 
 def _clock(thread: int) -> Callable[[], float]:
-    """Processor time of a thread; where the system has no such clock (macOS), the time of day."""
+    """Processor time of a thread; where the system has no such clock (macOS), elapsed time."""
     if not hasattr(time, "pthread_getcpuclockid"):
         return time.monotonic
     identity = time.pthread_getcpuclockid(thread)
@@ -184,7 +184,7 @@ def _clock(thread: int) -> Callable[[], float]:
 
 
 def _resident() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not say."""
+    """Bytes of memory that this process holds; 0 where the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -193,7 +193,7 @@ def _resident() -> int:
 
 
 def _forget() -> None:
-    """In a forked process: the thread that looked is not here, and the lock may have been held by it."""
+    """In a forked process: the watching thread does not exist, and may have held the lock."""
     global _LOCK
     _LOCK = threading.Lock()
     _CALLS.clear()
@@ -241,6 +241,6 @@ def _watch() -> None:
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise `error` in a thread before its next operation; None takes back one that was not raised yet."""
+    """Raise `error` in a thread before its next operation; None withdraws one that was not raised yet."""
     what = ctypes.py_object(error) if error is not None else None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)

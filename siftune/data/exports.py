@@ -1,7 +1,7 @@
-"""Folders that siftune replaces in one piece: a model given out, a merged adapter, the parts of a table.
+"""Folders that siftune replaces atomically: an exported model, a merged adapter, the parts of a table.
 
 `.siftune-export.json` in such a folder lists its files with size and hash. A folder is replaced or removed only where it
-holds those files and nothing else; one that has no list, another file, or a changed file is the user's and is refused.
+holds those files and nothing else; one that has no list, another file, or a changed file belongs to the user and is refused.
 The folder that is there is renamed aside, and removed once the new one has its name. Cost: one hash of every file.
 """
 
@@ -20,7 +20,7 @@ MARK = ".siftune-export.json"
 
 
 def seal(folder: Path, *, hashed: bool = True) -> None:
-    """List the files of a folder in its mark. Without `hashed` only their sizes, for files of many gigabytes."""
+    """List the files of a folder in its mark. Without `hashed`, only their sizes, for files of many gigabytes."""
     files = {
         name: [path.stat().st_size, hash_file(path) if hashed else None]
         for name, path in _entries(folder)
@@ -30,7 +30,7 @@ def seal(folder: Path, *, hashed: bool = True) -> None:
 
 
 def why_kept(folder: Path) -> str | None:
-    """Why a folder is not ours to replace, as the end of a sentence; None for an export as it was written."""
+    """Why a folder must not be replaced, as the end of a sentence; None for an unchanged export."""
     listed = _listed(folder)
     for name, path in _entries(folder):
         if name == MARK and listed is not None:
@@ -50,21 +50,21 @@ def check_replaceable(folder: Path, flag: str = "") -> None:
     named = f"{flag} {folder}".strip()
     if folder.is_dir():
         if (why := why_kept(folder)) is not None:
-            raise UserError(f"{named} {why}, so it is not replaced; move it away, or give a new or empty folder")
+            raise UserError(f"{named} {why}, so it is not replaced; move it away, or pass a new or empty folder")
     elif folder.exists() or folder.is_symlink():
-        raise UserError(f"{named} is a file; give a folder")
+        raise UserError(f"{named} is a file; pass a folder")
 
 
 def check_export(flag: str, folder: Path) -> None:
     """Raise `UserError` where an export cannot be placed at `folder`: also for the working folder and those above it."""
     here = Path.cwd()
     if folder.resolve() in (here, *here.parents):
-        raise UserError(f"{flag} {folder} is the working folder or contains it; give a folder of its own")
+        raise UserError(f"{flag} {folder} is the working folder or contains it; pass a separate folder")
     check_replaceable(folder, flag)
 
 
 def place(new: Path, folder: Path) -> None:
-    """Give the finished folder `new`, which lies beside `folder`, that name, sealed; an export that has it is replaced.
+    """Give the finished folder `new`, which is beside `folder`, that name, sealed; an export that has it is replaced.
 
     Raises `UserError` where `folder` holds anything else; then, and where the name cannot be given, all is as it was.
     """
@@ -109,11 +109,11 @@ def refill(folder: Path, new: Path, *, last: str) -> None:
 
 def clear(folder: Path, names: Sequence[str]) -> None:
     """Remove a folder whose files all fit `names` (patterns). Raises `UserError` where one does not."""
-    held = [name for name, path in _entries(folder) if path.is_symlink() or not path.is_dir()]
-    for name in held:
+    names_present = [name for name, path in _entries(folder) if path.is_symlink() or not path.is_dir()]
+    for name in names_present:
         if not any(fnmatch(name, pattern) for pattern in names):
             raise UserError(f"{folder} holds {name}, which siftune did not write; move it away and run again")
-    _remove(folder, held)
+    _remove(folder, names_present)
 
 
 def _remove(folder: Path, files: Sequence[str]) -> None:
@@ -134,7 +134,7 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _listed(folder: Path) -> Mapping[str, Any] | None:
-    """The files that the mark lists; None without a sound mark."""
+    """The files that the mark lists; None without a valid mark."""
     try:
         content = read_json(folder / MARK)
     except UserError:

@@ -38,12 +38,12 @@ Parts = tuple[str, str, str, Turns]
 
 
 class BadRow(Exception):
-    """A row that takes no part; its text is the reason, `kind: detail`."""
+    """A row that is excluded; its text is the reason, `kind: detail`."""
 
 
 @contextmanager
 def row_failures(what: str) -> Iterator[None]:
-    """Whatever fails inside is the row's fault: a `BadRow` whose reason opens with `what`.
+    """Turn any failure inside into a `BadRow` whose reason starts with `what`.
 
     `BadRow` and `UserError` pass as they are, and so does an interruption.
 
@@ -79,24 +79,24 @@ class Reading:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self, original: Mapping[str, Any]) -> Parts:
-        """The row in every method's words. Raises `BadRow` with the reason when it does not fit the format."""
+        """The row's parts, as every method reads them. Raises `BadRow` with the reason when it does not fit the format."""
         try:
             return _READERS[self.format](original, self.columns)
         except BadRow as bad:
-            other = recognise(original, self.columns)
-            if other is not None and other != self.format:
-                raise BadRow(f"another format: {other} in a pool of {self.format} rows") from bad
+            actual = recognise(original, self.columns)
+            if actual is not None and actual != self.format:
+                raise BadRow(f"another format: {actual} in a pool of {self.format} rows") from bad
             raise
 
     def check(self, original: Mapping[str, Any]) -> str | None:
-        """None for a row that is what its format says; a note for one that may be taken for another kind.
+        """None for a row of the format's usual kind; a note for one that may be of another kind.
 
         Raises `BadRow` as `parts` does, and for a row that must not be imitated, or whose answer is about more than text.
         """
         parts = self.parts(original)
         used = {self.columns.get(field, field) for field in FIELDS[self.format]}
         for column in _MEDIA:
-            if column in original and column not in used and _holds(original[column]):
+            if column in original and column not in used and _has_content(original[column]):
                 raise BadRow(f"not text alone: the column {column} is not empty")
         if self.format == "prompt-completion" and (label := _kto_label(original.get("label"))) is not None:
             if not label:
@@ -121,12 +121,12 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns of rows that are about more than their text."""
 
 
-def _holds(value: Any) -> bool:
-    """Whether anything is there; empty texts, lists and objects of nothing, null and NaN are nothing."""
+def _has_content(value: Any) -> bool:
+    """Whether the value has content; empty texts, empty lists and objects, null and NaN have none."""
     if isinstance(value, Mapping):
-        return any(map(_holds, value.values()))
+        return any(map(_has_content, value.values()))
     if isinstance(value, (list, tuple)):
-        return any(map(_holds, value))
+        return any(map(_has_content, value))
     if isinstance(value, str):
         return bool(value.strip())
     return value is not None and value == value and bool(value)
@@ -146,7 +146,7 @@ def recognise(original: Mapping[str, Any], columns: Mapping[str, str]) -> str | 
 
 
 def candidates(columns: Mapping[str, str]) -> list[str]:
-    """Formats that have every field of `columns`. Raises `UserError` for a field that no format has, or no one has."""
+    """Formats that have every field of `columns`. Raises `UserError` for a field that no format has, or fields that no single format has."""
     known = [name for fields in FIELDS.values() for name in fields]
     unknown = [name for name in columns if name not in known]
     if unknown:
@@ -161,7 +161,7 @@ def candidates(columns: Mapping[str, str]) -> list[str]:
 def check_format(format: str, columns: Mapping[str, str]) -> None:
     """Raise `UserError` unless `format` is known and has every mapped field."""
     if format not in FIELDS:
-        raise UserError(f"format={format!r} is not known; give one of {', '.join(FIELDS)}")
+        raise UserError(f"format={format!r} is not known; use one of {', '.join(FIELDS)}")
     if format not in candidates(columns):
         raise UserError(f"columns maps {', '.join(columns)}, but the {format} format has {', '.join(FIELDS[format])}")
 
@@ -243,11 +243,11 @@ def _turns(value: Any, column: str) -> Turns:
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
             raise BadRow(f"wrong type: message {number} of {shown} is {_kind(message)}, not an object")
-        said = message.get("role", message.get("from"))
+        role_name = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
-        role = _ROLES.get(said) if isinstance(said, str) else None
+        role = _ROLES.get(role_name) if isinstance(role_name, str) else None
         if role is None:
-            raise BadRow(f"wrong roles: message {number} of {shown} has the role {_shown(said)}")
+            raise BadRow(f"wrong roles: message {number} of {shown} has the role {_shown(role_name)}")
         if not isinstance(content, str):
             raise BadRow(f"wrong type: the content of message {number} of {shown} is {_kind(content)}, not a string")
         turns.append((role, content))
@@ -288,10 +288,10 @@ def _shown(name: Any) -> str:
 
 
 def text_of(row: Row, tokenizer: ChatTokenizer | None = None) -> str:
-    """THE text of a row, the same for every feature: instruction, input and output, the non-empty ones, on lines.
+    """The text of a row, the same for every feature: instruction, input and output, the non-empty ones, on lines.
 
     A chat row goes through the tokenizer's chat template where it has one; without one, or where the template refuses
-    the row (some know no system role), its contents stand on lines of their own. Raises `BadRow` where the template fails.
+    the row (some know no system role), its contents are put on separate lines. Raises `BadRow` where the template fails.
 
     >>> text_of(Row(0, "", "Add.", "1 + 1", "2"))
     'Add.\\n1 + 1\\n2'

@@ -3,7 +3,7 @@
 One streaming pass checks every row and stores it in the cache folder (`pools/<key>/`, see `siftune.data.store`); the
 key of files is their content, so that the next load of the same bytes costs one hash, a check of the stored bytes and no
 parsing; stored rows that are damaged are stored again. Two processes may
-load the same pool at once: each writes aside, the first to finish gives its folder the name. Memory does not grow with
+load the same pool at once: each writes a temporary folder, and the first to finish renames it. Memory does not grow with
 the pool but for 36 bytes per row while the pass runs. Cost: about 15 microseconds per row of 300 bytes.
 """
 
@@ -36,10 +36,10 @@ from .formats import FIELDS, Reading, candidates, check_format, recognise
 from .parse import Chunk, counted
 from .protect import places
 from .sources import Part, resolve
-from .store import VERSION, StoredRows, is_whole
+from .store import VERSION, StoredRows, is_complete
 
 _HEAD_ROWS = 1000
-"""Rows within which one must show the pool's format."""
+"""Rows within which the pool's format must be recognised."""
 
 
 def load_pool(
@@ -51,12 +51,12 @@ def load_pool(
     format: str | None = None,
     cache: str | Path | None = None,
 ) -> Pool:
-    """Read a pool of rows: every row checked, none lost, the user's own columns kept for the way out.
+    """Read a pool of rows: every row is checked, none is lost, and the user's columns are kept for writing.
 
     `source` is a path (`.jsonl`, `.json`, `.csv`, each also `.gz` or `.zst`, or `.parquet`), a folder or glob of them, a
-    hub id (`owner/name` or `owner/name:split`), a `datasets.Dataset`, or a list of such things. `columns` says which of
-    the user's columns holds a field (`{"instruction": "question", "output": "answer"}`). `format` is found out when it
-    is not given: `messages`, `alpaca`, `prompt-completion` or `text`. `on_bad_row="skip"` keeps bad rows as positions
+    hub id (`owner/name` or `owner/name:split`), a `datasets.Dataset`, or a list of these. `columns` says which of
+    the user's columns holds a field (`{"instruction": "question", "output": "answer"}`). `format` is detected when it
+    is not set: `messages`, `alpaca`, `prompt-completion` or `text`. `on_bad_row="skip"` keeps bad rows as positions
     with a reason; `duplicates="drop"` gives a reason to each later row with the same content. `cache` is the folder for
     the checked rows (else `SIFTUNE_CACHE`, else `~/.cache/siftune`).
 
@@ -68,9 +68,9 @@ def load_pool(
     """
     columns = dict(columns or {})
     if on_bad_row not in ("error", "skip"):
-        raise UserError(f"on_bad_row={on_bad_row!r} is not known; give error or skip")
+        raise UserError(f"on_bad_row={on_bad_row!r} is not known; use error or skip")
     if duplicates not in ("keep", "drop"):
-        raise UserError(f"duplicates={duplicates!r} is not known; give keep or drop")
+        raise UserError(f"duplicates={duplicates!r} is not known; use keep or drop")
     candidates(columns)
     if format is not None:
         check_format(format, columns)
@@ -80,8 +80,8 @@ def load_pool(
     rows = StoredRows(stored, tuple(part.name for part in parts), _read_from(source, parts))
     _check(rows, on_bad_row)
     for note, count in rows.meta.get("notes", {}).items():
-        more = "" if len(parts) == 1 else f" and {len(parts) - 1} more"
-        warnings.warn(f"{parts[0].name}{more}: {counted(count, 'row')} with {note}", stacklevel=2)
+        others = "" if len(parts) == 1 else f" and {len(parts) - 1} more"
+        warnings.warn(f"{parts[0].name}{others}: {counted(count, 'row')} with {note}", stacklevel=2)
     reasons = dict(rows.reasons)
     if duplicates == "drop":
         for row, first in rows.duplicates.tolist():
@@ -104,7 +104,7 @@ def load_pool(
 def _stored(
     parts: list[Part], columns: dict[str, str], format: str | None, cache: str | Path | None, reading: Activity
 ) -> Path:
-    """The folder that holds these parts' rows, written now unless an earlier load left it."""
+    """The folder that holds these parts' rows, written now unless an earlier load wrote it."""
     pools = cache_folder(cache) / "pools"
     with plain_errors(pools):
         pools.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def _stored(
     if all(part.path is not None for part in parts):
         files = [[part.kind, hash_file(part.path)] for part in parts if part.path is not None]
         key = hash_json(options | {"files": files})
-        if is_whole(pools / key):
+        if is_complete(pools / key):
             return pools / key
     temporary = temporary_beside(pools / "new")
     with plain_errors(pools):
@@ -147,15 +147,15 @@ def _stamps(parts: list[Part]) -> list[tuple[int, int]]:
 
 
 def _publish(temporary: Path, folder: Path) -> Path:
-    """Give a finished folder its name, unless another process was first."""
-    if folder.exists() and not is_whole(folder):
+    """Rename a finished folder to its final name, unless another process was first."""
+    if folder.exists() and not is_complete(folder):
         refill(folder, temporary, last="meta.json")
         return folder
     try:
         os.rename(temporary, folder)
         sync(folder.parent)
     except OSError:
-        if not is_whole(folder):
+        if not is_complete(folder):
             raise
     return folder
 
@@ -185,35 +185,37 @@ def _find_format(
     chunks: Iterator[tuple[int, Chunk]], head: list[tuple[int, Chunk]], parts: list[Part], columns: dict[str, str]
 ) -> str:
     """The format of the first row that has one; the chunks read on the way go to `head`."""
-    looked, first = 0, ""
+    examined, first = 0, ""
     for index, chunk in chunks:
         head.append((index, chunk))
         for line, row, reason in zip(chunk.lines, chunk.rows, chunk.reasons, strict=True):
             if row is not None and (found := recognise(row, columns)):
                 return found
             first = first or _unknown(parts[index].name, line, row, reason, columns)
-        looked += len(chunk)
-        if looked >= _HEAD_ROWS:
+        examined += len(chunk)
+        if examined >= _HEAD_ROWS:
             break
     if not head:
         raise UserError(_empty(parts))
-    raise UserError(f"none of the {'first ' if looked >= _HEAD_ROWS else ''}{looked} rows has a known format: {first}")
+    raise UserError(
+        f"none of the {'first ' if examined >= _HEAD_ROWS else ''}{examined} rows has a known format: {first}"
+    )
 
 
 def _unknown(name: str, line: int, row: dict[str, Any] | None, reason: str | None, columns: dict[str, str]) -> str:
     if row is None:
         return f"{name}, line {line}: {reason}"
-    held = ", ".join(ascii(column)[1:-1] for column in list(row)[:12]) or "no columns"
-    wanted = " or ".join(
+    columns_present = ", ".join(ascii(column)[1:-1] for column in list(row)[:12]) or "no columns"
+    expected = " or ".join(
         "+".join(columns.get(field, field) for field in FIELDS[known] if field != "input")
         for known in candidates(columns)
     )
-    return f"{name}, line {line} has {held}, where {wanted} is needed; name the columns that hold them with --columns"
+    return f"{name}, line {line} has {columns_present}, where {expected} is needed; map the columns with --columns"
 
 
 def _empty(parts: list[Part]) -> str:
     names = parts[0].name if len(parts) == 1 else f"{parts[0].name} and the {len(parts) - 1} sources after it"
-    return f"{names} holds no rows; give a file with at least one"
+    return f"{names} holds no rows; pass a file with at least one"
 
 
 # --- bad rows -------------------------------------------------------------------------------------------------------
@@ -229,16 +231,16 @@ def counts(reasons: Mapping[int, str]) -> dict[str, int]:
 
 
 def _check(rows: StoredRows, on_bad_row: str) -> None:
-    """Stop with one sentence for bad rows that are not to be skipped, and for a pool of nothing else."""
+    """Stop with one sentence for bad rows that are not to be skipped, and for a pool that has no others."""
     reasons = rows.reasons
     if not reasons or (on_bad_row == "skip" and len(reasons) < len(rows)):
         return
     row = min(reasons)
     ((file, line),) = rows.locations([row])
-    told = ", ".join(f"{count} {kind}" for kind, count in counts(reasons).items())
+    by_kind = ", ".join(f"{count} {kind}" for kind, count in counts(reasons).items())
     first = f"{file}, line {line}: {reasons[row]}"
     if len(reasons) == len(rows):
-        raise UserError(f"{first}; all {len(rows)} rows are bad ({told}); mend them, or name their columns (--columns)")
+        raise UserError(f"{first}; all {len(rows)} rows are bad ({by_kind}); fix them, or pass --columns")
     raise UserError(
-        f"{first}; {len(reasons)} of {len(rows)} rows are bad ({told}); mend them or pass --on-bad-row skip"
+        f"{first}; {len(reasons)} of {len(rows)} rows are bad ({by_kind}); fix them or pass --on-bad-row skip"
     )

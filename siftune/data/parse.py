@@ -26,10 +26,10 @@ DEEPEST = 60
 """Levels of lists and objects in a row, itself included; Arrow's own files stop at 64."""
 
 Parsed = tuple[dict[str, Any] | None, str | None]
-"""The row's object where it is one, and why the row is bad (None: nothing wrong so far)."""
+"""The row's object where it is one, and why the row is bad (None: no fault so far)."""
 
 Entry = tuple[int, bytes, Parsed]
-"""A text row: its line, its own bytes (as JSON on one line, where it is sound), and what they mean."""
+"""A text row: its line, its own bytes (as JSON on one line, where it is valid), and the parsed result."""
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class Chunk:
 
 
 class _NotANumber(Exception):
-    """NaN or Infinity, which Python's parser knows and JSON does not."""
+    """NaN or Infinity, which Python's parser accepts and JSON does not."""
 
 
 def _refuse_constant(name: str) -> Any:
@@ -63,7 +63,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def parse_object(text: str) -> Parsed:
-    """A row's text as an object, or the reason why it is none."""
+    """A row's text as an object, or the reason why it is not one."""
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -120,7 +120,7 @@ def cut(entries: Iterator[Entry]) -> Iterator[Chunk]:
 
 
 def json_lines(stream: IO[bytes]) -> Iterator[Entry]:
-    """One row per line; blank lines are no rows. A byte-order mark and carriage returns are no part of a row."""
+    """One row per line; blank lines are skipped. A byte-order mark and carriage returns are not part of a row."""
     for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW), b""), 1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -155,7 +155,7 @@ _LINE_BREAK = re.compile(r"\s*[\r\n]\s*")
 
 
 class _ArrayText:
-    """A JSON array's text, read in pieces and cut at the commas between its elements, whatever the elements hold."""
+    """A JSON array's text, read in pieces and split at the commas between its elements, whatever the elements hold."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
@@ -167,7 +167,7 @@ class _ArrayText:
         self.closed = False
 
     def refill(self) -> None:
-        """Read on, by at least as much again as is waiting, so that a long element costs linear time."""
+        """Read on, by at least the size of the buffered text, so that a long element costs linear time."""
         data = self.stream.read(max(CHUNK_BYTES, len(self.text)))
         self.ended = not data
         self.text += self.decoder.decode(data, final=self.ended)
@@ -184,7 +184,7 @@ class _ArrayText:
         return self.line
 
     def elements(self) -> Iterator[tuple[int, str]]:
-        """(line, text) of every element, empty ones included. The stream stands before the opening bracket."""
+        """(line, text) of every element, empty ones included. The stream is positioned before the opening bracket."""
         while "[" not in self.text:
             self.refill()
         self.drop(self.text.index("[") + 1)
@@ -192,7 +192,7 @@ class _ArrayText:
         while not self.closed:
             for match in _TOKEN.finditer(self.text, position):
                 token = match[0]
-                if token == '"':  # a string that goes on in the next piece, or never ends
+                if token == '"':  # a string that continues in the next piece, or never ends
                     position = match.start()
                     break
                 position = match.end()
@@ -221,7 +221,7 @@ class _ArrayText:
         return self.count_lines(start + lead), element.strip()
 
     def rest(self) -> tuple[str, int, int]:
-        """What follows the last element, which is white space in a sound file: its start (a piece at most, without white
+        """What follows the last element, which is white space in a valid file: its start (a piece at most, without white
         space around it), how many characters it has and how many lines."""
         while not self.ended and not self.text.strip():
             self.drop(len(self.text))
@@ -262,7 +262,7 @@ def _json_array(stream: IO[bytes]) -> Iterator[Entry]:
 
 
 def json_rows(stream: IO[bytes]) -> Iterator[Entry]:
-    """An array where the first character says so, else JSON lines."""
+    """An array where the first character is `[`, else JSON lines."""
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(Any, stream))
     start = buffered.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()
     return _json_array(buffered) if start.startswith(b"[") else json_lines(buffered)

@@ -1,8 +1,8 @@
 """CSV text as rows: the first row names the columns, every value is a string.
 
-Comma, double quotes, line breaks inside quotes. Streamed. Bytes that are no UTF-8 travel as lone surrogates until the
-row is told apart as bad. A quote that is not closed takes the lines after it into its row: each of them is an entry of
-its own with a reason, so that none is lost uncounted. Cost: about 5 microseconds per small row.
+Comma, double quotes, line breaks inside quotes. Streamed. Bytes that are not UTF-8 are kept as lone surrogates
+until the row is marked as bad. A quote that is not closed takes the lines after it into its row: each of them becomes a
+separate entry with a reason, so that all lines are counted. Cost: about 5 microseconds per small row.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Lines:
 
 
 def csv_rows(stream: IO[bytes], name: str, *, longest: int = LONGEST_ROW) -> Iterator[Entry]:
-    """The rows of a CSV file called `name`. Raises `UserError` where its first row, which names the columns, is unsound."""
+    """The rows of a CSV file called `name`. Raises `UserError` where its first row, which names the columns, is invalid."""
     csv.field_size_limit(sys.maxsize)
     lines = _Lines(stream, longest)
     reader = csv.reader(lines, strict=True)
@@ -67,7 +67,9 @@ def csv_rows(stream: IO[bytes], name: str, *, longest: int = LONGEST_ROW) -> Ite
             return
         except csv.Error as error:
             if header is None:
-                raise UserError(f"{name}, line {line}, which names the columns, is no CSV ({error}); fix it") from error
+                raise UserError(
+                    f"{name}, line {line}, which names the columns, is not CSV ({error}); fix it"
+                ) from error
             yield from _bad(line, lines.row, str(error))
             continue
         if not values:
@@ -101,7 +103,7 @@ def _encoded(text: str) -> bytes:
 
 
 def _header(values: list[str], name: str) -> list[str]:
-    twice = [value for index, value in enumerate(values) if value in values[:index]]
-    if twice:
-        raise UserError(f"{name} names the column {twice[0]!r} twice in its first line; rename one of them")
+    duplicates = [value for index, value in enumerate(values) if value in values[:index]]
+    if duplicates:
+        raise UserError(f"{name} names the column {duplicates[0]!r} twice in its first line; rename one of them")
     return values

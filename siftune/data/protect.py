@@ -1,11 +1,11 @@
-"""What siftune may write over: never an input, never a folder that holds anything of the user's.
+"""What siftune may overwrite: never an input, never a folder that holds files of the user.
 
-    refuse_overlap   no output is an input, lies inside one or contains one; links are followed
-    claim            a folder for several files belongs to the command that made it, known by a mark in it
+    refuse_overlap   no output is an input, is inside one or contains one; links are followed
+    claim            a folder for several files belongs to the command that created it, recorded in a mark file
     refuse_foreign   files saved into a folder replace those of siftune alone
-    foreign_name     the first name in a folder that siftune did not put there
+    foreign_name     the first name in a folder that siftune did not write
 
-A file given as `--out` replaces an ordinary file of that name, as every command line does; nothing else is replaced.
+A file set as `--out` replaces a regular file of that name, as every command line does; nothing else is replaced.
 Cost: a few `stat` calls, one per file of an input folder where an output exists already.
 """
 
@@ -42,25 +42,25 @@ NO_PATHS = frozenset(
         "scope",
     ]
 )
-"""Settings whose text is never a path, though a folder may be called so."""
+"""Settings whose text is never a path, even where a folder has that name."""
 
 Identity = tuple[int, int]
 
 
 def refuse_overlap(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-    """Raise `UserError` where an output is an input (the same file by any link), lies inside one, or contains one.
+    """Raise `UserError` where an output is an input (the same file by any link), is inside one, or contains one.
 
     Both map a name for the message to a path, or None. An input may also be a glob, a list, or a hub id (which is no path
     here); an adapter's folder brings its base along. A run folder's own config.yaml may be read into that run again.
 
     >>> refuse_overlap({"--out": "chosen.jsonl"}, {"the pool": ["pool.jsonl"], "--model": "./model"})
     """
-    given = [(name, place) for name, value in inputs.items() for place in places(value)]
+    inputs_given = [(name, place) for name, value in inputs.items() for place in places(value)]
     for flag, value in outputs.items():
         if value is None:
             continue
         output = Path(value).expanduser()
-        for name, place in given:
+        for name, place in inputs_given:
             _refuse(flag, output, name, place)
 
 
@@ -70,7 +70,7 @@ def _refuse(flag: str, output: Path, name: str, place: Path) -> None:
     if here is not None and (here == there or here in _files_of(place)):
         raise UserError(f"{flag} {output} is the same as {shown}, and inputs are never replaced; choose another path")
     if there is not None and there in _above(output):
-        raise UserError(f"{flag} {output} lies inside {shown}, and nothing is written there; choose another path")
+        raise UserError(f"{flag} {output} is inside {shown}, and nothing is written there; choose another path")
     if here is not None and here in _above(place) and not _own_config(output, place):
         raise UserError(f"{flag} {output} contains {shown}, and inputs are never replaced; choose another path")
 
@@ -104,7 +104,7 @@ def _base(folder: Path) -> Iterator[Path]:
 
 
 def _identity(path: Path) -> Identity | None:
-    """Which file or folder a path leads to, whatever it is called there; None where there is none."""
+    """Device and inode of the file or folder at a path, links followed; None where there is none."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -113,7 +113,7 @@ def _identity(path: Path) -> Identity | None:
 
 
 def _above(path: Path) -> set[Identity | None]:
-    """The folders that a path lies in, by its own name and by what its links lead to."""
+    """The folders above a path, by its own name and with its links resolved."""
     return {_identity(folder) for way in (Path(os.path.abspath(path)), path.resolve()) for folder in way.parents}
 
 
@@ -141,11 +141,11 @@ def setting_inputs(settings: Mapping[str, Any], form: str = "{}") -> dict[str, A
     return {form.format(name): value for name, value in texts.items() if name not in NO_PATHS}
 
 
-# --- folders that siftune makes -------------------------------------------------------------------------------------
+# --- folders that siftune creates -----------------------------------------------------------------------------------
 
 
 def foreign_name(folder: Path, known: tuple[str, ...] = ()) -> str | None:
-    """The first name in a folder that is neither a lock, nor a temporary of ours, nor `known`; None where all are."""
+    """The first name in a folder that is neither a lock, nor a temporary of siftune, nor `known`; None where all are."""
     with plain_errors(folder):
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     return next((name for name in names if name not in (*LOCKS, *known) and not is_temporary(name)), None)
@@ -162,12 +162,12 @@ def claim(folder: Path, kind: str, *, flag: str = "--run") -> None:
         owner = content.get("kind") if isinstance(content, dict) else None
         if owner != kind:
             raise UserError(
-                f"{flag} {folder} belongs to a {owner or 'folder'} of siftune, not to a {kind}; give another"
+                f"{flag} {folder} belongs to a {owner or 'folder'} of siftune, not to a {kind}; pass another folder"
             )
         return
     if (name := foreign_name(folder)) is not None:
         raise UserError(
-            f"{flag} {folder} holds {name} and no {CLAIM}, so siftune did not make it; give a new or empty folder"
+            f"{flag} {folder} holds {name} and no {CLAIM}, so siftune did not create it; pass a new or empty folder"
         )
     write_json(mark, {"kind": kind})
 
@@ -179,13 +179,15 @@ RUN = {"manifest.json": ("config", "inputs", "stages")}
 def refuse_foreign(folder: Path, names: Sequence[str], marks: Mapping[str, Sequence[str]]) -> None:
     """Raise `UserError` where a folder holds one of the files to be written and none of the marks of siftune's own.
 
-    `marks` are JSON files with the keys that they hold. For what is saved into a folder that the caller names.
+    `marks` are JSON files with the keys that they hold. For files that are saved into a folder of the caller's choice.
 
     >>> refuse_foreign(Path("fitted"), ["daar.json"], RUN)
     """
-    held = [name for name in names if (folder / name).exists()]
-    if held and not any(_has(folder / name, keys) for name, keys in marks.items()):
-        raise UserError(f"{folder / held[0]} was not written by siftune, so it is not replaced; choose another folder")
+    existing = [name for name in names if (folder / name).exists()]
+    if existing and not any(_has(folder / name, keys) for name, keys in marks.items()):
+        raise UserError(
+            f"{folder / existing[0]} was not written by siftune, so it is not replaced; choose another folder"
+        )
 
 
 def _has(path: Path, keys: Sequence[str]) -> bool:

@@ -41,7 +41,7 @@ class Part:
     """One file or one dataset of a pool."""
 
     name: str
-    """As the user gave it: what stands in messages and in `rows.parquet`."""
+    """As the user gave it: used in messages and in `rows.parquet`."""
     path: Path | None = None
     kind: str = "dataset"
     dataset: Any = None
@@ -57,7 +57,7 @@ def resolve(source: Any) -> list[Part]:
     """The parts of a source, in order. Raises `UserError` when there is none, or something is missing or unknown."""
     if isinstance(source, (list, tuple)):
         if not source:
-            raise UserError("the list of sources is empty; give at least one file or dataset")
+            raise UserError("the list of sources is empty; pass at least one file or dataset")
         return [part for item in source for part in resolve(item)]
     if isinstance(source, (str, os.PathLike)):
         return _named(os.fspath(source), is_path=isinstance(source, os.PathLike))
@@ -65,15 +65,15 @@ def resolve(source: Any) -> list[Part]:
 
 
 def _dataset(source: Any) -> Part:
-    datasets = sys.modules.get("datasets")  # who holds a Dataset has imported it
+    datasets = sys.modules.get("datasets")  # a caller with a Dataset has imported it
     if datasets is not None:
         if isinstance(source, datasets.Dataset):
             return Part(name=str(source.info.dataset_name or "dataset"), dataset=source)
         if isinstance(source, datasets.DatasetDict):
-            raise UserError(f"this is a DatasetDict with the splits {', '.join(map(str, source))}; give one of them")
+            raise UserError(f"this is a DatasetDict with the splits {', '.join(map(str, source))}; pass one of them")
         if isinstance(source, datasets.IterableDataset):
-            raise UserError("an IterableDataset has no row positions; give a datasets.Dataset or files")
-    raise UserError(f"a {type(source).__name__} is no source of rows; give a path, a hub id or a datasets.Dataset")
+            raise UserError("an IterableDataset has no row positions; pass a datasets.Dataset or files")
+    raise UserError(f"a {type(source).__name__} is not a source of rows; pass a path, a hub id or a datasets.Dataset")
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _dataset(source: Any) -> Part:
 def _named(text: str, *, is_path: bool) -> list[Part]:
     try:
         path = Path(text).expanduser()
-    except RuntimeError:  # ~nobody: a name that begins with a tilde
+    except RuntimeError:  # ~name: an unknown user, so a name that begins with a tilde
         path = Path(text)
     with plain_errors(text):
         try:
@@ -90,14 +90,14 @@ def _named(text: str, *, is_path: bool) -> list[Part]:
         except (FileNotFoundError, NotADirectoryError):
             mode = 0
         except ValueError as error:
-            raise UserError(f"{text!r} is not a path; give a file, a folder, a glob or a hub id") from error
+            raise UserError(f"{text!r} is not a path; pass a file, a folder, a glob or a hub id") from error
         if stat.S_ISDIR(mode):
             return _folder(path)
     if mode:
         return [_file(path)]
     if glob.has_magic(text):
-        found = sorted(glob.glob(str(path), recursive=True))
-        parts = [_file(Path(name)) for name in found if not os.path.isdir(name)]
+        matches = sorted(glob.glob(str(path), recursive=True))
+        parts = [_file(Path(name)) for name in matches if not os.path.isdir(name)]
         if not parts:
             raise UserError(f"{text} matches no file; check the pattern, or quote it so that the shell leaves it alone")
         return parts
@@ -121,7 +121,7 @@ def _file(path: Path) -> Part:
     refuse_special(path)
     kind = file_kind(path)
     if kind is None:
-        raise UserError(f"{path} is of no known kind; give {KNOWN}")
+        raise UserError(f"the file type of {path} is not known; use {KNOWN}")
     return Part(name=_printable(path), path=path, kind=kind)
 
 
@@ -143,16 +143,16 @@ def _folder(path: Path) -> list[Part]:
 
 
 def _from_hub(name: str, split: str) -> Part:
-    """`datasets.load_dataset(name, split=split)`, every way in which it fails told in one sentence."""
+    """`datasets.load_dataset(name, split=split)`, every failure reported in one sentence."""
     import datasets
 
     try:
         dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # network, hub, builder and split errors share no base class
-        said = shortened((str(error).strip() or type(error).__name__).splitlines()[0], 200).rstrip(".")
+        message = shortened((str(error).strip() or type(error).__name__).splitlines()[0], 200).rstrip(".")
         raise UserError(
-            f"{name} is neither a file nor a folder here, and its split {split} could not be had from the hub "
-            f"({said}); check the name, as owner/name:split, and the connection"
+            f"{name} is neither a file nor a folder here, and its split {split} could not be loaded from the hub "
+            f"({message}); check the name, as owner/name:split, and the connection"
         ) from error
     return Part(name=name if split == "train" else f"{name}:{split}", dataset=dataset)
 
@@ -162,7 +162,7 @@ def _from_hub(name: str, split: str) -> Part:
 
 @contextmanager
 def readable(name: str | Path) -> Iterator[None]:
-    """Turn whatever stops the reading of a file into one sentence."""
+    """Turn any error that stops the reading of a file into one sentence."""
     try:
         with plain_errors(name):
             yield
@@ -171,8 +171,8 @@ def readable(name: str | Path) -> Iterator[None]:
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         if isinstance(error, UserError):
             raise
-        said = " ".join(str(error).split())[:200].rstrip(".")
-        raise UserError(f"{name} cannot be read to its end ({said}); it may be damaged or cut short") from error
+        message = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(f"{name} cannot be read to its end ({message}); it may be damaged or cut short") from error
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -185,7 +185,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def read_file(path: Path, kind: str, name: str) -> Iterator[Chunk]:
-    """The rows of one file; `kind` is `jsonl`, `json`, `csv` or `parquet`, `name` stands in messages.
+    """The rows of one file; `kind` is `jsonl`, `json`, `csv` or `parquet`, `name` is used in messages.
 
     Raises `UserError` when the file cannot be read to its end.
     """

@@ -1,10 +1,10 @@
-"""Rows on disk: every row of a pool once, with id, place and reason, at random access and in constant memory.
+"""Rows on disk: every row of a pool once, with id, location and reason, at random access and in constant memory.
 
 One folder per pool content: `lines.bin` (rows of text files, their own bytes), `table-*.arrow` (rows of Parquet files
 and datasets, in their own types), `ids.npy`, `lines.npy`, `offsets.npy`, `sums.npy`, `duplicates.npy`, `reasons.json` and
-`meta.json`. Every file is checked by its sum when a pool is loaded, every text row again when it is read. Text rows keep their bytes, not an Arrow struct, so that a JSON row comes back as it was: key order, number
+`meta.json`. Every file is checked by its sum when a pool is loaded, every text row again when it is read. Text rows keep their bytes, not an Arrow struct, so that a JSON row is returned as it was: key order, number
 spelling, absent against null. Files are read by position (`pread`), not mapped: what was read does not stay resident.
-Written once, aside, then renamed; a `StoredRows` pickles as its folder and opens the files again elsewhere.
+Written once, under a temporary name, then renamed; a `StoredRows` pickles as its folder and opens the files again elsewhere.
 
 Shapes: `n` rows of the pool.
 """
@@ -33,11 +33,11 @@ from .protect import refuse_overlap
 from .sums import are_intact, read_checked_json
 
 VERSION = 3
-"""Raised whenever the files below, or what counts as a bad row, change."""
+"""Increased whenever the files below, or what counts as a bad row, change."""
 
 
-def is_whole(folder: Path) -> bool:
-    """Is this a finished store, every file of it as it was written?"""
+def is_complete(folder: Path) -> bool:
+    """Whether this is a finished store with every file as it was written."""
     meta = read_checked_json(folder / "meta.json")
     return meta is not None and meta.get("version") == VERSION and are_intact(folder, meta["sums"])
 
@@ -53,7 +53,7 @@ class StoredRows:
     files: tuple[str, ...]
     """Name of each part, as the user gave it."""
     sources: tuple[str, ...] = ()
-    """Absolute paths of the files and folders that were read, which are never written over."""
+    """Absolute paths of the files and folders that were read, which are never overwritten."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "files": self.files, "sources": self.sources}
@@ -66,13 +66,13 @@ class StoredRows:
     def read(self, rows: Sequence[int]) -> list[Row]:
         """The rows at these positions, all of them good."""
         reading = self.reading
-        found = zip(rows, self.ids(rows), self.originals(rows), strict=True)
-        return [reading.row(int(row), identity, original) for row, identity, original in found]
+        identified = zip(rows, self.ids(rows), self.originals(rows), strict=True)
+        return [reading.row(int(row), identity, original) for row, identity, original in identified]
 
     def originals(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The user's own columns; empty for a row that is not an object."""
-        found = self.tables(rows) if self._table_starts.size else {}
-        return [found[row] if row in found else _object(self._bytes(row)) for row in map(int, rows)]
+        objects = self.tables(rows) if self._table_starts.size else {}
+        return [objects[row] if row in objects else _object(self._bytes(row)) for row in map(int, rows)]
 
     def ids(self, rows: Sequence[int]) -> list[str]:
         """Hex ids of any rows."""
@@ -88,24 +88,24 @@ class StoredRows:
         refuse_overlap({"the output": path}, {"the pool": self.sources})
         write.write_rows(self, rows, path)
 
-    # --- what writing needs beside them ---------------------------------------------------------------------------
+    # --- for writing ----------------------------------------------------------------------------------------------
 
     def texts(self, rows: Sequence[int]) -> list[bytes]:
-        """Each row as JSON on one line: a text row's own bytes, a table row made into JSON."""
-        found = self.tables(rows) if self._table_starts.size else {}
-        return [_json_line(found[row]) if row in found else self._bytes(row) for row in map(int, rows)]
+        """Each row as JSON on one line: a text row's own bytes, a table row converted to JSON."""
+        objects = self.tables(rows) if self._table_starts.size else {}
+        return [_json_line(objects[row]) if row in objects else self._bytes(row) for row in map(int, rows)]
 
     def tables(self, rows: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """Those of `rows` that lie in tables, as objects, by row."""
-        found: dict[int, dict[str, Any]] = {}
+        """Those of `rows` that are stored in tables, as objects, by row."""
+        by_row: dict[int, dict[str, Any]] = {}
         for batch, positions in self._by_batch(rows):
             taken = batch.take(pa.array([index for _, index in positions]))
             try:
                 objects = taken.to_pylist()
             except (ValueError, OverflowError, pa.ArrowException):
                 objects = [_table_object(taken.slice(index, 1)) for index in range(len(taken))]
-            found.update(zip((row for row, _ in positions), objects, strict=True))
-        return found
+            by_row.update(zip((row for row, _ in positions), objects, strict=True))
+        return by_row
 
     def arrow(self, rows: Sequence[int]) -> pa.Table:
         """Rows of the one table that holds the whole pool, in this order."""
@@ -126,11 +126,11 @@ class StoredRows:
             return self._readers[0].schema
         return None
 
-    # --- open files, made on first use and not pickled ------------------------------------------------------------
+    # --- open files, opened on first use, not pickled ------------------------------------------------------------
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What `meta.json` says."""
+        """The content of `meta.json`."""
         meta = read_checked_json(self.folder / "meta.json")
         if meta is None:
             raise self._damaged("meta.json")
@@ -179,7 +179,7 @@ class StoredRows:
 
     def _damaged(self, name: str) -> UserError:
         """For a file that was damaged after the pool was loaded: loading checks all of them."""
-        return UserError(f"{self.folder / name} is damaged; run the same command again, which writes it anew")
+        return UserError(f"{self.folder / name} is damaged; run the same command again to rewrite it")
 
     @cached_property
     def _text(self) -> int:
@@ -220,21 +220,21 @@ class StoredRows:
 
     def _by_batch(self, rows: Sequence[int]) -> Iterator[tuple[pa.RecordBatch, list[tuple[int, int]]]]:
         """The batches that hold `rows`, each read once, with (row, index in the batch) of its rows."""
-        wanted: dict[int, list[tuple[int, int]]] = {}
+        requested: dict[int, list[tuple[int, int]]] = {}
         positions = np.asarray(rows, dtype=np.int64)
         places = np.searchsorted(self._table_starts, positions, side="right") - 1
         for row, place in zip(positions.tolist(), places.tolist(), strict=True):
             if place >= 0:
-                wanted.setdefault(place, []).append((row, row - int(self._table_starts[place])))
-        for place in sorted(wanted):
+                requested.setdefault(place, []).append((row, row - int(self._table_starts[place])))
+        for place in sorted(requested):
             table, index = self._batches[place]
             try:
                 batch = self._readers[table].get_batch(index)
             except (pa.ArrowException, OSError) as error:
                 raise self._damaged(self.meta["tables"][table]["file"]) from error
-            inside = [(row, position) for row, position in wanted[place] if position < len(batch)]
-            if inside:
-                yield batch, inside
+            batch_rows = [(row, position) for row, position in requested[place] if position < len(batch)]
+            if batch_rows:
+                yield batch, batch_rows
 
 
 def _object(raw: bytes) -> dict[str, Any]:

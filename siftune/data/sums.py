@@ -1,7 +1,7 @@
-"""Sums of a folder's files, so that a file which was cut, flipped or exchanged since is noticed when it is read again.
+"""Checksums of a folder's files, so that a file that was truncated, damaged or replaced is detected when it is read again.
 
-CRC-32 notices every single damaged stretch of up to 32 bits and misses one in 4 billion of all others; it is no defence
-against somebody who forges files. Cost: about 0.4 s per GB.
+CRC-32 detects every damaged stretch of up to 32 bits and misses one in 4 billion of all others; it does not protect
+against forged files. Cost: about 0.4 s per GB.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write_checked_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_checked_json(path: Path) -> dict[str, Any] | None:
-    """What `write_checked_json` wrote; None where the file is missing, damaged or another's."""
+    """What `write_checked_json` wrote; None where the file is missing, damaged or of another origin."""
     try:
         value = read_json(path)
     except (OSError, ValueError):  # UserError, which names a file that cannot be read, is one

@@ -1,7 +1,7 @@
 """Parquet files and `datasets.Dataset`s as chunks of rows, in their own types.
 
-A chunk holds the Arrow batch itself, which is what is stored and written back, and its rows as objects, which are what
-is checked. Categorical (dictionary) columns become their values. Cost: about 4 microseconds per field.
+A chunk holds the Arrow batch itself, which is stored and written back, and its rows as objects, which are
+checked. Categorical (dictionary) columns become their values. Cost: about 4 microseconds per field.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def read_dataset(dataset: Any) -> Iterator[Chunk]:
 
 def _tables(batches: Iterator[pa.RecordBatch]) -> Iterator[Chunk]:
     number = 1
-    for whole in batches:
-        whole = _plain_columns(whole)
-        step = max(1, min(len(whole), CHUNK_BYTES * len(whole) // max(1, whole.nbytes)))
-        for start in range(0, len(whole), step):
-            batch = whole.slice(start, step)
+    for table_batch in batches:
+        table_batch = _plain_columns(table_batch)
+        step = max(1, min(len(table_batch), CHUNK_BYTES * len(table_batch) // max(1, table_batch.nbytes)))
+        for start in range(0, len(table_batch), step):
+            batch = table_batch.slice(start, step)
             parsed = _table_rows(batch)
             yield Chunk(
                 lines=list(range(number, number + len(batch))),

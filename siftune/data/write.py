@@ -1,8 +1,8 @@
-"""Chosen rows as a file again: the user's own rows, every original column, by the file's suffix.
+"""Chosen rows as a file: the user's own rows with every original column, in the format of the file's suffix.
 
-`.jsonl`, `.jsonl.gz` and `.jsonl.zst` give a text row its own bytes back; `.json` is an array of the same; `.parquet`
+`.jsonl`, `.jsonl.gz` and `.jsonl.zst` write a text row's own bytes; `.json` is an array of the same; `.parquet`
 keeps a table's own types and finds one type per column for text rows. Rows are streamed, `CHUNK_ROWS` at a time, into
-a temporary that is renamed at the end; equal rows give equal bytes. Cost: one pass (two for text rows to Parquet).
+a temporary that is renamed at the end; equal rows produce equal bytes. Cost: one pass (two for text rows to Parquet).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 
 
 class Rows(Protocol):
-    """What writing needs of a row source."""
+    """The part of a row source that writing needs."""
 
     @property
     def schema(self) -> pa.Schema | None: ...
@@ -41,10 +41,10 @@ class Rows(Protocol):
 def check_suffix(path: str | Path) -> str:
     """The suffix that decides how `path` is written. Raises `UserError` for one that is not known."""
     name = Path(path).name.lower()
-    fitting = [suffix for suffix in SUFFIXES if name.endswith(suffix)]
-    if not fitting:
-        raise UserError(f"{path} cannot be written by its name; end it in one of {', '.join(SUFFIXES)}")
-    return max(fitting, key=len)
+    matching = [suffix for suffix in SUFFIXES if name.endswith(suffix)]
+    if not matching:
+        raise UserError(f"{path} cannot be written: its suffix is not known; use one of {', '.join(SUFFIXES)}")
+    return max(matching, key=len)
 
 
 def write_rows(source: Rows, rows: Sequence[int], path: str | Path) -> None:
@@ -90,49 +90,49 @@ def _opened(path: Path, suffix: str) -> Iterator[IO[bytes]]:
 
 
 def _parquet(source: Rows, rows: Sequence[int], temporary: Path, path: Path) -> None:
-    own = source.schema
+    table_schema = source.schema
     try:
-        schema = own if own is not None else _schema(source, rows, path)
+        schema = table_schema if table_schema is not None else _schema(source, rows, path)
         with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
-            for group in _groups(source, rows, schema, from_table=own is not None):
+            for group in _groups(source, rows, schema, from_table=table_schema is not None):
                 writer.write_table(group)
     except (pa.ArrowException, OverflowError, TypeError) as error:
         if isinstance(error, OSError):
             raise
-        said = " ".join(str(error).split())[:160].rstrip(".")
-        raise UserError(f"{path}: Parquet cannot hold these rows ({said}); write a .jsonl instead") from error
+        message = " ".join(str(error).split())[:160].rstrip(".")
+        raise UserError(f"{path}: Parquet cannot hold these rows ({message}); write a .jsonl instead") from error
 
 
 def _groups(source: Rows, rows: Sequence[int], schema: pa.Schema, *, from_table: bool) -> Iterator[pa.Table]:
-    waiting: list[pa.Table] = []
+    pending: list[pa.Table] = []
     size = 0
     for chunk in _chunks(rows):
-        own = source.arrow(chunk) if from_table else pa.Table.from_pylist(source.originals(chunk), schema=schema)
-        waiting.append(own)
-        size += own.nbytes
+        table = source.arrow(chunk) if from_table else pa.Table.from_pylist(source.originals(chunk), schema=schema)
+        pending.append(table)
+        size += table.nbytes
         if size >= GROUP_BYTES:
-            yield pa.concat_tables(waiting)
-            waiting, size = [], 0
-    if waiting:
-        yield pa.concat_tables(waiting)
+            yield pa.concat_tables(pending)
+            pending, size = [], 0
+    if pending:
+        yield pa.concat_tables(pending)
 
 
 def _schema(source: Rows, rows: Sequence[int], path: Path) -> pa.Schema:
     """One type per column over all rows, columns in the order in which they first appear."""
-    found: dict[str, pa.DataType] = {}
+    types: dict[str, pa.DataType] = {}
     for chunk in _chunks(rows):
         originals = source.originals(chunk)
         for name in dict.fromkeys(key for row in originals for key in row):
             values = [row.get(name) for row in originals]
             try:
                 kind = pa.array(values).type
-                if name in found:
-                    both = [pa.schema([(name, found[name])]), pa.schema([(name, kind)])]
+                if name in types:
+                    both = [pa.schema([(name, types[name])]), pa.schema([(name, kind)])]
                     kind = pa.unify_schemas(both, promote_options="permissive").field(0).type
             except (pa.ArrowException, OverflowError, TypeError) as error:
                 raise UserError(
                     f"{path}: the column {name!r} holds values of more than one type, which Parquet cannot; "
                     "write a .jsonl instead"
                 ) from error
-            found[name] = kind
-    return pa.schema(list(found.items()))
+            types[name] = kind
+    return pa.schema(list(types.items()))

@@ -1,7 +1,7 @@
-"""WHERE IT RUNS: the same shard function in one process, in several, or on a Ray cluster.
+"""Execution: the same shard function in one process, in several, or on a Ray cluster.
 
 shard (one attempt) -> retry (further attempts, failing rows left out) -> dispatch (many shards, many workers) -> local,
-processes, ray. Nothing here imports torch or Ray before an engine is made.
+processes, ray. Nothing here imports torch or Ray before an engine is created.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .shard import Progress
 
 
-class Where(Protocol):
-    """What a user says of where shards run: the fields of `options.Running` that are read here."""
+class EngineOptions(Protocol):
+    """The settings of where shards run: the fields of `options.Running` that are read here."""
 
     engine: Any
     workers: int | None
@@ -26,44 +26,46 @@ class Where(Protocol):
     worker_gpus: float | None
 
 
-def check_engine(said: Where) -> None:
-    """Refuse what cannot run, before anything is read. Raises `UserError`."""
-    if said.workers is not None and said.workers < 1:
-        raise UserError(f"--workers {said.workers} is nobody; give at least 1")
-    for name, value in (("cpus", said.worker_cpus), ("gpus", said.worker_gpus)):
+def check_engine(options: EngineOptions) -> None:
+    """Check the settings before anything is read. Raises `UserError`."""
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers must be >= 1, got {options.workers}")
+    for name, value in (("cpus", options.worker_cpus), ("gpus", options.worker_gpus)):
         if value is not None and not 0 <= value < float("inf"):
-            raise UserError(f"--worker-{name} {value:g} is no share; give 0 or more")
-    if said.engine == "ray":
+            raise UserError(f"--worker-{name} must be >= 0, got {value:g}")
+    if options.engine == "ray":
         from .ray import check_ray
 
         check_ray()
-    elif said.ray_address is not None:
-        raise UserError(f"--ray-address {said.ray_address} goes with --engine ray; add it, or leave the address out")
+    elif options.ray_address is not None:
+        raise UserError(f"--ray-address {options.ray_address} needs --engine ray; add it, or leave the address out")
 
 
-def make_engine(said: Where, store: Store, *, backbone: Any = None, progress: Progress | None = None) -> LocalEngine:
-    """The engine that was asked for. `backbone` is the model that the shards read, None where they read none.
+def make_engine(
+    options: EngineOptions, store: Store, *, backbone: Any = None, progress: Progress | None = None
+) -> LocalEngine:
+    """The requested engine. `backbone` is the model that the shards read, None where they read none.
 
     >>> make_engine(SelectOptions(engine="local", workers=2), Store("cache/shards"))
     """
     from .local import LocalEngine
 
-    if said.engine == "ray":
+    if options.engine == "ray":
         from .ray import RayEngine
 
         return RayEngine(
             store,
             progress=progress,
-            workers=said.workers or 0,
-            address=said.ray_address,
-            worker_cpus=said.worker_cpus,
-            worker_gpus=said.worker_gpus,
+            workers=options.workers or 0,
+            address=options.ray_address,
+            worker_cpus=options.worker_cpus,
+            worker_gpus=options.worker_gpus,
         )
-    return LocalEngine(store, progress=progress, workers=said.workers or gpus_for(backbone))
+    return LocalEngine(store, progress=progress, workers=options.workers or gpus_for(backbone))
 
 
 def gpus_for(backbone: Any) -> int:
-    """Workers where none were asked for: a model on CUDA, on no GPU by number, gets all of them; else 1."""
+    """Default number of workers: all GPUs for a model on CUDA without a device index; else 1."""
     import torch
 
     device = getattr(backbone, "torch_device", None)

@@ -1,10 +1,11 @@
-"""The course of one shard through failures: tried again, and where it keeps failing, the rows that are to blame are found.
+"""The retry policy of one shard: retried after a failure, and where it keeps failing, its failing rows are located.
 
-A shard that raises or kills its worker is tried again. Still failing, it is halved until single rows are left that fail
+A shard that raises or kills its worker is retried. If it still fails, it is halved until single rows are left that fail
 alone; they get a reason, and the shard is computed as if they had been bad rows from the start, so that every other row
-has the number it would have had without them. What is no row's fault (bad input, full disk, a GPU without memory) is
-raised as it is, and memory that runs out whichever rows are left out is one sentence. The same course in one process or a cluster, so a poisoned row has the same reason wherever it meets its engine.
-Cost: nothing for a sound shard; about two shards and 2 * log2(rows) calls per poisoned row.
+has the score that it would have had without them. A row-independent failure (bad input, full disk, a GPU without memory) is
+raised as it is, and memory that runs out whichever rows are left out is one sentence. The policy is the same in one
+process and on a cluster, so a failing row has the same reason everywhere.
+Cost: nothing for a shard that succeeds; about two shards and 2 * log2(rows) calls per failing row.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from dataclasses import dataclass
 from ..errors import UserError, is_failure, one_line
 from ..records import Pool, Shard, ShardResult
 
-MOST_POISONED = 8
-"""Rows of a shard that may be left out; more than these is no matter of rows."""
-DEATHS = 3
-"""Times a shard may lose its worker (machines are taken away, memory runs out) before a row is suspected."""
-SAID = 200
+MAX_FAILING_ROWS = 8
+"""Rows of a shard that may be left out; with more, the failure is not due to single rows."""
+MAX_DEATHS = 3
+"""Times a shard may lose its worker (preemption, memory that runs out) before its rows are searched."""
+REASON_CHARACTERS = 200
 """Characters of an error that a row's reason shows."""
 
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
 """How an attempt's error begins where memory ran out, on the processor or on the GPU."""
 
 LeftOut = Mapping[int, str]
-"""Rows that take no part in an attempt, beside the pool's own, with a reason each."""
+"""Rows that are left out of an attempt, beyond the pool's own bad rows, with a reason each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +37,8 @@ class Done:
 
     result: ShardResult
     reused: bool = False
-    """A store had it."""
-    mended: bool = False
+    """It was in the store."""
+    partial: bool = False
     """Rows that failed were left out of it; it is not in the store yet."""
 
 
@@ -45,12 +46,12 @@ class Done:
 class Failed:
     """An attempt that gave no result."""
 
-    said: str
+    message: str
     """The error's type and message, on one line."""
     died: bool = False
     """The worker is gone; else it raised."""
     final: bool = False
-    """No row's fault: trying again does not help, leaving rows out does not either."""
+    """Row-independent: neither a retry nor leaving rows out helps."""
     error: BaseException | None = None
     """What was raised, where it was raised in this process or can be raised again."""
     trace: str = ""
@@ -58,18 +59,18 @@ class Failed:
 
     @classmethod
     def of(cls, error: BaseException, trace: str = "") -> Failed:
-        """What `error` says of an attempt; an interruption, which is no failure, is raised again."""
+        """The outcome of an attempt that raised `error`; an interruption, which is not a failure, is raised again."""
         if not is_failure(error):
             raise error
         return cls(one_line(error, 2000), final=_is_final(error), error=error, trace=trace)
 
     def throw(self, shard: Shard) -> None:
-        """Raise what happened."""
+        """Raise the error of this attempt."""
         where = f"rows {shard.start}-{shard.stop - 1}"
-        if self.said.startswith(OUT_OF_MEMORY):
+        if self.message.startswith(OUT_OF_MEMORY):
             raise UserError(
-                f"memory ran out in {where}, and no single row is to blame ({self.said[:SAID]}); use fewer workers, lower "
-                "--token-budget or --max-length, or take a machine with more memory"
+                f"memory ran out in {where}, and not because of a single row "
+                f"({self.message[:REASON_CHARACTERS]}); use fewer workers, lower --token-budget or --max-length, or use a machine with more memory"
             ) from self.error
         if self.error is not None:
             if self.trace:
@@ -77,47 +78,47 @@ class Failed:
             raise self.error
         if self.died:
             raise UserError(
-                f"the worker of {where} died {DEATHS} times, and no single row is to blame ({self.said}); it may lack "
-                "memory: use fewer workers, or more memory each"
+                f"the worker of {where} died {MAX_DEATHS} times, and not because of a single row "
+                f"({self.message}); it may run out of memory: use fewer workers, or more memory each"
             )
-        raise RuntimeError(f"{where}: {self.said}\n{self.trace}")
+        raise RuntimeError(f"{where}: {self.message}\n{self.trace}")
 
 
 Outcome = Done | Failed
 
 
 def _is_final(error: BaseException) -> bool:
-    """Bad input, the machine's state: no row explains these. `MemoryError` may be one huge row's."""
+    """Bad input or the state of the machine: independent of the rows. `MemoryError` may be due to one huge row."""
     return isinstance(error, (UserError, OSError)) or type(error).__name__ == "OutOfMemoryError"
 
 
-def course(pool: Pool, shard: Shard) -> Generator[LeftOut, Outcome, Done]:
+def retry_policy(pool: Pool, shard: Shard) -> Generator[LeftOut, Outcome, Done]:
     """Yields what to leave out of the next attempt, is sent its outcome, returns the shard's result or raises.
 
-    >>> way = course(pool, shard); left_out = next(way)
-    >>> left_out = way.send(outcome)         # StopIteration holds the result
+    >>> policy = retry_policy(pool, shard); left_out = next(policy)
+    >>> left_out = policy.send(outcome)         # StopIteration holds the result
     """
-    outcome = yield from _tried(shard)
+    outcome = yield from _retried(shard)
     if isinstance(outcome, Done):
         return outcome
     rows = [row for row in range(shard.start, shard.stop) if row not in pool.reasons]
     if isinstance((yield _without(rows, [])), Failed):
         outcome.throw(shard)
-    poisoned: dict[int, str] = {}
-    while isinstance(outcome, Failed) and len(poisoned) < MOST_POISONED:
-        row, reason = yield from _find(shard, rows, [row for row in rows if row not in poisoned], outcome)
-        poisoned[row] = reason
-        outcome = yield dict(poisoned)
+    failing: dict[int, str] = {}
+    while isinstance(outcome, Failed) and len(failing) < MAX_FAILING_ROWS:
+        row, reason = yield from _find(shard, rows, [row for row in rows if row not in failing], outcome)
+        failing[row] = reason
+        outcome = yield dict(failing)
     if isinstance(outcome, Failed):
         outcome.throw(shard)
     assert isinstance(outcome, Done)
-    for row, reason in poisoned.items():
+    for row, reason in failing.items():
         warnings.warn(f"row {row} is left out, {reason}", stacklevel=2)
-    return Done(ShardResult(outcome.result.columns, {**outcome.result.reasons, **poisoned}), mended=True)
+    return Done(ShardResult(outcome.result.columns, {**outcome.result.reasons, **failing}), partial=True)
 
 
-def _tried(shard: Shard) -> Generator[LeftOut, Outcome, Outcome]:
-    """The whole shard, twice, or more often where its worker died. Raises what is nobody's fault."""
+def _retried(shard: Shard) -> Generator[LeftOut, Outcome, Outcome]:
+    """The complete shard, twice, or more often where its worker died. Raises a row-independent failure."""
     raised = deaths = 0
     while True:
         outcome = yield {}
@@ -126,14 +127,14 @@ def _tried(shard: Shard) -> Generator[LeftOut, Outcome, Outcome]:
         if outcome.final:
             outcome.throw(shard)
         raised, deaths = raised + (not outcome.died), deaths + outcome.died
-        if raised == 2 or deaths == DEATHS:
+        if raised == 2 or deaths == MAX_DEATHS:
             return outcome
 
 
 def _find(
     shard: Shard, rows: list[int], suspects: list[int], failure: Failed
 ) -> Generator[LeftOut, Outcome, tuple[int, str]]:
-    """One of the suspects that fails alone, and its reason; raises `failure` where the fault lies in no single row."""
+    """One of the suspects that fails alone, and its reason; raises `failure` where no single row fails alone."""
     while len(suspects) > 1:
         half = suspects[: len(suspects) // 2]
         outcome = yield _without(rows, half)
@@ -144,7 +145,7 @@ def _find(
     if isinstance(outcome, Done):
         failure.throw(shard)
     assert isinstance(outcome, Failed)
-    what = "its worker died" if outcome.died else outcome.said[:SAID]
+    what = "its worker died" if outcome.died else outcome.message[:REASON_CHARACTERS]
     return suspects[0], f"could not be scored: {what}"
 
 
@@ -155,5 +156,5 @@ def _refuse(outcome: Outcome, shard: Shard) -> None:
 
 def _without(rows: list[int], kept: list[int]) -> dict[int, str]:
     """All of `rows` but `kept`, left out."""
-    wanted = set(kept)
-    return {row: "left out while a failing row is looked for" for row in rows if row not in wanted}
+    kept_rows = set(kept)
+    return {row: "left out while a failing row is looked for" for row in rows if row not in kept_rows}

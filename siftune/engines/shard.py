@@ -1,4 +1,4 @@
-"""One shard, wherever it runs: its cache key, its threads, an attempt at it, its result in and out of the store, its part
+"""One shard: its cache key, its threads, an attempt at it, its result in and out of the store, its part
 of n.
 
 A key is made of the task and of the shard's rows as they are read, never of the pool's path or of other shards, so a
@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 256
 
 
 class Progress(Protocol):
-    """Who is told how far a run is; rates and time left are made of these three calls by whoever shows them."""
+    """Receives the progress of a run; the display derives rates and time left from these three calls."""
 
     def start(self, label: str, total: int, unit: str = "rows") -> None:
         """A run named `label` over `total` rows (or other units) begins."""
@@ -41,7 +41,7 @@ class Progress(Protocol):
 
 
 def run_shard(task: ShardTask, pool: Pool, shard: Shard, *, threads: int | None = None) -> ShardResult:
-    """`task` on one shard with `threads` threads (None: torch's own number); the setting comes back afterwards."""
+    """`task` on one shard with `threads` threads (None: torch's own number); the setting is restored afterwards."""
     with math_threads(torch.get_num_threads() if threads is None else threads):
         return task(pool, shard)
 
@@ -61,7 +61,7 @@ def math_threads(threads: int) -> Iterator[None]:
 
 @dataclass(eq=False)
 class Work:
-    """A task over a pool, wherever it is done. Pickles without its key: that is of the machine that computes."""
+    """A task over a pool. Pickles without its key, which depends on the machine that computes."""
 
     task: ShardTask
     pool: Pool
@@ -83,17 +83,17 @@ class Work:
         if left_out:
             smaller = replace(self.pool, reasons={**self.pool.reasons, **left_out})
             return Done(run_shard(self.task, smaller, shard, threads=self.threads))
-        if (found := self.found(shard)) is not None:
-            return found
-        return self.kept(shard, Done(run_shard(self.task, self.pool, shard, threads=self.threads)))
+        if (result := self.load(shard)) is not None:
+            return result
+        return self.keep(shard, Done(run_shard(self.task, self.pool, shard, threads=self.threads)))
 
-    def found(self, shard: Shard) -> Done | None:
+    def load(self, shard: Shard) -> Done | None:
         """A finished shard, from the store."""
         result = None if self.store is None else load_result(self.store, self._key(shard), shard)
         return None if result is None else Done(result, reused=True)
 
-    def kept(self, shard: Shard, done: Done) -> Done:
-        """The same, in the store now."""
+    def keep(self, shard: Shard, done: Done) -> Done:
+        """The same result, after storing it."""
         if self.store is not None:
             store_result(self.store, self._key(shard), shard, done.result)
         return done
@@ -118,10 +118,10 @@ def shard_key(task_key: str, pool: Pool, shard: Shard, *, threads: int | None = 
 
 def load_result(store: Store, key: str, shard: Shard) -> ShardResult | None:
     """A finished shard from the store, or None."""
-    found = store.get(key)
-    if found is None:
+    result = store.get(key)
+    if result is None:
         return None
-    columns, meta = found
+    columns, meta = result
     reasons = {shard.start + int(offset): reason for offset, reason in meta["reasons"].items()}
     return ShardResult(columns, reasons)
 
@@ -144,7 +144,7 @@ def part_of(shards: Sequence[Shard], part: str | None) -> list[Shard]:
     match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", part)
     index, parts = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= index <= parts:
-        raise UserError(f"shards={part!r} is not a part; give i/n with i from 1 to n, such as 2/4")
+        raise UserError(f"shards={part!r} is not a part; pass i/n with i from 1 to n, such as 2/4")
     if parts > max(1, len(shards)):
         raise UserError(f"shards={part!r} leaves parts without work, for the pool has {len(shards)} shards; lower n")
     return list(shards[index - 1 :: parts])

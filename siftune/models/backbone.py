@@ -58,11 +58,11 @@ class Backbone:
 
     def __post_init__(self) -> None:
         if self.layer < 1:
-            raise UserError(f"layer={self.layer} is not a decoder layer; give 1 or more")
+            raise UserError(f"layer={self.layer} is not a decoder layer; set it to 1 or more")
         if self.max_length < 1:
-            raise UserError(f"max_length={self.max_length} leaves no token; give 1 or more")
+            raise UserError(f"max_length={self.max_length} leaves no token; set it to 1 or more")
         if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"dtype={self.dtype!r} is not known; give auto, float32 or bfloat16")
+            raise UserError(f"dtype={self.dtype!r} is not known; use auto, float32 or bfloat16")
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -164,11 +164,11 @@ def _pick_device(device: str) -> torch.device:
     try:
         picked = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"device={device!r} is not a device; give auto, cpu, cuda, cuda:0 or mps") from error
+        raise UserError(f"device={device!r} is not a device; use auto, cpu, cuda, cuda:0 or mps") from error
     if picked.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={device!r} is not on this machine; give device=cpu or install a CUDA build of torch")
+        raise UserError(f"device={device!r} is not on this machine; set device=cpu or install a CUDA build of torch")
     if picked.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device={device!r} is not on this machine; give device=cpu")
+        raise UserError(f"device={device!r} is not on this machine; set device=cpu")
     return picked
 
 

@@ -130,5 +130,5 @@ def _origin(location: str) -> str:
     except ValueError:
         return "an address that cannot be read"
     if not host:
-        return "another path of its own"
+        return "another of its paths"
     return ascii(f"{parts.scheme or 'http'}://{host}{f':{port}' if port else ''}")[1:-1][:200]

@@ -119,7 +119,7 @@ class CausalLM:
         tokenizer = self.files.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
-                f"model={self.model!r} has a tokenizer that knows no offsets; save a fast one (tokenizer.json) beside it"
+                f"model={self.model!r} has a tokenizer without offsets; save a fast one (tokenizer.json) into its folder"
             )
         return tokenizer
 
@@ -204,7 +204,7 @@ class CausalLM:
             self._made["trusted"] = read_head(self.parts) is not None and _agree(self.parts, states, logits)
             if not self._made["trusted"]:
                 warnings.warn(
-                    f"the head of model={self.model!r} is not one siftune can apply itself: its logits are taken one "
+                    f"the head of model={self.model!r} is not a plain linear map; its logits are computed one "
                     "row at a time, more slowly",
                     stacklevel=2,
                 )
@@ -217,7 +217,7 @@ def _load(files: Backbone) -> torch.nn.Module:
     device = files.torch_device  # a wrong one is better known before gigabytes are read
     said = f"model={files.model!r}"
     if not any((files.folder / name).is_file() for name in WEIGHT_FILES):
-        raise UserError(f"{said} holds no model.safetensors; convert it with save_pretrained")
+        raise UserError(f"{said} has no model.safetensors; convert it with save_pretrained")
     read: Any = loading(
         f"{said} could not be loaded",
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -227,7 +227,7 @@ def _load(files: Backbone) -> torch.nn.Module:
     network, facts = read
     if absent := sorted(facts["missing_keys"]):
         raise UserError(
-            f"{said} lacks {len(absent)} tensors of its language model ({absent[0]}, ...); give a model saved with its head"
+            f"{said} lacks {len(absent)} tensors of its language model ({absent[0]}, ...); use a model saved with its head"
         )
     loaded: torch.nn.Module = network.eval().requires_grad_(False).to(device)
     return loaded
@@ -313,8 +313,8 @@ def _check(lm: CausalLM, sequences: Sequence[Ids], lengths: NDArray[np.int32]) -
     largest, known = max((int(ids.max()) for ids in sequences if len(ids)), default=-1), int(lm.files.config.vocab_size)
     if largest >= known:
         raise UserError(
-            f"the tokenizer of model={lm.model!r} gives token {largest}, and the model knows {known}; "
-            "the two do not belong together"
+            f"the tokenizer of model={lm.model!r} produces token {largest}, but the model's "
+            f"vocabulary has {known} tokens; use the model's own tokenizer"
         )
 
 

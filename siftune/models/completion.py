@@ -40,7 +40,7 @@ def read_json_reply(data: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise BadReply(f"the reply is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise BadReply("the reply is no JSON object")
+        raise BadReply("the reply is not a JSON object")
     return value
 
 
@@ -53,7 +53,7 @@ def read_completion(data: bytes) -> Completion:
     reply = read_json_reply(data)
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices:
-        raise BadReply("the reply is no chat completion: it has no choices")
+        raise BadReply("the reply is not a chat completion: it has no choices")
     choice = _object(choices[0], "choices[0]")
     message = _object(choice.get("message"), "choices[0].message")
     text, reason = message.get("content"), choice.get("finish_reason")

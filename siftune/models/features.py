@@ -108,8 +108,8 @@ def _check_ids(backbone: Backbone, rows: Sequence[Tokenised]) -> None:
     largest = max((int(row.ids.max()) for row in rows if len(row.ids)), default=-1)
     if largest >= int(backbone.config.vocab_size):
         raise UserError(
-            f"the tokenizer of model={backbone.model!r} gives token {largest}, and the model knows "
-            f"{backbone.config.vocab_size}; the two do not belong together"
+            f"the tokenizer of model={backbone.model!r} produces token {largest}, but the model's vocabulary has "
+            f"{backbone.config.vocab_size} tokens; use the model's own tokenizer"
         )
 
 

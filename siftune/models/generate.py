@@ -129,10 +129,10 @@ def check_generator(spec: str) -> None:
         read_address(spec)
     elif "://" in spec:
         raise UserError(
-            f"generator={spec!r} is no address siftune knows; give http://HOST:PORT/v1, a folder or a hub id"
+            f"generator={spec!r} is not a supported address; use http://HOST:PORT/v1, a folder or a hub id"
         )
     elif not spec.strip():
-        raise UserError("generator='' names no model; give a folder, a hub id or http://HOST:PORT/v1")
+        raise UserError("generator='' names no model; pass a folder, a hub id or http://HOST:PORT/v1")
     elif Path(spec).expanduser().exists() or spec.startswith((".", "/", "~")):
         from .sampling import TransformersGenerator
 

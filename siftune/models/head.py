@@ -176,8 +176,8 @@ def read_head(parts: Parts) -> Head | None:
         return None
     if weight.ndim != 2 or weight.numel() == 0 or type(weight).__name__ == "DTensor":
         raise UserError(
-            f"the LM head's weight is sharded over processes (shape {tuple(weight.shape)} here), and scoring needs it "
-            "whole; keep the head out of the sharding"
+            f"the LM head's weight is sharded over processes (shape {tuple(weight.shape)} here), and scoring needs all "
+            "of it; exclude the head from the sharding"
         )
     bias: torch.Tensor | None = linear.bias
     for _, up, scale in adapters:

@@ -90,7 +90,7 @@ def take_apart(model: nn.Module) -> Parts:
     if decoder is causal:  # transformers 4 does not name the decoder of GPT-2 and GPT-NeoX
         decoder = causal.base_model
     if decoder is causal or not isinstance(decoder, nn.Module):
-        raise UserError(f"{kind} does not tell its decoder from its head; use an AutoModelForCausalLM architecture")
+        raise UserError(f"{kind} does not separate its decoder from its head; use an AutoModelForCausalLM architecture")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return Parts(called, causal, decoder, head, text)
 
@@ -132,7 +132,7 @@ def _real_columns(batch: Batch) -> torch.Tensor:
         seen = diagonal == 0 if diagonal.is_floating_point() else diagonal != 0
         return seen.expand(ids.shape).clone()
     found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-    raise UserError(f"attention_mask of {found} fits no input_ids of {tuple(ids.shape)}; give one 0/1 per token")
+    raise UserError(f"attention_mask of {shape} does not match input_ids of {tuple(ids.shape)}; pass one 0/1 per token")
 
 
 def predicting_tokens(batch: Batch) -> torch.Tensor:
@@ -143,7 +143,7 @@ def predicting_tokens(batch: Batch) -> torch.Tensor:
     """
     labels = batch.get("labels")
     if labels is None:
-        raise UserError("the batch has no labels, which tell the answer's tokens; give labels with -100 on the prompt")
+        raise UserError("the batch has no labels, which mark the answer's tokens; pass labels with -100 on the prompt")
     wanted = torch.zeros(labels.shape, dtype=torch.bool)
     wanted[:, :-1] = labels[:, 1:].detach().cpu() != -100
     layout = layout_of(batch)

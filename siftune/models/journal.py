@@ -45,7 +45,7 @@ class Journal:
         self._places: dict[bytes, int] = {}
 
     def __enter__(self) -> Self:
-        assert self._file is None, "this journal is open already"
+        assert self._file is None, "this journal is already open"
         with plain_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = open(self.path, "a+b")  # held until __exit__
@@ -85,7 +85,7 @@ class Journal:
             if entry is not None:
                 self._places[bytes.fromhex(entry["key"])] = place
             elif first:
-                raise UserError(f"{self.path} is no journal of replies; give another path or remove the file")
+                raise UserError(f"{self.path} is not a journal of replies; pass another path or remove the file")
             else:
                 self.damaged += 1
             place, first = place + len(line), False
@@ -205,7 +205,7 @@ class Journaled:
                 self.counts.reused += index > 0
                 yield _named(reply, name)
         yield from self._known(found)
-        assert not waiting, "a generator left requests without a reply"
+        assert not waiting, "a generator returned no reply to some requests"
 
     def _known(self, found: list[tuple[str, str]]) -> Iterator[Reply]:
         """Hand out, and forget, what the journal had; the texts are read only now."""

@@ -113,7 +113,7 @@ def layout_of(batch: Batch) -> Layout:
 def candidates_of(batch: Batch) -> int:
     """Candidates of a batch. Raises `UserError` where it has no `input_ids`."""
     if "input_ids" not in batch:
-        raise UserError(f"the batch has no input_ids, only {', '.join(batch) or 'nothing'}; give tokenised rows")
+        raise UserError(f"the batch has no input_ids, only {', '.join(batch) or 'nothing'}; pass tokenised rows")
     return len(layout_of(batch))
 
 
@@ -135,7 +135,7 @@ def _read(batch: Batch) -> Layout:
     ids = batch["input_ids"]
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         shape = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise UserError(f"input_ids of {shape} are not (rows, tokens); give one line of token ids per row")
+        raise UserError(f"input_ids of {shape} are not (rows, tokens); pass one line of token ids per row")
     readers: dict[str, Callable[[Batch], list[Span] | None]] = {
         **{name: _from_lengths(name) for name in LENGTHS},
         **{name: _from_cumulative(name) for name in CUMULATIVE},
@@ -152,7 +152,7 @@ def _read(batch: Batch) -> Layout:
         if _without_padding(other, batch) != _without_padding(spans, batch):
             raise UserError(
                 f"{source} divides the batch into {len(spans)} segments and {name} divides it into {len(other)}, at other "
-                "places; make the collator give boundaries that agree"
+                "places; make the collator return boundaries that agree"
             )
     return Layout(_before_padding(spans, batch), packed=True, source=source)
 
@@ -200,7 +200,7 @@ def _from_cumulative(name: str) -> Callable[[Batch], list[Span] | None]:
             return None
         ends = _flat_ints(value)
         if not ends or ends[0] != 0:
-            raise UserError(f"{name} begins with {ends[0] if ends else 'nothing'}, not with 0; give cumulative lengths")
+            raise UserError(f"{name} begins with {ends[0] if ends else 'nothing'}, not with 0; pass cumulative lengths")
         return _tile(name, [after - before for before, after in itertools.pairwise(ends)], batch)
 
     return read
@@ -229,7 +229,7 @@ def _tile(name: str, lengths: Sequence[int], batch: Batch) -> list[Span]:
             line, start = line + 1, 0
         if length > width or line >= rows:
             raise UserError(
-                f"{name} adds up to {sum(lengths)} tokens, and the batch has {rows} x {width}; give the lengths of this batch"
+                f"{name} adds up to {sum(lengths)} tokens, and the batch has {rows} x {width}; pass the lengths of this batch"
             )
         spans.append(Span(line, start, start + length))
         start += length
@@ -252,7 +252,7 @@ def _check_uncovered(name: str, spans: Sequence[Span], batch: Batch) -> None:
     if bool((outside_BT & counted_BT).any()):
         raise UserError(
             f"{name} covers {int((~outside_BT).sum())} of the batch's {rows} x {width} tokens, and the "
-            "others are no padding; give the lengths of all segments of this batch"
+            "others are not padding; pass the lengths of all segments of this batch"
         )
 
 
@@ -315,7 +315,7 @@ def _from_block_mask(mask: torch.Tensor, ids: torch.Tensor) -> list[Span] | None
         if bool(allowed_BTT[line, start:stop, :start].any()) or bool(allowed_BTT[line, start:stop, stop:].any()):
             raise UserError(
                 f"the 4-D attention_mask lets tokens {start} to {stop - 1} of a line attend outside their own segment, so its "
-                "rows cannot be told apart; give a block-diagonal mask"
+                "rows cannot be separated; pass a block-diagonal mask"
             )
     return spans
 

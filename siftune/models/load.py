@@ -55,10 +55,10 @@ def find_folder(model: str, revision: str | None) -> Path:
         _check_adapter(path, model)
         return path
     if path.exists():
-        raise UserError(f"model={model!r} is a file; give the folder that holds it")
+        raise UserError(f"model={model!r} is a file; pass its folder")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(
-            f"model={model!r} is not a folder here; check the path, or give a hub id such as Qwen/Qwen2.5-7B"
+            f"model={model!r} is not a folder here; check the path, or pass a hub id such as Qwen/Qwen2.5-7B"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -70,7 +70,7 @@ def find_folder(model: str, revision: str | None) -> Path:
         )
     except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         raise UserError(
-            f"model={model!r} is not a folder here and the hub cannot be reached; download it first and give its folder"
+            f"model={model!r} is not a folder here and the hub cannot be reached; download it first and pass its folder"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -112,7 +112,7 @@ def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool
 
     said = f"model={model!r}"
     if not (folder / "config.json").is_file():
-        raise UserError(f"{said} holds no config.json; give the folder that save_pretrained wrote")
+        raise UserError(f"{said} has no config.json; pass the folder that save_pretrained wrote")
     if not trust_remote_code:
         _check_kernels(folder, said)
     config = loading(
@@ -120,18 +120,18 @@ def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool
         lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
     )
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{said} is an encoder-decoder ({config.model_type}); give a decoder-only language model")
+        raise UserError(f"{said} is an encoder-decoder ({config.model_type}); use a decoder-only language model")
     if config.get_text_config() is not config:
-        raise UserError(f"{said} is a multimodal wrapper ({config.model_type}); give its text-only language model")
+        raise UserError(f"{said} is a multimodal wrapper ({config.model_type}); use its text-only language model")
     known, masked = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, type(config) in MODEL_FOR_MASKED_LM_MAPPING
     bidirectional = getattr(config, "use_bidirectional_attention", None) in (True, "all")
     if bidirectional or (masked and not getattr(config, "is_decoder", False)):
-        raise UserError(f"{said} is an encoder ({config.model_type}); give a decoder-only language model")
+        raise UserError(f"{said} is an encoder ({config.model_type}); use a decoder-only language model")
     if not known and not trust_remote_code:
-        raise UserError(f"{said} ({config.model_type}) is not a causal language model; give a decoder-only one")
+        raise UserError(f"{said} ({config.model_type}) is not a causal language model; use a decoder-only one")
     layers = int(config.num_hidden_layers)
     if layer > layers:
-        raise UserError(f"layer={layer} exceeds the {layers} layers of {said}; give 1 to {layers}")
+        raise UserError(f"layer={layer} exceeds the {layers} layers of {said}; set it to 1 to {layers}")
     return config
 
 
@@ -141,7 +141,7 @@ def read_tokenizer(folder: Path, *, model: str, trust_remote_code: bool) -> Any:
 
     said = f"model={model!r}"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES if not name.startswith("chat")):
-        raise UserError(f"{said} holds no tokenizer; save the model's tokenizer into the same folder")
+        raise UserError(f"{said} has no tokenizer; save the model's tokenizer into the same folder")
     tokenizer = loading(
         f"{said} has a tokenizer that transformers cannot read",
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
@@ -149,7 +149,7 @@ def read_tokenizer(folder: Path, *, model: str, trust_remote_code: bool) -> Any:
     tokenizer.truncation_side = tokenizer.padding_side = "right"
     check_template(tokenizer)
     if not len(tokenizer):
-        raise UserError(f"{said} holds a tokenizer without tokens; save the model's tokenizer into the same folder")
+        raise UserError(f"{said} has a tokenizer without tokens; save the model's tokenizer into the same folder")
     return tokenizer
 
 
@@ -184,7 +184,7 @@ def read_network(
     cut = truncated_config(config, layer)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise UserError(
-            f"model={model!r} holds no model.safetensors; other weight formats can hold code and are not read, "
+            f"model={model!r} has no model.safetensors; other weight formats can hold code and are not read, "
             "convert it with save_pretrained"
         )
 
@@ -230,7 +230,7 @@ def loading(what: str, load: Callable[[], Made]) -> Made:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = shortened(lines[0], 300) if lines else type(error).__name__
         if "trust_remote_code" in str(error):
-            reason = "it needs Python code of its own; read that code, then pass trust_remote_code=True"
+            reason = "it needs its own Python code; read that code, then pass trust_remote_code=True"
         raise UserError(f"{what}: {reason}") from error
 
 

@@ -153,7 +153,7 @@ def _carried(
         return value
     if any(name not in batch for batch, _ in pieces):
         raise UserError(
-            f"only some of the batches that are trained together have the key {name!r}; make the collator give the same keys"
+            f"only some of the batches that are trained together have the key {name!r}; make the collator return the same keys"
         )
     if isinstance(value, torch.Tensor) and (axis := _token_axis(value, lines, width)) is not None:
         return _tokens(name, value, pieces, spans, shape, axis, pad_token)

@@ -50,10 +50,10 @@ def read_address(spec: str) -> tuple[str, str | None]:
     if "@" in parts.netloc or parts.query:
         raise UserError(
             f"generator={parts.scheme}://{host or ''}... holds a password or a query; put the key into {API_KEY} and "
-            "give http://HOST:PORT/v1"
+            "pass http://HOST:PORT/v1"
         )
     if not host:
-        raise UserError(f"generator={spec!r} is no server's address; give http://HOST:PORT/v1, if need be with #MODEL")
+        raise UserError(f"generator={spec!r} is not a server's address; pass http://HOST:PORT/v1, if need be with #MODEL")
     return address.rstrip("/"), model or None
 
 
@@ -159,7 +159,7 @@ class OpenAIGenerator:
                 self._refuse_redirect(error)
                 said = _short(error)
             if told is not None and told > self.longest_wait:
-                said += f" (the server asks for {told:g} s of patience)"
+                said += f" (the server asks to wait {retry_after:g} s)"
                 break
             back_off = min(self.longest_wait, self.first_wait * 2**attempt) * (0.5 + jitter.random())
             if told is not None:
@@ -187,9 +187,9 @@ class OpenAIGenerator:
         completion = read_completion(raw.http_response.content)
         text, reason = completion.text, completion.finish_reason
         if text is None and reason != "content_filter":
-            raise BadReply("the reply holds no text")
+            raise BadReply("the reply has no text")
         if text is None:
-            return Reply(key=request.key, finish_reason="refused", error="the server's content filter took the reply")
+            return Reply(key=request.key, finish_reason="refused", error="the server's content filter removed the reply")
         return Reply(
             key=request.key,
             text=self._clean(text),  # a server that repeats the key
@@ -254,7 +254,7 @@ class OpenAIGenerator:
         base, _ = read_address(self.address)
         if status == 404:
             return (
-                f"generator={base!r} has no model {self.model!r} ({self._clean(said)}); name one of its own with #MODEL"
+                f"generator={base!r} has no model {self.model!r} ({self._clean(said)}); choose one of its models with #MODEL"
             )
         return f"generator={base!r} refuses the key ({self._clean(said)}); set {API_KEY} in the environment"
 
@@ -265,7 +265,7 @@ class OpenAIGenerator:
                 base, _ = read_address(self.address)
                 raise UserError(
                     f"generator={base!r} redirects to {cause}, and siftune follows no redirect, so that rows and key go "
-                    "to no other address; give the address of the server itself"
+                    "to no other address; pass the address of the server itself"
                 ) from None
 
     def _clean(self, said: str) -> str:

@@ -53,17 +53,17 @@ class Tokens:
 def check_text(text: str, tokenizer: Any, *, model: str, format: str) -> None:
     """Raise `UserError` unless rows of `format` (a pool's) can take the form `text` with this tokenizer."""
     if text not in FORMS:
-        raise UserError(f"text={text!r} is not known; give one of {', '.join(FORMS)}")
+        raise UserError(f"text={text!r} is not known; use one of {', '.join(FORMS)}")
     template = bool(getattr(tokenizer, "chat_template", None))
     if text == "chat" and format == "text":
         raise UserError(
-            "text='chat' needs a question and an answer, and rows of plain text have none; give text: prompt"
+            "text='chat' needs a question and an answer, and rows of plain text have none; set text: prompt"
         )
     if text == "chat" and not template:
-        raise UserError(f"text='chat' needs a chat template, and model={model!r} has none; give text: prompt")
+        raise UserError(f"text='chat' needs a chat template, and model={model!r} has none; set text: prompt")
     if text == "auto" and format == "messages" and not template:
         raise UserError(
-            f"the rows are messages and model={model!r} has no chat template; give a model with one, or text: prompt to "
+            f"the rows are messages and model={model!r} has no chat template; use a model with one, or set text: prompt to "
             "join the turns before the last answer with newlines"
         )
 
@@ -91,9 +91,9 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.text not in FORMS:
-            raise UserError(f"text={self.text!r} is not known; give one of {', '.join(FORMS)}")
+            raise UserError(f"text={self.text!r} is not known; use one of {', '.join(FORMS)}")
         if self.text == "chat" and not self._template:
-            raise UserError("text='chat' needs a chat template, and this tokenizer has none; give text='prompt'")
+            raise UserError("text='chat' needs a chat template, and this tokenizer has none; set text='prompt'")
 
     def __call__(self, row: Row) -> Tokens:
         with row_failures("tokenizer fails"):
@@ -213,4 +213,4 @@ def _place(whole: str, answer: str) -> int:
     for text in (answer, answer.strip()):
         if (begin := whole.rfind(text)) >= 0:
             return begin
-    raise BadRow("chat template rewrites the answer, so its tokens cannot be told")
+    raise BadRow("chat template rewrites the answer, so its tokens cannot be located")

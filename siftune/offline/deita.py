@@ -269,7 +269,7 @@ class DeitaD(OfflineMethod):
         if not 0 < self.threshold <= 1:
             raise UserError(f"threshold={self.threshold} is not a cosine in (0, 1]; the paper's is 0.9")
         if self.rest not in ("after", "drop"):
-            raise UserError(f"rest={self.rest!r} is not known; give after or drop")
+            raise UserError(f"rest={self.rest!r} is not known; use after or drop")
         task = self.feature_task(for_fit=True)
         task.complexity.lm.check()
         task.quality.lm.check()
@@ -347,7 +347,7 @@ def _model(method: Any, model: str) -> CausalLM:
 
 def _check_turns(turns: str) -> None:
     if turns not in _JOINED:
-        raise UserError(f"turns={turns!r} is not known; give {', '.join(_JOINED)}")
+        raise UserError(f"turns={turns!r} is not known; use {', '.join(_JOINED)}")
 
 
 def _need_questions(name: str, pool: Pool) -> None:

@@ -90,7 +90,7 @@ class _Labelled(OfflineMethod):
     def check(self) -> None:
         """Refuse settings or a model that cannot be used, before any weight is loaded."""
         if self.layer < 0:
-            raise UserError(f"layer={self.layer} is no layer; give 0 for the embedding layer, or 1 and more")
+            raise UserError(f"layer={self.layer} is not a layer; set it to 0 for the embedding layer, or 1 and more")
         read_band(self.band)
         _ = self._embedder().backbone.config, self._embedder().backbone.tokenizer
 
@@ -271,7 +271,7 @@ def _domains(pool: Pool, column: str) -> tuple[str, ...]:
             raise UserError(f"column {column!r} holds more than {MOST_DOMAINS} labels; name one that holds domains")
     if text := next((label for label in sorted(found) if len(label) > LONGEST or "\n" in label), None):
         raise UserError(
-            f"column {column!r} holds text, no domains ({text[:40]!r}...); name one that holds a row's domain"
+            f"column {column!r} holds text, not domains ({text[:40]!r}...); name one that holds a row's domain"
         )
     if not found:
         raise UserError(f"no row has a label in column {column!r}; name the column that holds domains (--label-column)")
@@ -293,7 +293,7 @@ def read_band(band: str | None) -> tuple[float, float] | None:
         separator = ""
         read = 0.0, 0.0
     if not separator or not 0 <= read[0] < read[1] <= 100:
-        raise UserError(f"band={band!r} is no part of a domain; give LOW-HIGH in percent, such as 0-20 or 80-100")
+        raise UserError(f"band={band!r} is not a band of a domain; use LOW-HIGH in percent, such as 0-20 or 80-100")
     return read
 
 

@@ -170,9 +170,9 @@ class IFD(OfflineMethod):
     def check(self) -> None:
         """Refuse settings, a prompt file or a model that cannot be used, before any weight is loaded."""
         if self.ratio not in ("perplexity", "loss"):
-            raise UserError(f"ratio={self.ratio!r} is not known; give perplexity or loss")
+            raise UserError(f"ratio={self.ratio!r} is not known; use perplexity or loss")
         if self.compat not in (None, "paper"):
-            raise UserError(f"compat={self.compat!r} is not known; give paper or leave it out")
+            raise UserError(f"compat={self.compat!r} is not known; use paper or leave it out")
         self.feature_task(for_fit=True).lm.check()
 
     def feature_task(self, *, for_fit: bool) -> IFDTask:

@@ -148,7 +148,7 @@ class _Tagged(Judged):
     def check(self) -> None:
         super().check()
         if self.least_rows < 1:
-            raise UserError(f"least_rows={self.least_rows} is too few; give at least 1")
+            raise UserError(f"least_rows={self.least_rows} is too few; set it to at least 1")
 
     def tags(self, pool: Pool) -> Iterator[tuple[int, list[str]]]:
         """Every tagged row with its tags, rare ones included, from the replies that `score` journaled; asks nothing.

@@ -257,7 +257,7 @@ class _Work:
         if lost and (self.gone or self.task.asking.unanswered == "stop"):
             raise UserError(
                 f"the judge left {len(lost)} requests without a reply ({lost[0].error}); run the same command again, "
-                f"the {len(judge.journal)} replies that came are kept in {judge.journal.path}"
+                f"the {len(judge.journal)} replies received so far are kept in {judge.journal.path}"
             )
         return sorted(again)
 

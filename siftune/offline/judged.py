@@ -51,14 +51,14 @@ class Judged(OfflineMethod):
         """Refuse settings, a prompt file or a judge's name that cannot be used, before anything is asked."""
         for name, least in (("retries", 0), ("max_new_tokens", 1), ("concurrency", 1)):
             if (given := getattr(self, name)) < least:
-                raise UserError(f"{name}={given} is too few; give at least {least}")
+                raise UserError(f"{name}={given} is too few; set it to at least {least}")
         if not 0 <= self.temperature <= 5:
             raise UserError(f"temperature={self.temperature:g} is not between 0 and 5")
         if self.unanswered not in ("stop", "skip"):
-            raise UserError(f"unanswered={self.unanswered!r} is not known; give stop or skip")
+            raise UserError(f"unanswered={self.unanswered!r} is not known; use stop or skip")
         for name, value in (self.price or {}).items():
             if name not in ("prompt", "completion") or value < 0:
-                raise UserError(f"price={name}={value:g} is no price; give prompt=X,completion=Y per million tokens")
+                raise UserError(f"price={name}={value:g} is not a price; use prompt=X,completion=Y per million tokens")
         self._prompt()
         judge = self._judge()
         if isinstance(judge, str):
@@ -85,12 +85,12 @@ class Judged(OfflineMethod):
         if self.judge_url is None:
             if self.judge is None:
                 raise UserError(
-                    f"{self.name} needs a chat model that judges; give judge=MODEL (a folder or hub id) or "
+                    f"{self.name} needs a chat model as judge; set judge=MODEL (a folder or hub id) or "
                     "judge_url=http://HOST:PORT/v1"
                 )
             return self.judge
         if not is_server(self.judge_url):
-            raise UserError(f"judge_url={self.judge_url!r} is no server's address; give http://HOST:PORT/v1")
+            raise UserError(f"judge_url={self.judge_url!r} is not a server's address; use http://HOST:PORT/v1")
         if self.judge is None:
             return self.judge_url
         if not isinstance(self.judge, str) or is_server(self.judge) or "#" in self.judge_url:

@@ -50,7 +50,7 @@ def read_prompt(file: str | Path | None, default: str, *, answer: bool) -> Promp
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
     except OSError as error:
-        raise UserError(f"prompt={str(file)!r} cannot be read: {error.strerror}; give a text file") from error
+        raise UserError(f"prompt={str(file)!r} cannot be read: {error.strerror}; pass a text file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"prompt={str(file)!r} is not UTF-8 text; save it as UTF-8") from error
     prompt = Prompt(text)

@@ -152,5 +152,5 @@ def rating_tokens(tokenizer: Any, model: str) -> list[list[int]]:
         if len(set(last)) == RATINGS:
             ids = [same if token in same else [*same, token] for same, token in zip(ids, last, strict=True)]
     if not all(ids):
-        raise UserError(f"the tokenizer of model={model!r} has no tokens of their own for 1 to 6; give another scorer")
+        raise UserError(f"the tokenizer of model={model!r} has no single tokens for 1 to 6; use another scorer")
     return ids

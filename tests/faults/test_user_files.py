@@ -69,9 +69,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("model", "--out model is the same as"),
         ("./", "--out ./ is the working folder or contains it"),
         ("..", "--out .. is the working folder or contains it"),
-        ("model/export", "--out model/export lies inside"),
+        ("model/export", "--out model/export is inside"),
         ("run", "--out run is the same as the run folder"),
-        ("run/model", "--out run/model lies inside the run folder"),
+        ("run/model", "--out run/model is inside the run folder"),
         ("pool.jsonl", "--out pool.jsonl is the same as train"),
         ("recipe.yaml", "--out recipe.yaml is the same as the recipe"),
         ("to-model", "--out to-model is the same as"),
@@ -160,7 +160,7 @@ def test_select_never_replaces_what_it_reads(work: Path) -> None:
     assert "--seeds (seeds.jsonl)" in untouched(work, [*daar, "--out", "seeds.jsonl"])
     assert "--model (model)" in untouched(work, [*daar, "--out", "model/chosen.jsonl"])
     assert "contains" in untouched(work, [*random, "rows/one.jsonl", "--run", "rows"])
-    assert "lies inside the run folder" in untouched(work, [*random, "pool.jsonl", "--out", "run/rows.parquet"])
+    assert "is inside the run folder" in untouched(work, [*random, "pool.jsonl", "--out", "run/rows.parquet"])
 
 
 def test_select_may_replace_an_ordinary_file(work: Path) -> None:
@@ -176,7 +176,7 @@ def test_keep_replaces_neither_the_pool_nor_the_run(work: Path) -> None:
     keep = ["keep", "run", "--keep", "5"]
     assert "the run's pool (pool.jsonl)" in untouched(work, [*keep, "--out", "pool.jsonl"])
     untouched(work, [*keep, "--out", "hard.jsonl"])
-    assert "lies inside the run folder run" in untouched(work, [*keep, "--out", "run/selected.jsonl"])
+    assert "is inside the run folder run" in untouched(work, [*keep, "--out", "run/selected.jsonl"])
     assert siftune([*keep, "--out", "five.jsonl", "--quiet"]).code == 0
 
 
@@ -198,7 +198,7 @@ def test_score_reference_replaces_only_its_own_table(work: Path) -> None:
     words = ["score-reference", "recipe.yaml", "--reference", "model", "--set", "train=rows.parquet"]
     assert "is the same as train (rows.parquet)" in untouched(work, [*words, "--out", "rows.parquet"])
     assert "exists and has no reference.parquet.made-by.json beside it" in untouched(work, words)
-    assert "lies inside" in untouched(work, [*words, "--out", "model/table.parquet"])
+    assert "is inside" in untouched(work, [*words, "--out", "model/table.parquet"])
     Path("table.parquet.parts").mkdir()
     Path("table.parquet.parts/notes.txt").write_text("mine")
     words += ["--out", "table.parquet"]
@@ -234,7 +234,7 @@ def test_compare_replaces_nothing_that_it_reads(work: Path) -> None:
     Path("study/page.md").write_text("mine")
     Path("figures").mkdir()
     Path("figures/pool.jsonl").write_bytes(Path("study/pool-sums.jsonl").read_bytes())
-    assert "lies inside" in untouched(
+    assert "is inside" in untouched(
         work, ["compare", "study/study.yaml", "--run", "run", "--out", "study/model/a.md"]
     )
     words = ["compare", "study/study.yaml", "--set", "pool.sums=figures/pool.jsonl", "--run", "run", "--out", "page.md"]
@@ -283,7 +283,7 @@ def test_demo_takes_no_folder_of_the_users(work: Path) -> None:
     Path("mine/data/pool.jsonl").write_text("mine")
     words = ["demo", "--rows", "100", "--steps", "0", "--run", "mine"]
     assert "--run mine holds data" in untouched(work, words)
-    assert "lies inside the run folder" in untouched(work, [*words, "--out", "mine/data/pool.jsonl"])
+    assert "is inside the run folder" in untouched(work, [*words, "--out", "mine/data/pool.jsonl"])
 
 
 Save = Callable[[Path], object]

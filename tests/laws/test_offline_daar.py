@@ -212,8 +212,8 @@ def test_the_callers_thread_count_changes_no_bit(method: StubDaaR, fitted: StubD
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"seeds": None}, "give seeds=FILE"),
-        ({"seeds": None, "domains": {"a": "x", "b": "y"}}, "give generator=MODEL"),
+        ({"seeds": None}, "set seeds=FILE"),
+        ({"seeds": None, "domains": {"a": "x", "b": "y"}}, "set generator=MODEL"),
         ({"seeds": {"left": [row("left", 1)]}}, "1 domain"),
         ({"seeds": {}}, "no row"),
         ({"seeds": {"left": "text"}}, "not a list of rows"),

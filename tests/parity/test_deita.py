@@ -107,7 +107,7 @@ def test_the_rating_tokens_are_looked_up_in_both_forms() -> None:
     assert rating_tokens(Words(split), "m") == [[10 + k] for k in range(1, 7)]
     half = {str(k): [10 + k] for k in range(1, 7)} | {f" {k}": [20 + k] for k in range(1, 4)}
     assert rating_tokens(Words(half), "m") == [[10 + k] for k in range(1, 7)]
-    with pytest.raises(UserError, match="no tokens of their own"):
+    with pytest.raises(UserError, match="no single tokens for 1 to 6"):
         rating_tokens(Words({"1": [1]}), "m")
 
 

@@ -212,8 +212,8 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path: Path, monkeypatch: pytest
         ({"layer": 9}, two, "layer=9"),
         ({"label_column": "absent"}, two, "no row has a label in column 'absent'"),
         ({}, one, "at least 2 domains"),
-        ({}, make_pool([row("a"), row("b\nc", 1)]), "holds text, no domains"),
-        ({}, make_pool([row("a"), row("b" * 101, 1)]), "holds text, no domains"),
+        ({}, make_pool([row("a"), row("b\nc", 1)]), "holds text, not domains"),
+        ({}, make_pool([row("a"), row("b" * 101, 1)]), "holds text, not domains"),
     ):
         with pytest.raises(UserError, match=said):
             InterDiversity(**{"model": folder, "label_column": "kind", **settings}).fit(pool)

@@ -162,7 +162,7 @@ def test_a_server_that_fails_for_now_is_one_sentence_and_the_rerun_goes_on(
         (["--generator", "./nowhere"], "generator='./nowhere' is not a folder here"),
         (["--generator", "https://me:pw@host/v1"], "OPENAI_API_KEY"),
         (["--generator", "./model", "--domains", "none.yaml"], "domains none.yaml cannot be read"),
-        (["--domains", "domains.yaml"], "give generator=MODEL"),
+        (["--domains", "domains.yaml"], "set generator=MODEL"),
         (["--generator", "./model", "--quota", "cooking=50%"], "names the domain 'cooking'"),
     ],
 )

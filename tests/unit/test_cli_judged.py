@@ -100,7 +100,7 @@ def test_a_server_that_goes_away_stops_with_a_sentence(pool: Path, capsys: pytes
 
 def test_what_is_wrong_is_said_before_anything_is_asked(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
-        ([], "alpagasus needs a chat model that judges"),
+        ([], "alpagasus needs a chat model as judge"),
         (["--judge-url", "nowhere"], "judge_url='nowhere'"),
         (["--judge", "m", "--prompt", "missing.txt"], "missing.txt"),
         (["--judge", "m", "--price", "cheap"], "--price"),

@@ -54,7 +54,7 @@ def test_fill_is_one_pass() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("law: Only one.", "holds 1 domain; give at least 2"),
+        ("law: Only one.", "holds 1 domain; describe at least 2"),
         ("- law\n- music", "holds a list"),
         ("law: [", "is not YAML"),
         ("no: Norwegian.\nmusic: Notes.", "the key False, which YAML does not read as text; put it in quotes"),

@@ -87,7 +87,7 @@ def test_real_rows_of_one_domain_are_joined_by_written_ones(tmp_path: Path) -> N
     assert Counter((row["domain"], row["how"]) for row in written)["law", "real"] == 9
     assert all(request.messages[-1][1].count('belong to the domain "law"') == 0 for request in writer.asked)
     path.write_text(json.dumps({**rows[0], "domain": "food"}))
-    with pytest.raises(UserError, match="'food', which the generator is told nothing of"):
+    with pytest.raises(UserError, match="'food', which the generator has no description of"):
         stage(tmp_path, seeds=path).check()
 
 

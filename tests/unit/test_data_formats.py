@@ -127,7 +127,7 @@ def test_a_format_can_be_said(tmp_path: Path) -> None:
     pool = load_pool(path, format="text")
     assert pool.format == "text"
     assert pool.read([0])[0].output == "as text"
-    with pytest.raises(UserError, match="format='chat' is not known; give one of messages"):
+    with pytest.raises(UserError, match="format='chat' is not known; use one of messages"):
         load_pool(path, format="chat")
     with pytest.raises(UserError, match="but the text format has text"):
         check_format("text", {"output": "x"})

@@ -134,7 +134,7 @@ FAILING: list[tuple[str, Callable[[Path], Any], str]] = [
     ("missing", lambda p: p / "no.jsonl", "no.jsonl does not exist"),
     ("missing folder", lambda p: p / "no", "no does not exist"),
     ("hub", lambda p: "owner/name-that-is-not", "neither a file nor a folder here, and its split train"),
-    ("unknown kind", lambda p: _put(p / "a.docx", b"x"), "is of no known kind; give .jsonl"),
+    ("unknown kind", lambda p: _put(p / "a.docx", b"x"), "is not known; use .jsonl"),
     ("empty folder", lambda p: p, "holds no file that can be read"),
     ("glob", lambda p: str(p / "*.jsonl"), "matches no file"),
     ("empty", lambda p: _put(p / "a.jsonl", b""), "holds no rows"),
@@ -150,7 +150,7 @@ FAILING: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no objects", lambda p: _put(p / "a.jsonl", b"x\ny\n"), "none of the 2 rows has a known format"),
     ("unknown columns", lambda p: _put(p / "a.jsonl", b'{"q": 1, "a": 2}\n'), "has q, a, where messages or instruction\\+output or"),
     ("twice a column", lambda p: _put(p / "a.csv", b"text,text\na,b\n"), "names the column 'text' twice"),
-    ("a number", lambda p: 3, "a int is no source of rows"),
+    ("a number", lambda p: 3, "a int is not a source of rows"),
     ("no source", lambda p: [], "the list of sources is empty"),
     ("NUL in the name", lambda p: "a\0b", "is not a path"),
 ]  # fmt: skip
@@ -230,7 +230,7 @@ def test_every_kind_of_bad_line_has_its_reason_and_place(tmp_path: Path, line: b
     with pytest.raises(UserError) as told:
         load_pool(path)
     assert str(told.value) == (
-        f"{path}, line 3: {reason}; 1 of 3 rows are bad (1 {kind}); mend them or pass --on-bad-row skip"
+        f"{path}, line 3: {reason}; 1 of 3 rows are bad (1 {kind}); fix them or pass --on-bad-row skip"
     )
 
 
@@ -410,7 +410,7 @@ def test_a_row_that_is_damaged_after_loading_is_one_sentence_and_the_next_load_s
     data = bytearray(file.read_bytes())
     data[-8 if name == "offsets.npy" else -4] ^= 4
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"is damaged; run the same command again, which writes it anew"):
+    with pytest.raises(UserError, match=r"is damaged; run the same command again to rewrite it"):
         pool.read([4])
     assert load_pool(path).read([4])[0].instruction == ROWS[4]["instruction"]
 

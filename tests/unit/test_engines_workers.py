@@ -16,7 +16,7 @@ import pytest
 from siftune.engines import check_engine, gpus_for, make_engine
 from siftune.engines.local import LocalEngine
 from siftune.engines.ray import room_for
-from siftune.engines.retry import MOST_POISONED, Done, Failed, course
+from siftune.engines.retry import MAX_FAILING_ROWS, Done, Failed, retry_policy
 from siftune.engines.shard import Work, math_threads
 from siftune.errors import UserError
 from siftune.models.store import Store
@@ -165,7 +165,7 @@ def test_a_task_that_always_fails_raises_and_does_not_blame_rows(tmp_path: Path)
 
 def test_too_many_poisoned_rows_are_no_matter_of_rows(tmp_path: Path) -> None:
     words = dict.fromkeys(range(0, 200, 20), "raise")
-    assert len(words) > MOST_POISONED
+    assert len(words) > MAX_FAILING_ROWS
     with pytest.raises(ValueError, match="poisoned"):
         run(LocalEngine(), fresh(tmp_path / "many"), pool_of(400, words))
 
@@ -174,7 +174,7 @@ def test_a_failure_of_rows_together_is_not_put_down_to_one() -> None:
     pool, shard = pool_of(64), Shard(0, 0, 64)
 
     def drive() -> None:
-        way = course(pool, shard)
+        way = retry_policy(pool, shard)
         left_out = next(way)
         for _ in range(50):
             few = 64 - len(left_out) <= 20
@@ -196,9 +196,9 @@ def test_an_attempt_without_some_rows_is_not_kept_as_the_shard(tmp_path: Path) -
     work = Work(fresh(tmp_path / "task"), pool, store, threads=1)
     shard = pool.shards()[0]
     work.attempt(shard, {3: "left out"})
-    assert work.found(shard) is None
+    assert work.load(shard) is None
     work.attempt(shard, {})
-    assert work.found(shard) is not None
+    assert work.load(shard) is not None
 
 
 def test_a_task_with_a_journal_stays_in_this_process(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_gpus_are_dealt_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"workers": 0}, "--workers 0"),
         ({"worker_cpus": -1.0}, "--worker-cpus -1"),
         ({"worker_gpus": float("nan")}, "--worker-gpus nan"),
-        ({"ray_address": "auto"}, "goes with --engine ray"),
+        ({"ray_address": "auto"}, "needs --engine ray"),
     ],
 )
 def test_options_that_make_no_sense(said: dict[str, Any], match: str) -> None:

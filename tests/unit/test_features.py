@@ -126,7 +126,7 @@ def test_what_has_no_features_says_why(llama: Path) -> None:
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "llama", vocabulary=100)
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="use the model's own tokenizer"):
         extract(Backbone(str(folder)), ["漢"])
 
 

@@ -247,7 +247,7 @@ def test_every_kind_of_file_is_refused(tmp_path: Path, refused: Any, content: di
 def test_a_command_is_named_on_the_command_line_alone(tmp_path: Path, refused: Any) -> None:
     config = written(tmp_path / "config.yaml", {"tune": "touch mark {train_file} {out_model}"})
     words = ["loop", "daar", "pool.jsonl", "--model", "m", "--config", config]
-    assert "tune names a command to run, which no file may; give --tune on the command line" in refused(*words)
+    assert "tune names a command to run, which no file may; pass --tune on the command line" in refused(*words)
 
 
 @pytest.mark.parametrize(

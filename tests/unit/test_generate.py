@@ -226,9 +226,9 @@ def test_keys_hang_on_the_model_and_the_question(folder: Path, tmp_path: Path) -
     ("spec", "said"),
     [
         ("./nowhere", "generator='./nowhere' is not a folder here"),
-        ("ftp://host/v1", "no address"),
+        ("ftp://host/v1", "not a supported address"),
         (" ", "names no model"),
-        ("http:///v1", "no server's address"),
+        ("http:///v1", "not a server's address"),
         ("http://me:secret@host/v1", "OPENAI_API_KEY"),
     ],
 )

@@ -183,7 +183,7 @@ def test_a_nested_line_is_damage(tmp_path: Path) -> None:
 def test_another_file_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="no journal"), Journal(path):
+    with pytest.raises(UserError, match="not a journal"), Journal(path):
         pass
     assert path.read_bytes() == content
 

@@ -473,8 +473,8 @@ def test_a_server_that_dies_and_comes_back() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "needs a chat model that judges; give judge=MODEL"),
-        ({"judge_url": "localhost:8000"}, "judge_url='localhost:8000' is no server's address"),
+        ({}, "needs a chat model as judge; set judge=MODEL"),
+        ({"judge_url": "localhost:8000"}, "judge_url='localhost:8000' is not a server's address"),
         ({"judge_url": "http://a/v1", "judge": "http://b/v1"}, "two judges"),
         ({"judge_url": "http://a/v1#m", "judge": "n"}, "two judges"),
         ({"judge": "ftp://x"}, "judge='ftp://x'"),

@@ -70,7 +70,7 @@ def test_a_model_with_code_of_its_own_is_refused_in_one_sentence(
         assert main(words) == 2, words
         err = capsys.readouterr().err
         assert err.count("\n") == 1
-        assert "it needs Python code of its own; read that code, then pass trust_remote_code=True" in err
+        assert "it needs its own Python code; read that code, then pass trust_remote_code=True" in err
     assert not (folder / "mark").exists()
 
 

@@ -42,12 +42,12 @@ def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("data/pool.jsonl", "link.jsonl", "is the same as the input (link.jsonl)"),
         ("data/pool.jsonl", "data/*.jsonl", "is the same as"),
         ("hard.jsonl", "data", "is the same as"),
-        ("data/new.jsonl", "data", "lies inside the input (data)"),
-        ("door/new.jsonl", "data", "lies inside"),
-        ("model/deep/er/run", Path("model"), "lies inside"),
+        ("data/new.jsonl", "data", "is inside the input (data)"),
+        ("door/new.jsonl", "data", "is inside"),
+        ("model/deep/er/run", Path("model"), "is inside"),
         ("data", "data/pool.jsonl", "contains the input (data/pool.jsonl)"),
         (".", "model", "contains"),
-        ("base/out", "adapter", "lies inside the input (base)"),
+        ("base/out", "adapter", "is inside the input (base)"),
         ("base", "adapter", "is the same as the input (base)"),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_subset_never_replaces_its_pool(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_only_ordinary_files_are_replaced() -> None:
     os.mkfifo("pipe")
-    with pytest.raises(UserError, match="pipe is no ordinary file"), atomic_path("pipe"):
+    with pytest.raises(UserError, match="pipe is not a regular file"), atomic_path("pipe"):
         pass
     assert Path("pipe").is_fifo()
 

@@ -285,7 +285,7 @@ def test_bad_input_is_one_sentence(run: Path, tmp_path: Path) -> None:
         ({"run_folder": tmp_path / "runs"}, "it holds runs: one; give one of them"),
         ({"run_folder": run, "map_rows": 30_000}, "map_rows=30000 is not between 0 and 20,000"),
         ({"run_folder": run, "rows": "x.jsonl"}, "--rows x.jsonl is for a trainer's OUTPUT_DIR"),
-        ({"run_folder": run, "out": tmp_path}, "is a folder; give the path of a file"),
+        ({"run_folder": run, "out": tmp_path}, "is a folder; pass the path of a file"),
     ):
         with pytest.raises(UserError, match=re.escape(said)) as error:
             report.write(**arguments)  # type: ignore[arg-type]

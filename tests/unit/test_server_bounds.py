@@ -115,7 +115,7 @@ DEEP = b'{"choices": ' + b"[" * 200_000
 WRONG = [
     (DEEP, "nested too deeply"),
     (b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
-    (b'"text"', "no JSON object"),
+    (b'"text"', "not a JSON object"),
     (b"\xff\xfe", "not JSON"),
     (b'{"n": ' + b"9" * 5000 + b"}", "not JSON"),
     (completion(choices=None), "no choices"),

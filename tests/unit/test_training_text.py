@@ -186,8 +186,8 @@ def test_what_the_model_sees_when_asked_is_what_comes_before_the_answer() -> Non
 def test_forms_that_rows_and_model_cannot_take_are_refused() -> None:
     bare, chat = tiny_tokenizer(template=False), tiny_tokenizer()
     for said, tokenizer, format, why in (
-        ("chats", chat, "alpaca", "text='chats' is not known; give one of auto, chat, prompt"),
-        ("chat", bare, "alpaca", "model='m' has none; give text: prompt"),
+        ("chats", chat, "alpaca", "text='chats' is not known; use one of auto, chat, prompt"),
+        ("chat", bare, "alpaca", "model='m' has none; set text: prompt"),
         ("auto", bare, "messages", "the rows are messages and model='m' has no chat template"),
         ("chat", chat, "text", "rows of plain text have none"),
     ):

@@ -196,7 +196,7 @@ def test_a_merged_adapter_replaces_only_a_merged_adapter(monkeypatch: pytest.Mon
     for out, why in (
         ("mine", "holds README.md, which siftune did not write"),
         ("base", "holds model.safetensors"),
-        ("base/merged", "lies inside"),
+        ("base/merged", "is inside"),
         ("adapter", "holds adapter_config.json"),
         (".", "is the working folder"),
         ("mine/README.md", "is a file"),

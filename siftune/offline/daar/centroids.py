@@ -40,7 +40,7 @@ def centroids(embedding_SD: Floats, labels_S: NDArray[np.integer[Any]], domains:
             if np.array_equal(centroids_KD[first], centroids_KD[second]):
                 raise UserError(
                     f"the domains {domains[first]!r} and {domains[second]!r} have the same centroid; "
-                    "give them different seed rows"
+                    "use different seed rows for them"
                 )
     return centroids_KD
 

@@ -126,14 +126,14 @@ def read_descriptions(source: DomainSource | None = None) -> Descriptions:
     check_keys(said, PARTS, place)
     settings = said.get("settings") or {}
     if not isinstance(settings, Mapping):
-        raise UserError(f"{place}: settings holds no mapping; write one `name: value` a line")
+        raise UserError(f"{place}: settings is not a mapping; write one `name: value` a line")
     domains = _domains(said["domains"], place) if "domains" in said else _domains(shipped["domains"], "domains.yaml")
     return Descriptions(domains, _wording(said.get("prompts"), default, place), dict(settings))
 
 
 def _domains(said: Any, place: str) -> tuple[Domain, ...]:
     if not isinstance(said, Mapping):
-        raise UserError(f"{place}: domains holds no mapping; write one `name: one sentence` a line")
+        raise UserError(f"{place}: domains is not a mapping; write one `name: one sentence` a line")
     found = []
     for name, value in said.items():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
@@ -146,7 +146,7 @@ def _domains(said: Any, place: str) -> tuple[Domain, ...]:
             raise UserError(f"{place} gives the domain {name!r} no description; write one sentence")
         found.append(Domain(name, " ".join(value.split()), _threshold(threshold, f"{place}, domain {name}")))
     if len(found) < 2:
-        raise UserError(f"{place} holds {len(found)} domain; give at least 2")
+        raise UserError(f"{place} holds {len(domains)} domain; describe at least 2")
     return tuple(found)
 
 
@@ -163,11 +163,11 @@ def _wording(said: Any, default: Wording, place: str) -> Wording:
     if said is None:
         return default
     if not isinstance(said, Mapping):
-        raise UserError(f"{place}: prompts holds no mapping; give {', '.join(PROMPTS)}")
+        raise UserError(f"{place}: prompts is not a mapping; use {', '.join(PROMPTS)}")
     check_keys(said, tuple(PROMPTS), f"{place}, prompts")
     for name, text in said.items():
         if not isinstance(text, str) or (name in ("seeds", "augment", "example") and not text.strip()):
-            raise UserError(f"{place}: the prompt {name} is no text")
+            raise UserError(f"{place}: the prompt {name} is not a text")
         words = set(re.findall(r"\{(\w+)\}", text))
         if wrong := sorted(words - set(PROMPTS[name])):
             raise UserError(

@@ -71,7 +71,7 @@ def draw_probe_set(pool: Pool, probe_rows: int, *, seed: int) -> Pool:
     """
     usable = len(pool) - len(pool.reasons)
     if usable < 2:
-        raise UserError(f"the pool has {usable} usable rows, and probes need at least 2; give a larger pool")
+        raise UserError(f"the pool has {usable} usable rows, and probes need at least 2; use a larger pool")
     count = min(probe_rows, usable, max(usable // 2, FEWEST_ROWS))
     rows = draw(pool, count, seed=seed, purpose="probe set")
     source = PickedRows(pool.source, rows)

@@ -66,7 +66,7 @@ class ScoreTask:
         width = self.learned.domain_probe.width
         if hidden_BD.shape[1] != width:
             raise UserError(
-                f"the model's features have width {hidden_BD.shape[1]}, the probes {width}; give their model"
+                f"the model's features have width {hidden_BD.shape[1]}, the probes {width}; use the model that the probes were fitted on"
             )
         sound = np.flatnonzero(np.isfinite(hidden_BD).all(axis=1))
         rows_BD = torch.from_numpy(np.ascontiguousarray(hidden_BD[sound], dtype=np.float32))

@@ -65,7 +65,7 @@ def read_seeds(seeds: SeedSource, *, cache: str | Path | None = None, fewest: in
     domains = tuple(dict.fromkeys(str(name) for name in names))
     if len(domains) < fewest:
         raise UserError(
-            f"seeds hold {len(domains)} domain ({', '.join(domains)}); give rows of at least {fewest} domains"
+            f"seeds hold {len(domains)} domain ({', '.join(domains)}); add rows of at least {fewest} domains"
         )
     index = {name: number for number, name in enumerate(domains)}
     return Seeds(pool, domains, np.array([index[str(name)] for name in names], dtype=np.int64))
@@ -77,8 +77,8 @@ def _as_dataset(seeds: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
 
     for name, rows in seeds.items():
         if isinstance(rows, (str, Mapping)) or not all(isinstance(row, Mapping) for row in rows):
-            raise UserError(f"seeds[{name!r}] is not a list of rows; give dicts such as {{'instruction': ..., ...}}")
+            raise UserError(f"seeds[{name!r}] is not a list of rows; pass dicts such as {{'instruction': ..., ...}}")
     flat = [{**row, DOMAIN: name} for name, rows in seeds.items() for row in rows]
     if not flat:
-        raise UserError("seeds hold no row; give at least one row for each of two domains")
+        raise UserError("seeds hold no row; add at least one row for each of two domains")
     return Dataset.from_list(flat)

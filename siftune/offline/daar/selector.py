@@ -112,17 +112,17 @@ class DaaR(OfflineMethod):
             ("probe_text", self.probe_text, (None, "plain", "labelled")),
         ):
             if value not in known:
-                raise UserError(f"{name}={value!r} is not known; give {' or '.join(str(k) for k in known if k)}")
+                raise UserError(f"{name}={value!r} is not known; use {' or '.join(str(k) for k in known if k)}")
         if self.probe_rows < 2:
-            raise UserError(f"probe_rows={self.probe_rows} is too few to fit a probe on; give at least 2")
+            raise UserError(f"probe_rows={self.probe_rows} is too few to fit a probe on; set it to at least 2")
         self._training().check()
         if self.generator is not None:
             return self._stage_one().check()
         if self.domains is not None:
-            raise UserError("domains= describes domains to a generator, and there is none; give generator=MODEL")
+            raise UserError("domains= describes domains to a generator, and none is set; set generator=MODEL")
         if self.seeds is None:
             raise UserError(
-                'give seeds=FILE, JSONL rows with a "domain" beside their own fields, or generator=MODEL to write them'
+                'set seeds=FILE, JSONL rows with a "domain" beside their own fields, or generator=MODEL to write them'
             )
         return read_seeds(self.seeds, cache=self.cache)
 

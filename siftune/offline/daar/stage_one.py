@@ -76,7 +76,7 @@ class StageOne:
         seeds = read_seeds(self.seeds, cache=self.cache, fewest=1)
         if unknown := [name for name in seeds.domains if name not in descriptions.names]:
             raise UserError(
-                f"seeds name the domain {unknown[0]!r}, which the generator is told nothing of; describe it in "
+                f"seeds name the domain {unknown[0]!r}, which the generator has no description of; describe it in "
                 "domains=FILE, or leave generator out to use the seeds alone"
             )
         found: dict[str, list[dict[str, str]]] = {name: [] for name in seeds.domains}

@@ -99,7 +99,7 @@ class Learned:
         """What `save` wrote, and the settings. Raises `UserError` when the folder does not hold a whole fit."""
         folder = Path(folder)
         if not (folder / FACTS).is_file():
-            raise UserError(f"{folder} holds no {FACTS}; give the run folder of a finished `siftune select daar`")
+            raise UserError(f"{folder} holds no {FACTS}; pass the run folder of a finished `siftune select daar`")
         facts = read_json(folder / FACTS)
         if facts.get("version") != VERSION:
             raise UserError(f"{folder / FACTS} has version {facts.get('version')!r}, not {VERSION}; fit it again")

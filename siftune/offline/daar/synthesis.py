@@ -66,13 +66,13 @@ class Synthesis:
         for name in ("seeds", "rows", "window", "attempts", "at_once", "max_new_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name == "attempts" else 1):
-                raise UserError(f"synthesis: {name}={value!r} is no number of at least 1; mend it")
+                raise UserError(f"synthesis: {name}={value!r} must be a number of at least 1")
         for name, top in (("threshold", 1.0), ("top_p", 1.0), ("temperature", 5.0), ("further_temperature", 5.0)):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value <= top:
                 raise UserError(f"synthesis: {name}={value!r} is not in (0, {top:g}]")
         if self.space not in ("last-layer", "embedding"):
-            raise UserError(f"synthesis: space={self.space!r} is not known; give last-layer or embedding")
+            raise UserError(f"synthesis: space={self.space!r} is not known; use last-layer or embedding")
         if self.rows < self.seeds:
             raise UserError(f"synthesis: rows={self.rows} is below seeds={self.seeds}; raise it")
 
@@ -240,7 +240,7 @@ class Writing:
         if failed:
             raise UserError(
                 f"the generator left {len(failed)} of {len(flat)} requests without a reply ({failed[0].key}: "
-                f"{failed[0].error}); run the same command again, the replies that came are kept"
+                f"{failed[0].error}); run the same command again, the replies received so far are kept"
             )
         found = {name: [came[request.key] for request in some] for name, some in requests.items()}
         for name, replies in found.items():
