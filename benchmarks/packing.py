@@ -27,7 +27,7 @@ from machine import describe
 from steps import build, make_trainable, paired
 
 import siftune
-from siftune.models.hidden_states import real_tokens, take_apart, walk
+from siftune.models.hidden_states import iter_hidden_states, real_tokens, unwrap_model
 from siftune.models.layout import layout_of, with_layout
 
 LONGEST = 512
@@ -95,7 +95,7 @@ def measure(name: str, lengths: list[int], size: int, repeats: int) -> tuple[lis
         )
     line = with_layout(batches["packed"])
     works["scoring"] = lambda: selectors["packed"].score(model, batches["packed"])
-    works["forward"] = lambda: [None for _ in walk(take_apart(model), line, real_tokens(line))]
+    works["forward"] = lambda: [None for _ in iter_hidden_states(unwrap_model(model), line, real_tokens(line))]
     spent = paired(works, repeats=repeats, device="cpu")
     assert len(layout_of(batches["packed"])) == size
     share = sum(lengths[:size]) / (size * max(lengths[:size]))

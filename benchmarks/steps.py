@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 import siftune
 from siftune.models.head import factorise, read_head
-from siftune.models.hidden_states import real_tokens, take_apart, walk
+from siftune.models.hidden_states import iter_hidden_states, real_tokens, unwrap_model
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -125,8 +125,8 @@ class Step:
 
     def forward(self) -> None:
         """The candidates' forward pass alone, as scoring needs it."""
-        for _ in walk(
-            take_apart(self.model), self.batch, real_tokens(self.batch), score_tokens=self.keep * self.columns
+        for _ in iter_hidden_states(
+            unwrap_model(self.model), self.batch, real_tokens(self.batch), score_tokens=self.keep * self.columns
         ):
             pass
 
@@ -137,7 +137,7 @@ class Step:
 
     def refresh(self) -> None:
         """What a trained head costs once per step: its Gram factor and its sketch."""
-        head = read_head(take_apart(self.model))
+        head = read_head(unwrap_model(self.model))
         assert head is not None
         with torch.no_grad():
             factorise(head)

@@ -26,7 +26,7 @@ from machine import describe
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from siftune.models.head import Head, factorise, read_head
-from siftune.models.hidden_states import take_apart, walk
+from siftune.models.hidden_states import iter_hidden_states, unwrap_model
 from siftune.online import logit_access
 from siftune.online.nuclear import lanczos_norms, norms
 from siftune.online.sketch import Sketch
@@ -74,14 +74,14 @@ class Replayed:
     """Stands in for the forward: hands out hidden states made before, so that only what comes after is timed."""
 
     def __init__(self, model: Any, batch: dict[str, torch.Tensor]) -> None:
-        self.chunks = list(walk(take_apart(model), batch, batch["attention_mask"].bool().cpu()))
+        self.chunks = list(iter_hidden_states(unwrap_model(model), batch, batch["attention_mask"].bool().cpu()))
 
     def __enter__(self) -> None:
-        self.original = logit_access.walk
-        logit_access.walk = lambda *_, **__: iter(self.chunks)  # type: ignore[assignment]
+        self.original = logit_access.iter_hidden_states
+        logit_access.iter_hidden_states = lambda *_, **__: iter(self.chunks)  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
-        logit_access.walk = self.original
+        logit_access.iter_hidden_states = self.original
 
 
 def cap_head(model: Any, cap: float = 30.0) -> None:
@@ -101,7 +101,7 @@ def heads(args: argparse.Namespace, shape: dict[str, int]) -> dict[str, Any]:
     first = spent(lambda: uds.select(model, batch), args.device)
 
     def forward() -> None:
-        list(walk(take_apart(model), batch, wanted))
+        list(iter_hidden_states(unwrap_model(model), batch, wanted))
 
     def scored(selector: UDS) -> Callable[[], Any]:
         def run() -> None:
@@ -116,11 +116,11 @@ def heads(args: argparse.Namespace, shape: dict[str, int]) -> dict[str, Any]:
     model.lm_head.weight.requires_grad_(True)
     trained = in_turn({"scores": scored(UDS(keep=1))}, args.device, args.rounds)["scores"]
     model.lm_head.weight.requires_grad_(False)
-    head = read_head(take_apart(model))
+    head = read_head(unwrap_model(model))
     assert head is not None
     exact, naive = naive_row(head, replay.chunks[0].states[0], args.device)
     cap_head(model)
-    capped = read_head(take_apart(model))
+    capped = read_head(unwrap_model(model))
     assert capped is not None
 
     def logits() -> None:

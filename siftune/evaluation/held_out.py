@@ -27,7 +27,7 @@ from ..data.formats import BadRow
 from ..data.load import load_pool
 from ..errors import UserError
 from ..models.features import batches
-from ..models.hidden_states import exact_math, predicting_tokens, take_apart
+from ..models.hidden_states import exact_math, predicting_tokens, unwrap_model
 from ..models.load import quiet
 from ..models.tokenize_rows import IGNORED, Encoder, check_text
 from ..online.logit_access import View
@@ -178,7 +178,7 @@ def measure(model: torch.nn.Module, encoded: Encoded, *, token_budget: int = 819
 
 def positions(model: torch.nn.Module) -> int:
     """Tokens of a sequence that the model can read; a very large number where it does not say."""
-    said = getattr(take_apart(model).config, "max_position_embeddings", None)
+    said = getattr(unwrap_model(model).config, "max_position_embeddings", None)
     return said if isinstance(said, int) and said > 0 else 1 << 30
 
 
@@ -203,7 +203,7 @@ def sums(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Per row: summed cross-entropy, answer tokens predicted right, answer tokens. Shape `(R,)` each, float64."""
     loss_R, right_R, tokens_R = (np.zeros(len(rows)) for _ in range(3))
-    known, largest = int(take_apart(model).config.vocab_size), max((max(ids) for ids, _ in rows), default=-1)
+    known, largest = int(unwrap_model(model).config.vocab_size), max((max(ids) for ids, _ in rows), default=-1)
     if largest >= known:
         raise UserError(
             f"the tokenizer gives token {largest}, and the model knows {known}; the two do not belong together"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..models.hidden_states import real_tokens, take_apart, walk
+from ..models.hidden_states import iter_hidden_states, real_tokens, unwrap_model
 from ..models.layout import LaidOut, Span
 from ..models.repack import join_segments
 from ..models.sharded import is_sharded
@@ -52,11 +52,11 @@ def describe_packed(selector: OnlineMethod, batches: Sequence[LaidOut], model: t
         f"{sum(tokens)} tokens in {len(batches)} micro-batch{'es' if len(batches) > 1 else ''} and trains on "
         f"{sum(kept)} rows{budget}"
     )
-    if not selector.needs_forward or is_sharded(take_apart(model).called):  # a forward pass would need every rank
+    if not selector.needs_forward or is_sharded(unwrap_model(model).called):  # a forward pass would need every rank
         return line
     if (apart := separates(model, batches)) is None or apart:
         return line
-    attention = getattr(take_apart(model).config, "_attn_implementation", None)
+    attention = getattr(unwrap_model(model).config, "_attn_implementation", None)
     return (
         f"{line}\nsiftune: this model reads across the rows of a packed line (attn_implementation={attention!r}), so a row is "
         "scored, as it is trained, in the context of the rows before it; flash_attention_2 keeps them apart"
@@ -80,10 +80,10 @@ def separates(model: torch.nn.Module, batches: Sequence[LaidOut]) -> bool | None
     alone = _states(model, join_segments([(batch, second)], like=batch))[-1]
     distance = float((behind.double() - alone.double()).norm() / alone.double().norm().clamp_min(1e-12))
     apart = distance <= _CLOSE.get(alone.dtype, 1e-3)
-    config = take_apart(model).config
+    config = unwrap_model(model).config
     if not apart and is_recurrent(config):
         raise UserError(
-            f"{type(take_apart(model).causal).__name__} carries a state from one packed row to the next, so its rows cannot be "
+            f"{type(unwrap_model(model).causal).__name__} carries a state from one packed row to the next, so its rows cannot be "
             "told apart; set packing and padding_free to False"
         )
     return apart
@@ -115,6 +115,6 @@ def _pair(batches: Sequence[LaidOut]) -> tuple[LaidOut, Span, Span] | None:
 def _states(model: torch.nn.Module, batch: LaidOut) -> list[torch.Tensor]:
     """Final hidden states of each segment, in order."""
     states: dict[int, torch.Tensor] = {}
-    for chunk in walk(take_apart(model), batch, real_tokens(batch)):
+    for chunk in iter_hidden_states(unwrap_model(model), batch, real_tokens(batch)):
         states |= dict(zip(chunk.rows, chunk.states, strict=True))
     return [states[row] for row in sorted(states)]

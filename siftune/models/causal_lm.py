@@ -26,7 +26,7 @@ from . import chat
 from .backbone import Backbone, DType
 from .features import TOKEN_BUDGET, batches
 from .head import read_head
-from .hidden_states import Parts, exact_math, take_apart, walk, walk_logits
+from .hidden_states import ModelParts, exact_math, iter_hidden_states, iter_logits, unwrap_model
 from .load import WEIGHT_FILES, loading, quiet
 from .tokenise import CUT_CHARACTERS, in_isolation
 
@@ -184,11 +184,11 @@ class CausalLM:
     # --- the weights --------------------------------------------------------------------------------------------------
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ModelParts:
         """The model taken apart into decoder and head, in eval mode, on its device."""
         if "parts" not in self._made:
-            self._made["parts"] = take_apart(_load(self.files))
-        parts: Parts = self._made["parts"]
+            self._made["parts"] = unwrap_model(_load(self.files))
+        parts: ModelParts = self._made["parts"]
         return parts
 
     def release(self) -> None:
@@ -236,7 +236,7 @@ def _load(files: Backbone) -> torch.nn.Module:
 # --- logits and losses ------------------------------------------------------------------------------------------------
 
 
-def head_logits(parts: Parts, states_ND: torch.Tensor) -> torch.Tensor:
+def head_logits(parts: ModelParts, states_ND: torch.Tensor) -> torch.Tensor:
     """The model's own head on hidden states, with its configuration's multiplier and soft cap: float32 `(N, V)`."""
     head = read_head(parts)
     assert head is not None
@@ -248,7 +248,7 @@ def head_logits(parts: Parts, states_ND: torch.Tensor) -> torch.Tensor:
     return logits_NV
 
 
-def _agree(parts: Parts, states_RD: torch.Tensor, logits_RV: torch.Tensor | None) -> bool:
+def _agree(parts: ModelParts, states_RD: torch.Tensor, logits_RV: torch.Tensor | None) -> bool:
     if logits_RV is None:
         return False
     with exact_math(states_RD.device):
@@ -289,7 +289,7 @@ def _batch(
     wanted_BT = np.stack([(place_T >= spans[i][0]) & (place_T < spans[i][1]) for i in members])
     batch, wanted = {"input_ids": torch.from_numpy(ids_BT.astype(np.int64))}, torch.from_numpy(wanted_BT)
     parts = lm.parts
-    for chunk in walk(parts, batch, wanted):
+    for chunk in iter_hidden_states(parts, batch, wanted):
         if not lm.formula_holds(chunk.probe_states, chunk.probe_logits):
             break
         owner_N = np.repeat([members[row] for row in chunk.rows], [len(states) for states in chunk.states])
@@ -303,7 +303,7 @@ def _batch(
             yield owner_N[block], position_N[block], logits_NV
     else:
         return
-    for row, logits_NV in walk_logits(parts, batch, wanted):
+    for row, logits_NV in iter_logits(parts, batch, wanted):
         position_N = np.flatnonzero(wanted_BT[row])
         yield np.full(len(position_N), members[row]), position_N, logits_NV.float()
 

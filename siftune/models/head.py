@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .hidden_states import Parts
+from .hidden_states import ModelParts
 
 BLOCK = 4_000_000
 """Numbers of W in one block of the vocabulary: 16 MB in float32, and products still run at full speed."""
@@ -37,7 +37,7 @@ NOISE = 1e-5
 class Head:
     """One reading of a model's head: references to its weights, no copies.
 
-    >>> head = read_head(take_apart(model))
+    >>> head = read_head(unwrap_model(model))
     >>> head.logits(states, 0, head.vocabulary)      # what the model itself computes
     """
 
@@ -160,7 +160,7 @@ class Head:
 # --- reading a model's head -----------------------------------------------------------------------------------------
 
 
-def read_head(parts: Parts) -> Head | None:
+def read_head(parts: ModelParts) -> Head | None:
     """The head as a linear map with multiplier and soft cap; None where its module is no linear map we can read.
 
     Knows plain linear layers, LoRA on them, and trained copies (`modules_to_save`). Multipliers come from the

@@ -31,7 +31,7 @@ _TRANSPARENT = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class ModelParts:
     """A causal LM taken apart: what scoring hooks, reads and calls."""
 
     called: nn.Module
@@ -63,12 +63,12 @@ class Chunk:
 # --- taking a model apart -------------------------------------------------------------------------------------------
 
 
-def take_apart(model: nn.Module) -> Parts:
+def unwrap_model(model: nn.Module) -> ModelParts:
     """Find decoder and head inside any nesting of DDP, FSDP, PEFT and `torch.compile`.
 
     Raises `UserError` for encoder-decoders, for models without output embeddings and for what is no language model.
 
-    >>> parts = take_apart(peft_model)
+    >>> parts = unwrap_model(peft_model)
     >>> parts.head.weight.shape, parts.config.vocab_size
     """
     called: Any = getattr(model, "_orig_mod", model)  # a compiled outermost wrapper would never fire a hook made later
@@ -92,7 +92,7 @@ def take_apart(model: nn.Module) -> Parts:
     if decoder is causal or not isinstance(decoder, nn.Module):
         raise UserError(f"{kind} does not separate its decoder from its head; use an AutoModelForCausalLM architecture")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return Parts(called, causal, decoder, head, text)
+    return ModelParts(called, causal, decoder, head, text)
 
 
 def _unwrapped(module: Any) -> Any:
@@ -131,7 +131,7 @@ def _real_columns(batch: Batch) -> torch.Tensor:
         diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1).detach().cpu()
         seen = diagonal == 0 if diagonal.is_floating_point() else diagonal != 0
         return seen.expand(ids.shape).clone()
-    found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
     raise UserError(f"attention_mask of {shape} does not match input_ids of {tuple(ids.shape)}; pass one 0/1 per token")
 
 
@@ -155,8 +155,8 @@ def predicting_tokens(batch: Batch) -> torch.Tensor:
 # --- the forward pass -----------------------------------------------------------------------------------------------
 
 
-def walk(
-    parts: Parts,
+def iter_hidden_states(
+    parts: ModelParts,
     batch: Batch,
     wanted: torch.Tensor,
     *,
@@ -189,17 +189,17 @@ def walk(
         yield Chunk([], [], _idle(parts, batch)[:0, -1], None)
 
 
-def _idle(parts: Parts, batch: Batch) -> torch.Tensor:
+def _idle(parts: ModelParts, batch: Batch) -> torch.Tensor:
     """A forward pass of one token, for the sake of the processes that have more to score."""
     one = {"input_ids": batch["input_ids"][:1, :1].to(next(parts.causal.parameters()).device)}
     return _forward(parts, one, last_logits_only=True)[0]
 
 
-def walk_logits(
-    parts: Parts, batch: Batch, wanted: torch.Tensor, *, passes: Passes | None = None
+def iter_logits(
+    parts: ModelParts, batch: Batch, wanted: torch.Tensor, *, passes: Passes | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The model's own logits `(N, V)` of the positions `wanted`, one line at a time: where no formula for the head
-    holds. Candidates that want no position are left out; `passes` as in `walk`."""
+    holds. Candidates that want no position are left out; `passes` as in `iter_hidden_states`."""
     lines = _wanting_lines(batch, wanted)
     more = 0 if passes is None else passes(len(lines)) - len(lines)
     for line in lines:
@@ -263,7 +263,7 @@ def chunks(batch: Batch, wanted: torch.Tensor, score_tokens: int | None) -> Iter
     yield chunk, int(ends[chunk[-1]])
 
 
-def rows_of_batch(parts: Parts, batch: Batch, rows: list[int], width: int) -> dict[str, Any]:
+def rows_of_batch(parts: ModelParts, batch: Batch, rows: list[int], width: int) -> dict[str, Any]:
     """The model's arguments for some rows and the first `width` columns, on the model's device."""
     count, columns = batch["input_ids"].shape
     device = next(parts.causal.parameters()).device
@@ -290,7 +290,7 @@ def accepted_arguments(causal: nn.Module) -> set[str]:
     return {"**" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters}
 
 
-def _forward(parts: Parts, arguments: dict[str, Any], *, last_logits_only: bool) -> tuple[torch.Tensor, Any]:
+def _forward(parts: ModelParts, arguments: dict[str, Any], *, last_logits_only: bool) -> tuple[torch.Tensor, Any]:
     """Decoder output `(R, T', D)` and whatever logits the model gives, with nothing left changed."""
     caught: list[torch.Tensor] = []
 

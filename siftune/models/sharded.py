@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .head import Head, read_head
-from .hidden_states import Parts
+from .hidden_states import ModelParts
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -39,10 +39,10 @@ def most(number: int) -> int:
     return int(found)
 
 
-def gather_head(parts: Parts) -> Head | None:
+def gather_head(parts: ModelParts) -> Head | None:
     """`read_head` of a sharded model: copies of the whole weights. Every process has to call it.
 
-    >>> head = gather_head(take_apart(fully_sharded_model))
+    >>> head = gather_head(unwrap_model(fully_sharded_model))
     """
     with _whole(parts):
         head = read_head(parts)
@@ -62,7 +62,7 @@ def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @contextmanager
-def _whole(parts: Parts) -> Iterator[None]:
+def _whole(parts: ModelParts) -> Iterator[None]:
     """The head's own weights whole in this process, and in pieces again afterwards."""
     first, second = _kinds()
     units = [unit for unit in parts.called.modules() if isinstance(unit, (first, second)) and _holds(unit, parts.head)]

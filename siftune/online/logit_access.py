@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..models.head import Factor, Gram, Head, factorise, read_head
-from ..models.hidden_states import Chunk, Parts, exact_math, take_apart, walk, walk_logits
+from ..models.hidden_states import Chunk, ModelParts, exact_math, iter_hidden_states, iter_logits, unwrap_model
 from ..models.sharded import gather_head, is_sharded, most
 from .sketch import Sketch
 
@@ -99,31 +99,31 @@ class View:
         A row may come twice, when the check fails after some rows: the later one holds. Of a model that is sharded over
         processes all have to walk, to the end; with `fresh` its head is gathered again where training moves it.
         """
-        parts = take_apart(model)
+        parts = unwrap_model(model)
         identity = (id(parts.causal), id(parts.head))
         passes = most if is_sharded(parts.called) else None
         head = read_head(parts) if passes is None else self._gathered(identity, parts, fresh=fresh)
         if head is None:
             self._distrust(identity, f"{type(parts.head).__name__} is no plain linear head")
         if head is not None and (self._holds or self._checked != identity):
-            for chunk in walk(parts, batch, wanted, score_tokens=score_tokens, passes=passes):
+            for chunk in iter_hidden_states(parts, batch, wanted, score_tokens=score_tokens, passes=passes):
                 if self._checked != identity and self._fails(head, parts, chunk, together=passes is not None):
                     break
                 if chunk.rows:
                     yield Seen(chunk.rows, head, [head.inputs(states) for states in chunk.states])
             else:
                 return
-        for row, logits in walk_logits(parts, batch, wanted, passes=passes):
+        for row, logits in iter_logits(parts, batch, wanted, passes=passes):
             yield Seen([row], None, [], logits)
 
-    def _gathered(self, identity: tuple[Any, ...], parts: Parts, *, fresh: bool) -> Head | None:
+    def _gathered(self, identity: tuple[Any, ...], parts: ModelParts, *, fresh: bool) -> Head | None:
         known = self._whole
         if known is None or known[0] != identity or (fresh and known[1] is not None and known[1].trained):
             self._whole = (identity, gather_head(parts))
         assert self._whole is not None
         return self._whole[1]
 
-    def _fails(self, head: Head, parts: Parts, chunk: Chunk, *, together: bool) -> bool:
+    def _fails(self, head: Head, parts: ModelParts, chunk: Chunk, *, together: bool) -> bool:
         identity = (id(parts.causal), id(parts.head))
         with exact_math(head.device):
             verdict = head.agrees(chunk.probe_states, chunk.probe_logits)

@@ -273,19 +273,19 @@ def test_bf16_autocast_touches_the_forward_only(model: Any) -> None:
     from siftune.online import logit_access
 
     batch, seen = BATCHES[0], []
-    original = logit_access.walk
+    original = logit_access.iter_hidden_states
 
     def record(*args: Any, **options: Any) -> Any:
         for chunk in original(*args, **options):
             seen.extend(zip(chunk.rows, chunk.states, strict=True))
             yield chunk
 
-    logit_access.walk = record  # type: ignore[assignment]
+    logit_access.iter_hidden_states = record  # type: ignore[assignment]
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             scores = UDS(keep=1).score(model, batch)
     finally:
-        logit_access.walk = original
+        logit_access.iter_hidden_states = original
     weight = model.get_output_embeddings().weight.detach().double().numpy()
     for row, states in seen:
         exact = np.linalg.svd(states.double().numpy() @ weight.T, compute_uv=False).sum()

@@ -17,7 +17,7 @@ import torch
 import siftune
 from siftune.models.backbone import Backbone
 from siftune.models.features import extract
-from siftune.models.hidden_states import real_tokens, take_apart, walk
+from siftune.models.hidden_states import iter_hidden_states, real_tokens, unwrap_model
 from siftune.online.maxgrad import MaxGrad
 from siftune.online.maxloss import MaxLoss
 from siftune.online.uds import UDS
@@ -78,7 +78,7 @@ def test_repeated_tokens_and_rows_longer_than_wide(device: str) -> None:
     batch["input_ids"][0] = 7
     model, batch = model.to(device), on(device, batch)
     weight = model.get_output_embeddings().weight.cpu()
-    (chunk,) = walk(take_apart(model), batch, real_tokens(batch))
+    (chunk,) = iter_hidden_states(unwrap_model(model), batch, real_tokens(batch))
     expected = [naive_nuclear(naive_logits(states.cpu(), weight)) for states in chunk.states]
     for options, bar in WAYS.values():
         np.testing.assert_allclose(UDS(keep=1, **options).score(model, batch).intra, expected, rtol=bar)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from siftune.errors import UserError
 from siftune.models.head import Head, factorise, read_head
-from siftune.models.hidden_states import take_apart, walk
+from siftune.models.hidden_states import iter_hidden_states, unwrap_model
 from siftune.online.maxloss import MaxLoss
 from siftune.online.nuclear import norms
 from siftune.online.uds import UDS
@@ -233,10 +233,10 @@ def test_the_same_name_multiplies_in_hyperclovax() -> None:
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config).eval()
     silent(lambda: compare(UDS(keep=1, alpha=1.0), NaiveUDS(alpha=1.0), model, BATCHES, multiplier=0.25))
-    parts = take_apart(model)
+    parts = unwrap_model(model)
     head = read_head(parts)
     assert head is not None
-    for chunk in walk(parts, BATCHES[0], BATCHES[0]["attention_mask"].bool()):
+    for chunk in iter_hidden_states(parts, BATCHES[0], BATCHES[0]["attention_mask"].bool()):
         assert chunk.probe_logits is not None
         assert head.agrees(chunk.probe_states, chunk.probe_logits) is True
 
@@ -284,7 +284,7 @@ def test_an_unknown_head_is_run_itself_and_said_once(kind: str) -> None:
 def test_a_wrong_cap_or_multiplier_in_the_configuration_is_noticed() -> None:
     for family, name, value in (("gemma2", "final_logit_softcapping", 9.0), ("cohere", "logit_scale", 0.5)):
         model = tiny_model(family)
-        head = read_head(take_apart(model))
+        head = read_head(unwrap_model(model))
         assert head is not None
         states, logits = torch.randn(4, 32), None
         logits = model.lm_head(states) * (model.logit_scale if family == "cohere" else 1.0)
@@ -292,7 +292,7 @@ def test_a_wrong_cap_or_multiplier_in_the_configuration_is_noticed() -> None:
             logits = 5.0 * torch.tanh(logits / 5.0)
         assert head.agrees(states, logits.detach()) is True
         setattr(model.config, name, value)
-        wrong = read_head(take_apart(model))
+        wrong = read_head(unwrap_model(model))
         assert wrong is not None
         assert wrong.agrees(states, logits.detach()) is False
 

@@ -15,7 +15,7 @@ import siftune
 from siftune.errors import UserError
 from siftune.hook.ledger import Ledger, facts_of
 from siftune.models.head import read_head
-from siftune.models.hidden_states import real_tokens, take_apart, walk
+from siftune.models.hidden_states import iter_hidden_states, real_tokens, unwrap_model
 from siftune.online import nuclear
 from siftune.online.nuclear import gram_of_rows
 from siftune.online.route import EXACT, Exact, ExactRoute, device_clock
@@ -125,10 +125,10 @@ class TestScores:
                 uds = UDS(keep=1)
                 scores = uds.score(model, batch)
                 assert uds.provenance() == {"exact_route": "eigenvalues on cpu"}
-                head = read_head(take_apart(model))
+                head = read_head(unwrap_model(model))
                 assert head is not None
                 factor = uds._view.factor(head)
-                (chunk,) = walk(take_apart(model), batch, real_tokens(batch))
+                (chunk,) = iter_hidden_states(unwrap_model(model), batch, real_tokens(batch))
                 with torch.no_grad():
                     for row, states in zip(chunk.rows, chunk.states, strict=True):
                         roots = (

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from ...errors import UserError
 from ...models.hidden_states import (
-    Parts,
+    ModelParts,
     accepted_arguments,
     candidates_in,
     chunks,
@@ -33,7 +33,7 @@ from ...models.hidden_states import (
     exact_math,
     predicting_tokens,
     rows_of_batch,
-    take_apart,
+    unwrap_model,
 )
 from ...models.layout import layout_of
 from .ghost import NORM, Use, against, compact, inner, squares
@@ -110,7 +110,7 @@ class Gradients:
 
         Raises `UserError` for models that are sharded, train fused expert weights, or train nothing.
         """
-        parts = without_ddp(take_apart(model))
+        parts = without_ddp(unwrap_model(model))
         weights = trained(parts.called)
         if self._model != id(parts.causal):
             self._model, self._way, self._checked = id(parts.causal), "group", False
@@ -136,7 +136,7 @@ class Gradients:
 
         Cost: a plain forward and backward pass; a group with a gradient that is not finite is walked again row by row.
         """
-        parts = without_ddp(take_apart(model))
+        parts = without_ddp(unwrap_model(model))
         weights = trained(parts.called)
         total: dict[int, torch.Tensor] = {}
         count = 0
@@ -151,7 +151,9 @@ class Gradients:
                     total[weight] = total[weight] + gradient if weight in total else gradient
         return {weight: gradient / count for weight, gradient in total.items()} if count else None
 
-    def _holds(self, parts: Parts, weights: list[nn.Parameter], batch: Batch, found: RowGradients, width: int) -> bool:
+    def _holds(
+        self, parts: ModelParts, weights: list[nn.Parameter], batch: Batch, found: RowGradients, width: int
+    ) -> bool:
         """Hold one row's norm against its explicit gradient, once per model."""
         if self._checked:
             return True
@@ -184,13 +186,13 @@ class Gradients:
 # --- which model, which weights -------------------------------------------------------------------------------------
 
 
-def without_ddp(parts: Parts) -> Parts:
+def without_ddp(parts: ModelParts) -> ModelParts:
     """The same model without DDP around it: its forward exchanges buffers and readies the reducer for a backward pass,
     and ranks score in different numbers of groups."""
     called: Any = parts.called
     while isinstance(called, nn.parallel.DistributedDataParallel) or hasattr(called, "_orig_mod"):
         called = getattr(called, "_orig_mod", None) or called.module
-    return Parts(called, parts.causal, parts.decoder, parts.head, parts.config)
+    return ModelParts(called, parts.causal, parts.decoder, parts.head, parts.config)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -223,7 +225,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 # --- forward and backward -------------------------------------------------------------------------------------------
 
 
-def _losses(parts: Parts, batch: Batch, rows: list[int], width: int) -> torch.Tensor:
+def _losses(parts: ModelParts, batch: Batch, rows: list[int], width: int) -> torch.Tensor:
     """Each row's mean cross-entropy over its label tokens, `(R,)`, with a graph. Rows have at least one."""
     layout = layout_of(batch)
     owners = [layout.spans[row].line for row in rows]
@@ -271,7 +273,7 @@ def _group(batch: Batch, rows: list[int], width: int) -> Group:
 
 
 def _summed(
-    parts: Parts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int
+    parts: ModelParts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int
 ) -> dict[int, torch.Tensor]:
     """The sum of some rows' gradients, in full, by `autograd.grad`."""
     with torch.enable_grad(), evaluating(parts.called):
@@ -288,14 +290,14 @@ def _finite(gradients: Mapping[int, torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
 
 
-def _explicit(parts: Parts, weights: list[nn.Parameter], batch: Batch, row: int, width: int) -> RowGradients:
+def _explicit(parts: ModelParts, weights: list[nn.Parameter], batch: Batch, row: int, width: int) -> RowGradients:
     """One row's gradient in full, by `autograd.grad`."""
     found = _summed(parts, weights, batch, [row], width)
     return RowGradients([row], {index: [Use(None, gradient.reshape(1, 1, -1))] for index, gradient in found.items()})
 
 
 def _grouped(
-    parts: Parts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int, larger: float
+    parts: ModelParts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int, larger: float
 ) -> RowGradients:
     """The gradients of a group of rows from one backward pass. Raises `Unsuited` where rows cannot be told apart."""
     calls: list[Call] = []
