@@ -1,1 +1,1 @@
-"""MODELS READ OR WRITE TEXT: the first layers as a feature extractor, the LM head as a linear map, a content-addressed store."""
+"""Models: the first layers as a feature extractor, the LM head as a linear map, a content-addressed store."""

@@ -1,8 +1,8 @@
-"""The first layers of a decoder-only language model, and nothing else of it: what text looks like to the model early on.
+"""The first layers of a decoder-only language model as a feature extractor.
 
 A `Backbone` holds the embedding layer, the first `layer` decoder layers and the final norm, so its last hidden state is
 what `hidden_states[-1]` of a `layer`-layer model gives (DaaR, arXiv 2502.04380, stage 4). The other layers' tensors are
-never read. Cost: the embedding table and `layer` layers of memory; one content hash of them, remembered by the files'
+never read. Cost: the embedding table and `layer` layers of memory; one content hash of them, cached by the files'
 stamps (see `load.file_stamp`).
 
 Shapes: `B` rows, `T` tokens, `D` hidden width.
@@ -22,7 +22,7 @@ import torch
 from ..errors import UserError
 from ..files import cache_folder
 from . import load
-from .load import Made, file_stamp
+from .load import Result, file_stamp
 from .store import Store
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -51,7 +51,7 @@ class Backbone:
     revision: str | None = None
     """The hub's branch, tag or commit."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless the user says so."""
+    """Run Python code that comes with the model. Off by default."""
     max_length: int = 1024
     """Tokens of a row that are read (DaaR's constant); lowered to the model's own number of positions."""
     _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -75,7 +75,7 @@ class Backbone:
 
     @property
     def folder(self) -> Path:
-        """Where the model's files are; a hub id is downloaded (or found in the hub's cache) on first use."""
+        """Where the model's files are; a hub id is downloaded (or taken from the hub's cache) on first use."""
         return self._once("folder", lambda: load.find_folder(self.model, self.revision))
 
     @property
@@ -108,7 +108,7 @@ class Backbone:
 
     @property
     def device_kind(self) -> str:
-        """`cpu`, `mps`, or the CUDA device's name: numbers are repeated bit for bit only on the same kind."""
+        """`cpu`, `mps`, or the CUDA device's name: results are bitwise reproducible only on the same kind."""
         device = self.torch_device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -149,11 +149,11 @@ class Backbone:
         """Free the weights; the next use loads them again."""
         self._loaded.pop("network", None)
 
-    def _once(self, name: str, make: Callable[[], Made]) -> Made:
+    def _once(self, name: str, make: Callable[[], Result]) -> Result:
         if name not in self._loaded:
             self._loaded[name] = make()
-        made: Made = self._loaded[name]
-        return made
+        result: Result = self._loaded[name]
+        return result
 
 
 def _pick_device(device: str) -> torch.device:
@@ -162,18 +162,18 @@ def _pick_device(device: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        picked = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device={device!r} is not a device; use auto, cpu, cuda, cuda:0 or mps") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={device!r} is not on this machine; set device=cpu or install a CUDA build of torch")
-    if picked.type == "mps" and not torch.backends.mps.is_available():
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device={device!r} is not on this machine; set device=cpu")
-    return picked
+    return chosen
 
 
 def _load(backbone: Backbone) -> torch.nn.Module:
-    device = backbone.torch_device  # a wrong one is better known before gigabytes are read
+    device = backbone.torch_device  # fails before gigabytes are read
     return load.read_network(
         backbone.folder,
         backbone.config,
@@ -192,8 +192,8 @@ def _content_key(backbone: Backbone) -> str:
     import transformers
 
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    said = f"{backbone.layer}|{backbone.torch_dtype}|{backbone.device_kind}|{backbone.length}|{libraries}"
-    digest = blake2b(f"backbone 1|{said}|".encode(), digest_size=16)
+    settings = f"{backbone.layer}|{backbone.torch_dtype}|{backbone.device_kind}|{backbone.length}|{libraries}"
+    digest = blake2b(f"backbone 1|{settings}|".encode(), digest_size=16)
     digest.update(json.dumps(_config_facts(backbone), sort_keys=True, default=str).encode())
     texts = [backbone.folder / name for name in load.TOKENIZER_FILES]
     if backbone.trust_remote_code:
@@ -212,17 +212,17 @@ def _config_facts(backbone: Backbone) -> dict[str, Any]:
 
 
 def _weights_digest(backbone: Backbone) -> str:
-    """Hash of the tensors that were read, by name. Reading them again is avoided while their files are untouched."""
+    """Hash of the tensors that were read, by name. They are not read again while their files are unchanged."""
     files = sorted(backbone.folder.glob("*.safetensors*"))
     stamps = ["|".join(map(str, file_stamp(path))) for path in files]
-    asked = f"{backbone.layer}|{backbone.torch_dtype}|{_config_facts(backbone)}"
-    name = blake2b("\n".join(["weights 2", asked, *stamps]).encode(), digest_size=16).hexdigest()
-    memory = Store(cache_folder() / "weights")
-    if found := memory.get(name):
+    settings = f"{backbone.layer}|{backbone.torch_dtype}|{_config_facts(backbone)}"
+    name = blake2b("\n".join(["weights 2", settings, *stamps]).encode(), digest_size=16).hexdigest()
+    digests = Store(cache_folder() / "weights")
+    if found := digests.get(name):
         return str(found[1]["digest"])
     digest = blake2b(digest_size=16)
     for title, tensor in sorted(backbone.network.state_dict().items()):
         digest.update(f"{title}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    memory.put(name, {}, {"digest": digest.hexdigest()})
+    digests.put(name, {}, {"digest": digest.hexdigest()})
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The HTTP client under `openai`, with bounds on what a server can do to this process.
+"""The HTTP client under `openai`, with bounds on time and memory per reply.
 
 A reply has at most `MOST_BYTES` once unpacked, and one try ends after the request's timeout however slowly bytes come:
 the timeouts of HTTP clients count silence only, and a server that sends a byte a second is never silent. Packing other
@@ -19,11 +19,11 @@ from urllib.parse import urlsplit
 from .completion import BadReply
 
 MOST_BYTES = 8 << 20
-"""Of one reply, unpacked; a reply of 100,000 tokens has less than one MiB."""
+"""Size of one reply, unpacked; a reply of 100,000 tokens has less than one MiB."""
 
 
 class Redirected(BadReply):
-    """The server sends the request elsewhere."""
+    """The server redirects the request."""
 
 
 def bounded_client(timeout: float) -> Any:
@@ -79,7 +79,7 @@ def unpacked(chunks: Iterable[bytes], encoding: str = "") -> bytes:
 
 
 class _Deadline:
-    """Closes the connection of one request when its time is over, and says so instead of what the closing caused."""
+    """Closes the connection of one request at its deadline, and reports that instead of the resulting connection error."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.over = seconds, False

@@ -1,11 +1,11 @@
-"""A whole causal language model, asked for its opinion of a text: logits at some positions, mean losses of spans.
+"""A complete causal language model: logits at some positions of a text, mean losses of spans.
 
-Sequences are sorted by length and batched by a token budget; padding stands on the right, where no real token sees it.
-The head sees only the positions asked for, some at a time, so no array of batch x tokens x vocabulary exists.
+Sequences are sorted by length and batched by a token budget; padding is on the right, where no real token attends to it.
+The head is applied to the requested positions only, in blocks, so no array of batch x tokens x vocabulary exists.
 Cost: one forward of the decoder over the real tokens (plus the padding among near-equal lengths), and V*D products per
-position asked for. Memory beyond the weights: one batch of states, one block of logits.
+requested position. Memory beyond the weights: one batch of states, one block of logits.
 
-Shapes: `B` sequences of a batch, `T` tokens, `N` positions asked for, `D` hidden width, `V` vocabulary.
+Shapes: `B` sequences of a batch, `T` tokens, `N` requested positions, `D` hidden width, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from .tokenise import CUT_CHARACTERS, in_isolation
 
 Ids = NDArray[np.int32]
 LOGITS = {"cpu": 1 << 24, "mps": 1 << 24, "cuda": 1 << 28}
-"""Numbers of a block of logits: 64 MB on a CPU, 1 GB on a GPU, in float32."""
+"""Elements of a block of logits: 64 MB on a CPU, 1 GB on a GPU, in float32."""
 AGREE, AGREE_HALF = 1e-3, 2e-2
-"""Largest relative distance between our logits and the model's own, in float32 and in 16-bit types."""
+"""Largest relative distance between the computed logits and the model's own, in float32 and in 16-bit types."""
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A text's tokens, and the characters of it that each one stands for."""
+    """A text's tokens, and the characters that each one covers."""
 
     ids: Ids
     """Shape `(T,)`, the tokenizer's own special tokens included."""
     begin: NDArray[np.int64]
-    """Shape `(T,)`, first character of each token; special tokens stand for no characters: begin = end = 0."""
+    """Shape `(T,)`, first character of each token; special tokens cover no characters: begin = end = 0."""
     end: NDArray[np.int64]
     """Shape `(T,)`, one past its last character."""
-    whole: bool = True
-    """False where the text is so long that its tokens were not all made: more than the model reads, in any case."""
+    complete: bool = True
+    """False where the text is too long for all its tokens to be computed; there are then more than the model reads."""
     reason: str | None = None
-    """Why there are no tokens, where the text could not be made or tokenised."""
+    """Why there are no tokens, where the text could not be built or tokenised."""
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
-        """The tokens that stand for any character of `begin .. end - 1`, as (first, one past the last)."""
-        inside = np.flatnonzero((self.end > begin) & (self.begin < end) & (self.end > self.begin))
-        return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+        """The tokens that cover any character of `begin .. end - 1`, as (first, one past the last)."""
+        covered = np.flatnonzero((self.end > begin) & (self.begin < end) & (self.end > self.begin))
+        return (int(covered[0]), int(covered[-1]) + 1) if len(covered) else (0, 0)
 
     def opened(self, token: int | None) -> Encoded:
         """With `token` in front, unless it is there or None."""
         if token is None or (len(self.ids) and self.ids[0] == token):
             return self
         ids = np.concatenate([np.array([token], dtype=np.int32), self.ids])
-        return Encoded(ids, np.insert(self.begin, 0, 0), np.insert(self.end, 0, 0), self.whole, self.reason)
+        return Encoded(ids, np.insert(self.begin, 0, 0), np.insert(self.end, 0, 0), self.complete, self.reason)
 
     @classmethod
     def failed(cls, bad: BadRow) -> Encoded:
@@ -76,7 +76,7 @@ class CausalLM:
     """A causal LM with its head and tokenizer, in a folder or on the hub; weights load on first use, never pickled.
 
     Raises `UserError`, on first use, for what `Backbone` refuses, for a checkpoint without a head, and for a tokenizer
-    that cannot say which characters a token stands for.
+    without offsets.
 
     >>> lm = CausalLM("gpt2")
     >>> mean_losses(lm, [lm.encode(["one text"])[0].ids], [(1, 2)])
@@ -93,7 +93,7 @@ class CausalLM:
     """Tokens of a sequence at most; lowered to the model's own number of positions."""
     token_budget: int | None = None
     """Tokens of a batch, padding counted; None is the device's default."""
-    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _cached: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -102,20 +102,20 @@ class CausalLM:
         for name, value in {**state, "_made": {}}.items():
             object.__setattr__(self, name, value)
 
-    # --- what it is, known without the weights ------------------------------------------------------------------------
+    # --- properties, known without the weights ------------------------------------------------------------------------
 
     @property
     def files(self) -> Backbone:
         """The model's folder: configuration, tokenizer, device."""
-        if "files" not in self._made:
-            asked = {"device": self.device, "dtype": self.dtype, "max_length": self.max_length}
-            self._made["files"] = Backbone(str(self.model), layer=1, **asked)  # type: ignore[arg-type]
-        files: Backbone = self._made["files"]
+        if "files" not in self._cached:
+            requested = {"device": self.device, "dtype": self.dtype, "max_length": self.max_length}
+            self._cached["files"] = Backbone(str(self.model), layer=1, **requested)  # type: ignore[arg-type]
+        files: Backbone = self._cached["files"]
         return files
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, one that knows offsets."""
+        """The tokenizer, which must have offsets."""
         tokenizer = self.files.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
@@ -136,36 +136,36 @@ class CausalLM:
 
     @property
     def key(self) -> str:
-        """Content hash of weights, configuration, tokenizer, types and lengths: all that decides its numbers."""
-        if "key" not in self._made:
-            said = ["causal-lm", 1, chat.content_key(self.files), self.length, self.token_budget]
-            self._made["key"] = hash_json(said)
-        return str(self._made["key"])
+        """Content hash of weights, configuration, tokenizer, types and lengths: everything that determines its results."""
+        if "key" not in self._cached:
+            content = ["causal-lm", 1, chat.content_key(self.files), self.length, self.token_budget]
+            self._cached["key"] = hash_json(content)
+        return str(self._cached["key"])
 
     def check(self) -> None:
-        """Refuse what can be told wrong without the weights. Raises `UserError`."""
+        """Check everything that does not need the weights. Raises `UserError`."""
         _ = self.files.config, self.tokenizer
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
     def encode(self, texts: Sequence[str | BadRow]) -> list[Encoded]:
-        """Tokens of every text, none cut off but where far more than `length` of them are sure to follow.
+        """Tokens of every text, complete except where far more than `length` of them follow.
 
-        A text that already opens with the beginning-of-text token (chat templates write it) gets no second one. What
-        could not be made into a text, or not into tokens, has a reason instead (see `in_isolation`).
+        A text that already starts with the beginning-of-text token (chat templates write it) gets no second one. A row
+        without a text or without tokens has a reason instead (see `in_isolation`).
         """
         with quiet():
-            return in_isolation(self._some, texts, Encoded.failed)
+            return in_isolation(self._few, texts, Encoded.failed)
 
-    def _some(self, texts: Sequence[str]) -> list[Encoded]:
-        """As `encode`, for a handful; raises what the tokenizer does."""
+    def _few(self, texts: Sequence[str]) -> list[Encoded]:
+        """As `encode`, for one block of texts; raises what the tokenizer raises."""
         done: list[Encoded] = []
         limit = CUT_CHARACTERS * self.length
         for text, encoded in zip(texts, self._encode([text[:limit] for text in texts]), strict=True):
             if len(text) <= limit:
                 done.append(encoded)
             elif len(encoded.ids) >= 2 * self.length:
-                done.append(Encoded(encoded.ids, encoded.begin, encoded.end, whole=False))
+                done.append(Encoded(encoded.ids, encoded.begin, encoded.end, complete=False))
             else:
                 done += self._encode([text])
         return done
@@ -185,41 +185,41 @@ class CausalLM:
 
     @property
     def parts(self) -> ModelParts:
-        """The model taken apart into decoder and head, in eval mode, on its device."""
-        if "parts" not in self._made:
-            self._made["parts"] = unwrap_model(_load(self.files))
-        parts: ModelParts = self._made["parts"]
+        """The model's decoder and head, in eval mode, on its device."""
+        if "parts" not in self._cached:
+            self._cached["parts"] = unwrap_model(_load(self.files))
+        parts: ModelParts = self._cached["parts"]
         return parts
 
     def release(self) -> None:
         """Free the weights; the next use loads them again."""
         for name in ("parts", "trusted"):
-            self._made.pop(name, None)
+            self._cached.pop(name, None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def formula_holds(self, states: torch.Tensor, logits: torch.Tensor | None) -> bool:
-        """Does head(states), with multiplier and soft cap, give the model's own logits? Asked once, said once."""
-        if "trusted" not in self._made:
-            self._made["trusted"] = read_head(self.parts) is not None and _agree(self.parts, states, logits)
-            if not self._made["trusted"]:
+        """Whether head(states), with multiplier and soft cap, equals the model's own logits. Checked once, warned once."""
+        if "trusted" not in self._cached:
+            self._cached["trusted"] = read_head(self.parts) is not None and _agree(self.parts, states, logits)
+            if not self._cached["trusted"]:
                 warnings.warn(
                     f"the head of model={self.model!r} is not a plain linear map; its logits are computed one "
                     "row at a time, more slowly",
                     stacklevel=2,
                 )
-        return bool(self._made["trusted"])
+        return bool(self._cached["trusted"])
 
 
 def _load(files: Backbone) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    device = files.torch_device  # a wrong one is better known before gigabytes are read
-    said = f"model={files.model!r}"
+    device = files.torch_device  # fails before gigabytes are read
+    model_name = f"model={files.model!r}"
     if not any((files.folder / name).is_file() for name in WEIGHT_FILES):
-        raise UserError(f"{said} has no model.safetensors; convert it with save_pretrained")
+        raise UserError(f"{model_name} has no model.safetensors; convert it with save_pretrained")
     read: Any = loading(
-        f"{said} could not be loaded",
+        f"{model_name} could not be loaded",
         lambda: AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=files.torch_dtype, use_safetensors=True, output_loading_info=True
         ),
@@ -227,7 +227,7 @@ def _load(files: Backbone) -> torch.nn.Module:
     network, facts = read
     if absent := sorted(facts["missing_keys"]):
         raise UserError(
-            f"{said} lacks {len(absent)} tensors of its language model ({absent[0]}, ...); use a model saved with its head"
+            f"{model_name} lacks {len(absent)} tensors of its language model ({absent[0]}, ...); use a model saved with its head"
         )
     loaded: torch.nn.Module = network.eval().requires_grad_(False).to(device)
     return loaded
@@ -252,30 +252,30 @@ def _agree(parts: ModelParts, states_RD: torch.Tensor, logits_RV: torch.Tensor |
     if logits_RV is None:
         return False
     with exact_math(states_RD.device):
-        ours, theirs = head_logits(parts, states_RD[:8]), logits_RV[:8].float()
-    if ours.shape != theirs.shape:
+        computed, expected = head_logits(parts, states_RD[:8]), logits_RV[:8].float()
+    if computed.shape != expected.shape:
         return False
     allowed = AGREE if states_RD.dtype == torch.float32 else AGREE_HALF
-    finite = torch.isfinite(theirs).all(dim=1) & torch.isfinite(ours).all(dim=1)
-    apart, size = (ours - theirs)[finite].norm(), theirs[finite].norm()
-    return bool(apart <= allowed * size)
+    finite = torch.isfinite(expected).all(dim=1) & torch.isfinite(computed).all(dim=1)
+    distance, size = (computed - expected)[finite].norm(), expected[finite].norm()
+    return bool(distance <= allowed * size)
 
 
 def logits(
     lm: CausalLM, sequences: Sequence[Ids], spans: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], torch.Tensor]]:
     """Logits at positions `first .. last - 1` of every sequence, in blocks: (sequence `(N,)`, position `(N,)`, float32
-    `(N, V)`). Every position comes once, in no order that a caller may rely on. Empty spans are left out.
+    `(N, V)`). Every position occurs once, in unspecified order. Empty spans are left out.
 
     >>> for owner, position, block in logits(lm, [ids], [(0, len(ids))]): ...
     """
-    asked = [index for index, (first, last) in enumerate(spans) if last > first]
-    lengths = np.array([len(sequences[index]) for index in asked], dtype=np.int32)
+    requested = [index for index, (first, last) in enumerate(spans) if last > first]
+    lengths = np.array([len(sequences[index]) for index in requested], dtype=np.int32)
     _check(lm, sequences, lengths)
     kind = lm.files.torch_device.type
     budget = lm.token_budget or TOKEN_BUDGET.get(kind, TOKEN_BUDGET["cuda"])
     for batch in batches(lengths, budget):
-        yield from _batch(lm, [asked[index] for index in batch], sequences, spans)
+        yield from _batch(lm, [requested[index] for index in batch], sequences, spans)
 
 
 def _batch(
@@ -283,17 +283,17 @@ def _batch(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], torch.Tensor]]:
     """As `logits`, for one batch: one forward, then the head on blocks of positions."""
     longest = max(len(sequences[index]) for index in members)
-    # The padding repeats a row's last token: any real id does, for no real token sees it.
+    # The padding repeats a row's last token: any real id works, since no real token attends to it.
     ids_BT = np.stack([np.pad(sequences[i], (0, longest - len(sequences[i])), mode="edge") for i in members])
     place_T = np.arange(longest)
-    wanted_BT = np.stack([(place_T >= spans[i][0]) & (place_T < spans[i][1]) for i in members])
-    batch, wanted = {"input_ids": torch.from_numpy(ids_BT.astype(np.int64))}, torch.from_numpy(wanted_BT)
+    positions_BT = np.stack([(place_T >= spans[i][0]) & (place_T < spans[i][1]) for i in members])
+    batch, positions = {"input_ids": torch.from_numpy(ids_BT.astype(np.int64))}, torch.from_numpy(positions_BT)
     parts = lm.parts
-    for chunk in iter_hidden_states(parts, batch, wanted):
+    for chunk in iter_hidden_states(parts, batch, positions):
         if not lm.formula_holds(chunk.probe_states, chunk.probe_logits):
             break
         owner_N = np.repeat([members[row] for row in chunk.rows], [len(states) for states in chunk.states])
-        position_N = np.concatenate([np.flatnonzero(wanted_BT[row]) for row in chunk.rows])
+        position_N = np.concatenate([np.flatnonzero(positions_BT[row]) for row in chunk.rows])
         states_ND = torch.cat(chunk.states)
         step = max(1, LOGITS.get(states_ND.device.type, LOGITS["cuda"]) // int(parts.config.vocab_size))
         for start in range(0, len(states_ND), step):
@@ -303,8 +303,8 @@ def _batch(
             yield owner_N[block], position_N[block], logits_NV
     else:
         return
-    for row, logits_NV in iter_logits(parts, batch, wanted):
-        position_N = np.flatnonzero(wanted_BT[row])
+    for row, logits_NV in iter_logits(parts, batch, positions):
+        position_N = np.flatnonzero(positions_BT[row])
         yield np.full(len(position_N), members[row]), position_N, logits_NV.float()
 
 

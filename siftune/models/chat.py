@@ -1,6 +1,6 @@
-"""A chat model's folder: how a conversation is put to it, what ends its replies, its weights, its content hash.
+"""A chat model's folder: how a conversation is formatted, what ends its replies, its weights, its content hash.
 
-Cost: the weights once; their hash once per file, remembered by its stamp (see `load.file_stamp`).
+Cost: the weights once; their hash once per file, cached by its stamp (see `load.file_stamp`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ SENTINEL = "siftune-end"
 
 
 def templated(tokenizer: Any, turns: list[dict[str, str]]) -> str:
-    """The conversation in the model's own form; a system turn goes into the user's where the template knows none.
+    """The conversation in the model's own form; a system turn is joined to the user's where the template has none.
 
     Raises `BadRow` where the template refuses the conversation, or fails.
     """
 
-    def render(some: list[dict[str, str]]) -> str:
-        # Models that think aloud by default answer at once; other templates ignore the word.
+    def render(conversation: list[dict[str, str]]) -> str:
+        # Models that reason by default answer at once; other templates ignore the option.
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        return str(apply_template(tokenizer, some, **options))
+        return str(apply_template(tokenizer, conversation, **options))
 
     try:
         return render(turns)
@@ -43,8 +43,8 @@ def templated(tokenizer: Any, turns: list[dict[str, str]]) -> str:
 
 def end_tokens(network: Any, tokenizer: Any) -> list[int]:
     """Ids that end a reply: those of the model's configuration, and the one its template writes after an answer."""
-    said = getattr(network, "siftune_eos", None)
-    ends = {tokenizer.eos_token_id, *(said if isinstance(said, (list, tuple)) else [said])}
+    configured = getattr(network, "siftune_eos", None)
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, (list, tuple)) else [configured])}
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SENTINEL}]
         try:
@@ -61,20 +61,20 @@ def load(files: Backbone) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     if not any(files.folder.glob("*.safetensors")):
-        raise UserError(f"model={files.model!r} holds no safetensors; convert it with save_pretrained")
+        raise UserError(f"model={files.model!r} has no safetensors; convert it with save_pretrained")
     assert files.config is not None
     network = loading(
         f"model={files.model!r} could not be loaded",
         lambda: AutoModelForCausalLM.from_pretrained(files.folder, dtype=files.torch_dtype, use_safetensors=True),
     )
-    # The folder's own taste in sampling must not mix with the request's; what ends a reply is kept.
+    # The folder's sampling defaults must not mix with the request's; the end tokens are kept.
     network.siftune_eos = network.generation_config.eos_token_id
     network.generation_config = GenerationConfig()
     return network.eval().requires_grad_(False).to(files.torch_device)
 
 
 def content_key(files: Backbone) -> str:
-    """Hash of weights, configuration and tokenizer; a file's hash is remembered while its stamp is the same."""
+    """Hash of weights, configuration and tokenizer; a file's hash is cached while its stamp is the same."""
     import transformers
 
     names = {"config.json", "generation_config.json", *TOKENIZER_FILES}
@@ -86,9 +86,9 @@ def content_key(files: Backbone) -> str:
 
 def _remembered_hash(path: Path) -> str:
     name = hash_json(["file", 2, *file_stamp(path)])
-    memory = Store(cache_folder() / "weights")
-    if found := memory.get(name):
+    digests = Store(cache_folder() / "weights")
+    if found := digests.get(name):
         return str(found[1]["digest"])
     digest = hash_file(path)
-    memory.put(name, {}, {"digest": digest})
+    digests.put(name, {}, {"digest": digest})
     return digest

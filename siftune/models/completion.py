@@ -1,6 +1,6 @@
-"""A chat completion as a server sends it, read strictly: what is not understood is refused, never guessed.
+"""A chat completion as a server sends it, parsed strictly: anything unexpected is an error.
 
-Only the fields that siftune uses are looked at: the first choice's text and finish reason, and the two token counts.
+Only the fields that siftune uses are read: the first choice's text and finish reason, and the two token counts.
 Cost: one parse of the reply's JSON.
 """
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_TOKENS = 10_000_000
-"""A larger token count is no count of one request's tokens."""
+"""A larger token count cannot be that of one request."""
 LONGEST_REASON = 100
 """Characters of a finish reason."""
 
 
 class BadReply(Exception):
-    """What a server sent cannot be used; the message says why, in half a sentence."""
+    """A server's reply cannot be used; the message is a clause that names the reason."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _object(value: Any, name: str) -> dict[str, Any]:
 
 
 def _count(usage: dict[str, Any], name: str) -> int:
-    """A token count; 0 where the server gives none."""
+    """A token count; 0 where the server sends none."""
     value = usage.get(name)
     if value is None:
         return 0
@@ -97,7 +97,7 @@ def _count(usage: dict[str, Any], name: str) -> int:
 
 
 def _kind(value: Any) -> str:
-    """The type of a JSON value, in JSON's words; a number that is none (NaN, an overflow) as it is."""
+    """The type of a JSON value, in JSON's terms; NaN and overflows by their value."""
     if isinstance(value, float):
         return f"the number {value:g}"
     names: dict[type, str] = {type(None): "missing", bool: "a boolean", int: "a number", str: "a text", list: "a list"}

@@ -1,8 +1,8 @@
-"""What the first layers say of a text: the mean of its token embeddings and the mean of its layer-n states.
+"""Features of a text from the first layers: the mean of its token embeddings and the mean of its layer-n states.
 
 DaaR (arXiv 2502.04380, stages 2 and 4), both from one pass. The authors run rows one at a time, padded to 1,024, and
-average over the padding; here length-sorted rows fill batches by a token budget and padding never enters: it stands on
-the right of a causal model, where no real token sees it, and the means are taken over real tokens, in float32. Cost:
+average over the padding; here length-sorted rows fill batches by a token budget and padding has no effect: it is on
+the right of a causal model, where no real token attends to it, and the means are taken over real tokens, in float32. Cost:
 one truncated forward over the real tokens, plus the padding inside a batch of near-equal lengths.
 
 "Embedding" is what `get_input_embeddings()` returns; Gemma's includes the factor sqrt(D) (Gemma-2 only from
@@ -29,7 +29,7 @@ from .backbone import Backbone
 from .tokenise import Tokenised, texts_of, tokenise
 
 TOKEN_BUDGET = {"cpu": 4096, "mps": 16_384, "cuda": 32_768}
-"""Tokens of a batch, padding counted: on a CPU what its caches like, on a GPU what keeps it busy."""
+"""Tokens of a batch, padding counted: sized for the caches of a CPU and for the occupancy of a GPU."""
 ROWS_AT_ONCE = 256
 """Rows of a shard whose texts are in memory at a time; only their token ids stay."""
 NO_TOKENS = "no tokens in the text"
@@ -47,7 +47,7 @@ class Features:
     tokens: NDArray[np.int32]
     """Shape `(B,)`, real tokens read, special ones included."""
     truncated: NDArray[np.bool_]
-    """Shape `(B,)`, whether the text went on."""
+    """Shape `(B,)`, whether the text was cut."""
     reasons: Mapping[int, str] = field(default_factory=dict)
     """Why a text has no features, by position in the call."""
 
@@ -65,7 +65,7 @@ def extract(
     """Features of every text, in one pass, in the caller's order; the same for any batching to 1e-5 (float32).
 
     `token_budget` is tokens of a batch, padding counted (one row always fits); the default is by device.
-    `progress` is told how many more rows are done. Raises `UserError` as `Backbone` does.
+    `progress` receives the number of rows done since its last call. Raises `UserError` as `Backbone` does.
 
     >>> features = extract(Backbone("Qwen/Qwen2.5-7B"), ["one text", "another"])
     >>> features.hidden.shape, features.reasons
@@ -114,10 +114,10 @@ def _check_ids(backbone: Backbone, rows: Sequence[Tokenised]) -> None:
 
 
 def batches(lengths: NDArray[np.int32], token_budget: int) -> Iterator[list[int]]:
-    """Positions in batches of near-equal length, longest first, ties by position; empty texts take no part.
+    """Positions in batches of near-equal length, longest first, ties by position; empty texts are left out.
 
     A batch holds rows while rows times longest stays within `token_budget`; the first row always fits. Longest first:
-    if memory is short, it shows at once.
+    a lack of memory shows at once.
 
     >>> list(batches(np.array([3, 9, 3, 0], np.int32), 9))
     [[1], [0, 2]]
@@ -133,10 +133,10 @@ def batches(lengths: NDArray[np.int32], token_budget: int) -> Iterator[list[int]
 
 @torch.no_grad()
 def pooled(backbone: Backbone, ids: Sequence[NDArray[np.int32]]) -> torch.Tensor:
-    """Embedding and hidden means of one batch, float32 `(2, B, D)`, on the backbone's device; nothing waits for it."""
+    """Embedding and hidden means of one batch, float32 `(2, B, D)`, on the backbone's device, asynchronously."""
     network, device = backbone.network, backbone.torch_device
     longest = max(len(row) for row in ids)
-    # The padding repeats a row's last token: any real id does, for no real token sees it.
+    # The padding repeats a row's last token: any real id works, since no real token attends to it.
     ids_BT = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in ids]).astype(np.int64)
     length_B1 = torch.tensor([[len(row)] for row in ids])
     input_BT, length_B1 = _to(torch.from_numpy(ids_BT), device), _to(length_B1, device)
@@ -149,15 +149,15 @@ def pooled(backbone: Backbone, ids: Sequence[NDArray[np.int32]]) -> torch.Tensor
             states_BTD = states_BTD.masked_fill(padding_BT1, 0)
         return states_BTD.sum(dim=1, dtype=torch.float32) / length_B1
 
-    found: list[torch.Tensor] = []
+    means: list[torch.Tensor] = []
     layer = network.get_input_embeddings()  # type: ignore[operator]
-    hook = layer.register_forward_hook(lambda _m, _i, out: found.append(mean(out)))
+    hook = layer.register_forward_hook(lambda _m, _i, out: means.append(mean(out)))
     try:
         hidden_BTD = network(input_ids=input_BT, use_cache=False).last_hidden_state
     finally:
         hook.remove()
-    assert len(found) == 1, "the embedding layer runs once per forward"
-    return torch.stack([found[0], mean(hidden_BTD)])
+    assert len(means) == 1, "the embedding layer runs once per forward"
+    return torch.stack([means[0], mean(hidden_BTD)])
 
 
 def _to(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -168,9 +168,9 @@ def _to(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FeatureTask:
-    """Features of one shard's rows, for an engine: columns `hidden`, `tokens`, `truncated`, and `embedding` if asked.
+    """Features of one shard's rows, for an engine: columns `hidden`, `tokens`, `truncated`, and optionally `embedding`.
 
-    Rows that take no part hold NaN, -1 and False.
+    Rows that are left out hold NaN, -1 and False.
 
     >>> task = FeatureTask(Backbone("Qwen/Qwen2.5-7B"))
     >>> for shard, result in engine.run(task, pool, pool.shards(), label="features"): ...
@@ -185,28 +185,28 @@ class FeatureTask:
 
     @property
     def key(self) -> str:
-        """Content hash of the backbone, the text form and the columns asked for."""
-        said = f"features 1|{self.backbone.key}|{self.embedding}|{self.token_budget}"
-        return blake2b(said.encode(), digest_size=16).hexdigest()
+        """Content hash of the backbone, the text form and the requested columns."""
+        settings = f"features 1|{self.backbone.key}|{self.embedding}|{self.token_budget}"
+        return blake2b(settings.encode(), digest_size=16).hexdigest()
 
     def __call__(self, pool: Pool, shard: Shard) -> ShardResult:
         rows, features = self.features(pool, shard)
-        inside = np.asarray(rows, dtype=np.int64) - shard.start
+        positions = np.asarray(rows, dtype=np.int64) - shard.start
         columns: dict[str, NDArray[Any]] = {
             "hidden": np.full((len(shard), self.backbone.width), np.nan, dtype=np.float32)
         }
-        columns["hidden"][inside] = features.hidden
+        columns["hidden"][positions] = features.hidden
         if self.embedding:
             columns["embedding"] = np.full_like(columns["hidden"], np.nan)
-            columns["embedding"][inside] = features.embedding
+            columns["embedding"][positions] = features.embedding
         columns["tokens"] = np.full(len(shard), -1, dtype=np.int32)
-        columns["tokens"][inside] = features.tokens
+        columns["tokens"][positions] = features.tokens
         columns["truncated"] = np.zeros(len(shard), dtype=np.bool_)
-        columns["truncated"][inside] = features.truncated
+        columns["truncated"][positions] = features.truncated
         return ShardResult(columns, {rows[index]: reason for index, reason in features.reasons.items()})
 
     def features(self, pool: Pool, shard: Shard) -> tuple[list[int], Features]:
-        """The shard's rows that take part, and their features in that order."""
+        """The shard's eligible rows, and their features in that order."""
         rows = [row for row in range(shard.start, shard.stop) if row not in pool.reasons]
         return rows, features_of(self.backbone, pool, rows, token_budget=self.token_budget)
 

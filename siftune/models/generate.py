@@ -1,7 +1,7 @@
-"""Asking a chat model: what a request and a reply are, and who answers (a local model, or any OpenAI-compatible server).
+"""Requests to a chat model and their replies, from a local model or any OpenAI-compatible server.
 
-A reply belongs to its request alone: sampling is seeded per request, so neither the batch nor the order changes it.
-Nothing heavy is imported here; `siftune.models.sampling` runs a local model, `siftune.models.server` asks a server,
+A reply depends on its request alone: sampling is seeded per request, so neither the batch nor the order changes it.
+Nothing heavy is imported here; `siftune.models.sampling` runs a local model, `siftune.models.server` sends requests to a server,
 `siftune.models.journal` makes either resumable.
 """
 
@@ -36,10 +36,10 @@ EndRule = Callable[[str], Ending | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One question to a chat model, with all that decides the answer."""
+    """One request to a chat model, with everything that determines the reply."""
 
     key: str
-    """The asker's own name for it, unique among the requests of one call; neither sent nor part of the content."""
+    """The caller's name for it, unique among the requests of one call; neither sent nor part of the content."""
     messages: tuple[Message, ...]
     """The conversation so far; the model writes the next turn."""
     seed: int = 0
@@ -53,7 +53,7 @@ class Request:
     stop: tuple[str, ...] = ()
     """Strings that end the reply; not part of it. Servers take four at most."""
     end_rule: EndRule | None = field(default=None, compare=False, repr=False)
-    """Ends a local model's reply early. A server does not know it, so a reply is usable without; no part of the content."""
+    """Ends a local model's reply early. Not sent to a server, so a reply must be usable without it; not part of the content."""
 
     def __post_init__(self) -> None:
         assert self.messages, "a request without messages"
@@ -70,10 +70,10 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came back for one request: a text, or the reason why there is none.
+    """The reply to one request: a text, or the reason why there is none.
 
-    `finish_reason` is `stop`, `length`, `repetition` (an end rule's), or a server's own word; `refused` where this one
-    request can never be answered (it is too long, a filter took it), `error` where no answer came for now. The last two
+    `finish_reason` is `stop`, `length`, `repetition` (an end rule's), or a server's own value; `refused` where this one
+    request can never be answered (it is too long, a filter removed it), `error` where no reply was received in this run. The last two
     come with `error` and without text.
     """
 
@@ -81,7 +81,7 @@ class Reply:
     """The request's."""
     text: str = ""
     prompt_tokens: int = 0
-    """As the model or the server counts; 0 where it does not say."""
+    """As the model or the server counts; 0 where it does not report it."""
     completion_tokens: int = 0
     finish_reason: str = "stop"
     error: str | None = None
@@ -89,7 +89,7 @@ class Reply:
 
     @property
     def final(self) -> bool:
-        """Asking again would give nothing better: a real reply, or a refusal."""
+        """Whether another request would not help: a real reply, or a refusal."""
         return self.finish_reason != "error"
 
 
@@ -98,7 +98,7 @@ class Generator(Protocol):
 
     @property
     def key(self) -> str:
-        """Content hash of who answers: the model's files, or a server's address and its model's name. No secret."""
+        """Content hash of the generator: the model's files, or a server's address and its model's name. No secret."""
         ...
 
     def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
@@ -107,7 +107,7 @@ class Generator(Protocol):
 
 
 def request_key(generator_key: str, request: Request) -> str:
-    """Content hash of a request to a generator: equal questions to the same model are one question.
+    """Content hash of a request to a generator: equal requests to the same model are one request.
 
     >>> one, two = Request(key="a", messages=(("user", "Hi"),)), Request(key="b", messages=(("user", "Hi"),))
     >>> request_key("m", one) == request_key("m", two)
@@ -117,20 +117,18 @@ def request_key(generator_key: str, request: Request) -> str:
 
 
 def is_server(spec: str) -> bool:
-    """Does the text name a server, not a model folder or hub id?"""
+    """Whether the text names a server, not a model folder or hub id."""
     return re.match(r"https?://", spec) is not None
 
 
 def check_generator(spec: str) -> None:
-    """Refuse what can be told wrong of a generator's name before anything is loaded or asked. Raises `UserError`."""
+    """Check a generator's name before anything is loaded or sent. Raises `UserError`."""
     if is_server(spec):
         from .server import read_address
 
         read_address(spec)
     elif "://" in spec:
-        raise UserError(
-            f"generator={spec!r} is not a supported address; use http://HOST:PORT/v1, a folder or a hub id"
-        )
+        raise UserError(f"generator={spec!r} is not a supported address; use http://HOST:PORT/v1, a folder or a hub id")
     elif not spec.strip():
         raise UserError("generator='' names no model; pass a folder, a hub id or http://HOST:PORT/v1")
     elif Path(spec).expanduser().exists() or spec.startswith((".", "/", "~")):

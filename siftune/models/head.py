@@ -24,7 +24,7 @@ from ..errors import UserError
 from .hidden_states import ModelParts
 
 BLOCK = 4_000_000
-"""Numbers of W in one block of the vocabulary: 16 MB in float32, and products still run at full speed."""
+"""Elements of W in one block of the vocabulary: 16 MB in float32, and products still run at full speed."""
 PANEL = 128
 """Rows of a triangular panel: small enough that a diagonal block wastes little, large enough for fast products."""
 FLOAT64_PRODUCTS = 4e11
@@ -38,7 +38,7 @@ class Head:
     """One reading of a model's head: references to its weights, no copies.
 
     >>> head = read_head(unwrap_model(model))
-    >>> head.logits(states, 0, head.vocabulary)      # what the model itself computes
+    >>> head.logits(states, 0, head.vocabulary)      # the logits that the model itself computes
     """
 
     weight: torch.Tensor
@@ -54,11 +54,11 @@ class Head:
     cap: float | None
     """Soft cap c: the model's logits are `c * tanh(logits / c)`."""
     key: tuple[Any, ...]
-    """Which weights these are, updates in place included where torch can see them."""
+    """Identity of the weights, in-place updates included where torch tracks them."""
     base_key: tuple[Any, ...]
     """The same of W and b alone."""
     trained: bool
-    """Whether any part requires gradients: such weights move with every optimiser step, seen or unseen."""
+    """Whether any part requires gradients: such weights change with every optimiser step, tracked or not."""
     base_trained: bool
     """Whether W or b do."""
 
@@ -77,7 +77,7 @@ class Head:
         return torch.device("cpu") if self.weight.device.type == "mps" else self.weight.device
 
     def inputs(self, states: torch.Tensor) -> torch.Tensor:
-        """Hidden states `(N, D)` as the map's inputs: a column of ones joins where there is a bias."""
+        """Hidden states `(N, D)` as the map's inputs: with a column of ones where there is a bias."""
         states = states.to(self.device)
         if self.bias is None:
             return states
@@ -127,33 +127,33 @@ class Head:
         """
         precise = torch.float64 if exact_products(self, self.base_trained) else torch.float32
         update = self.update(precise)
-        whole = torch.zeros(1, dtype=torch.float64, device=self.device)
+        projected = torch.zeros(1, dtype=torch.float64, device=self.device)
         lora = torch.zeros(1, dtype=torch.float64, device=self.device)
         for start, stop in self.blocks():
             columns = sketch(start, stop).to(self.device, precise)
             if base is None:
-                whole = whole + columns @ self.base(start, stop, precise)
+                projected = projected + columns @ self.base(start, stop, precise)
             if update:
                 lora = lora + columns @ update[0][start:stop]
-        base = whole if base is None else base
+        base = projected if base is None else base
         return (base + lora @ update[1].double() if update else base), base
 
     def agrees(self, states: torch.Tensor, logits: torch.Tensor | None) -> bool | None:
-        """Does this reading give the model's own logits `(R, V)` at `states` `(R, D)`? None where that cannot be told.
+        """Whether this reading reproduces the model's own logits `(R, V)` at `states` `(R, D)`; None where that is unknown.
 
-        Told from at most 8 states that are finite and not zero. Logits that bf16 or fp16 can hold exactly were
-        rounded to it, and are held to 2 % of their length; others to 0.1 %.
+        Decided from at most 8 states that are finite and not zero. Logits that bf16 or fp16 can hold exactly were
+        rounded to it, and may differ by 2 % of their norm; others by 0.1 %.
         """
         if logits is None or logits.shape[-1] < self.vocabulary:
             return None
         usable = (torch.isfinite(states).all(-1) & states.any(-1) & torch.isfinite(logits).all(-1)).nonzero()[:8, 0]
         if len(usable) == 0:
             return None
-        theirs = logits[usable, : self.vocabulary].to(self.device, torch.float32)
-        ours = self.logits(self.inputs(states[usable]), 0, self.vocabulary)
-        rounded = any(bool((theirs == theirs.to(low).float()).all()) for low in (torch.bfloat16, torch.float16))
+        expected = logits[usable, : self.vocabulary].to(self.device, torch.float32)
+        computed = self.logits(self.inputs(states[usable]), 0, self.vocabulary)
+        rounded = any(bool((expected == expected.to(low).float()).all()) for low in (torch.bfloat16, torch.float16))
         rounded |= states.dtype in (torch.bfloat16, torch.float16)
-        distance = float((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        distance = float((computed - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
         return distance <= (2e-2 if rounded else 1e-3)
 
 
@@ -161,9 +161,9 @@ class Head:
 
 
 def read_head(parts: ModelParts) -> Head | None:
-    """The head as a linear map with multiplier and soft cap; None where its module is no linear map we can read.
+    """The head as a linear map with multiplier and soft cap; None where its module is not a supported linear map.
 
-    Knows plain linear layers, LoRA on them, and trained copies (`modules_to_save`). Multipliers come from the
+    Supports plain linear layers, LoRA on them, and trained copies (`modules_to_save`). Multipliers come from the
     configuration: `logit_scale`, `output_multiplier`, `lm_head_multiplier`, `logits_scaling` (which divides, but
     multiplies in HyperCLOVA-X); the soft cap from `final_logit_softcapping` or `output_logit_soft_cap`.
     Raises `UserError` for a weight that is sharded over processes.
@@ -186,7 +186,7 @@ def read_head(parts: ModelParts) -> Head | None:
     pieces = [weight, *([] if linear.bias is None else [linear.bias])]
     extra = [part for down, up, _ in adapters for layer in (down, up) for part in layer.parameters()]
     scales = tuple(scale for _, _, scale in adapters)
-    merged = tuple(getattr(module, "merged_adapters", ()))  # merging changes W behind its version counter
+    merged = tuple(getattr(module, "merged_adapters", ()))  # merging changes W without its version counter
     return Head(
         weight=weight,
         bias=bias,
@@ -221,7 +221,7 @@ def _lora(module: Any) -> list[tuple[nn.Linear, nn.Linear, float]] | None:
     if not hasattr(module, "lora_A") or not hasattr(module, "lora_B"):
         return None
     if module.disable_adapters and module.merged:
-        return None  # the next forward will take the update out of the weight
+        return None  # the next forward will remove the update from the weight
     if module.disable_adapters or module.merged:
         return []
     names = [name for name in module.active_adapters if name in module.lora_A]
@@ -300,7 +300,7 @@ class Gram:
     def cholesky(self) -> float:
         """Overwrite the panels with C, `G = C Cᵀ`; the smallest squared pivot as a share of its diagonal entry.
 
-        0 where G is not positive definite to rounding; the panels then hold nothing of use.
+        0 where G is not positive definite to rounding; the panels are then undefined.
         """
         smallest = 1.0
         for index, (panel, (start, _)) in enumerate(zip(self.panels, self.bounds, strict=True)):
@@ -362,7 +362,7 @@ class Factor:
 
 
 def factorise(head: Head, base: Gram | None = None) -> tuple[Factor, Gram | None]:
-    """The head's factor C, and G of its frozen part where a LoRA update will want it again.
+    """The head's factor C, and G of its frozen part where a LoRA update will need it again.
 
     G is formed in float64 where that is affordable (`exact_products`), else from float32 products; a float32 G whose
     pivots come near its rounding is formed again in float64, and a singular one goes through `eigh`.

@@ -1,12 +1,12 @@
 """The final hidden states of a causal LM, without its logits: one forward pass, a hook on the decoder's output.
 
 The forward goes through the model as it is handed in (DDP, PEFT, autocast wrappers included), in eval mode, without
-gradients, keys and values, labels or more than one column of logits; everything is left as it was found. The
-collator's tensors are forwarded as they are: never padded again, never turned to the other side.
+gradients, keys and values, labels or more than one column of logits; the model's state is restored. The
+collator's tensors are forwarded unchanged: never padded again, never padded on the other side.
 Cost: one forward of the backbone. Sources: UDS (arXiv 2510.16882) for the use, `transformers` for the interfaces.
 
 Axes: `B` lines of the batch, `C` candidates (its lines, or the segments of a packed batch), `R` lines of a chunk,
-`T` columns, `N` positions wanted of a candidate, `D` hidden width, `V` vocabulary.
+`T` columns, `N` positions of a candidate, `D` hidden width, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from .layout import CUMULATIVE, LENGTHS, layout_of, per_candidate
 
 Batch = Mapping[str, Any]
 Passes = Callable[[int], int]
-"""From the forward passes that this process needs to those that all processes have to make."""
+"""Maps the forward passes that this process needs to the number that all processes have to make."""
 _TRANSPARENT = ("FullyShardedDataParallel", "DeepSpeedEngine")
-"""Wrappers that answer for the model inside: asked for its attributes they give those of what they wrap."""
+"""Wrappers that forward attribute access to the wrapped module."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelParts:
-    """A causal LM taken apart: what scoring hooks, reads and calls."""
+    """The parts of a causal LM that scoring hooks, reads and calls."""
 
     called: nn.Module
-    """What the forward goes through: the model as given, less an outermost `torch.compile`."""
+    """The module to call: the model as given, without an outermost `torch.compile`."""
     causal: nn.Module
     """The `transformers` model inside the wrappers: it holds the configuration and the head."""
     decoder: nn.Module
     """Its output, after the final norm, is what the head reads."""
     head: nn.Module
-    """The output embeddings, as the wrappers left them (LoRA, trained copies)."""
+    """The output embeddings, with the wrappers' changes (LoRA, trained copies)."""
     config: Any
     """The configuration of the text model."""
 
@@ -53,20 +53,20 @@ class Chunk:
     rows: list[int]
     """Positions among the batch's candidates."""
     states: list[torch.Tensor]
-    """Per candidate `(N, D)`: the wanted positions, in order, in the model's own dtype and on its device."""
+    """Per candidate `(N, D)`: its positions, in order, in the model's own dtype and on its device."""
     probe_states: torch.Tensor
     """`(R, D)`: the states of the last column ..."""
     probe_logits: torch.Tensor | None
-    """... and `(R, V)`: the model's own logits there, to hold a head formula against. None where it gives none."""
+    """... and `(R, V)`: the model's own logits there, to check a head formula against. None where the model returns none."""
 
 
-# --- taking a model apart -------------------------------------------------------------------------------------------
+# --- unwrapping a model ---------------------------------------------------------------------------------------------
 
 
 def unwrap_model(model: nn.Module) -> ModelParts:
     """Find decoder and head inside any nesting of DDP, FSDP, PEFT and `torch.compile`.
 
-    Raises `UserError` for encoder-decoders, for models without output embeddings and for what is no language model.
+    Raises `UserError` for encoder-decoders, for models without output embeddings and for anything that is not a language model.
 
     >>> parts = unwrap_model(peft_model)
     >>> parts.head.weight.shape, parts.config.vocab_size
@@ -96,7 +96,7 @@ def unwrap_model(model: nn.Module) -> ModelParts:
 
 
 def _unwrapped(module: Any) -> Any:
-    """One wrapper less: compiled module, PEFT model, or anything that keeps the model in `.module` (DDP, FSDP)."""
+    """Without one wrapper: compiled module, PEFT model, or anything that keeps the model in `.module` (DDP, FSDP)."""
     if hasattr(module, "_orig_mod"):
         return module._orig_mod
     if type(module).__name__ in _TRANSPARENT:
@@ -113,7 +113,7 @@ def _unwrapped(module: Any) -> Any:
 def real_tokens(batch: Batch) -> torch.Tensor:
     """Which positions hold a real token of each candidate: bool `(C, T)`, on the CPU.
 
-    Without a mask all do. A 2-D mask says so itself; in a 4-D mask (boolean or additive) a real token is one that
+    Without a mask, all do. A 2-D mask marks them; in a 4-D mask (boolean or additive) a real token is one that
     may attend to itself. Raises `UserError` for any other mask.
     """
     return per_candidate(batch, _real_columns(batch))
@@ -129,8 +129,8 @@ def _real_columns(batch: Batch) -> torch.Tensor:
         return mask.detach().cpu() != 0
     if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[-1] == mask.shape[-2] == ids.shape[1]:
         diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1).detach().cpu()
-        seen = diagonal == 0 if diagonal.is_floating_point() else diagonal != 0
-        return seen.expand(ids.shape).clone()
+        attends = diagonal == 0 if diagonal.is_floating_point() else diagonal != 0
+        return attends.expand(ids.shape).clone()
     shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
     raise UserError(f"attention_mask of {shape} does not match input_ids of {tuple(ids.shape)}; pass one 0/1 per token")
 
@@ -144,12 +144,12 @@ def predicting_tokens(batch: Batch) -> torch.Tensor:
     labels = batch.get("labels")
     if labels is None:
         raise UserError("the batch has no labels, which mark the answer's tokens; pass labels with -100 on the prompt")
-    wanted = torch.zeros(labels.shape, dtype=torch.bool)
-    wanted[:, :-1] = labels[:, 1:].detach().cpu() != -100
+    positions = torch.zeros(labels.shape, dtype=torch.bool)
+    positions[:, :-1] = labels[:, 1:].detach().cpu() != -100
     layout = layout_of(batch)
-    if layout.packed:  # the next segment's first token is not the row's to predict
-        wanted[[span.line for span in layout.spans], [span.stop - 1 for span in layout.spans]] = False
-    return per_candidate(batch, wanted)
+    if layout.packed:  # the next segment's first token belongs to another row
+        positions[[span.line for span in layout.spans], [span.stop - 1 for span in layout.spans]] = False
+    return per_candidate(batch, positions)
 
 
 # --- the forward pass -----------------------------------------------------------------------------------------------
@@ -158,94 +158,97 @@ def predicting_tokens(batch: Batch) -> torch.Tensor:
 def iter_hidden_states(
     parts: ModelParts,
     batch: Batch,
-    wanted: torch.Tensor,
+    positions: torch.Tensor,
     *,
     score_tokens: int | None = None,
     passes: Passes | None = None,
 ) -> Iterator[Chunk]:
-    """Hidden states of the positions `wanted` (bool `(C, T)`), by candidate, in chunks of one forward pass each.
+    """Hidden states at `positions` (bool `(C, T)`), by candidate, in chunks of one forward pass each.
 
-    Lines are walked in order of length; a chunk holds at most `score_tokens` padded tokens (at least one line). Candidates
-    that want no position are left out. Where `passes` asks for more forward passes than there are chunks, chunks without
-    rows follow. Raises `UserError` when the hook on the decoder does not fire.
+    Lines are processed in order of length; a chunk holds at most `score_tokens` padded tokens (at least one line).
+    Candidates without a position are left out. Where `passes` returns more forward passes than there are chunks, chunks
+    without rows follow. Raises `UserError` when the hook on the decoder does not fire.
     """
-    columns = wanted.shape[1]
-    plan: Iterable[tuple[list[int], int]] = chunks(batch, wanted, score_tokens)
-    more = 0
+    columns = positions.shape[1]
+    plan: Iterable[tuple[list[int], int]] = chunks(batch, positions, score_tokens)
+    extra_passes = 0
     if passes is not None:
         plan = list(plan)
-        more = passes(len(plan)) - len(plan)
+        extra_passes = passes(len(plan)) - len(plan)
     for lines, width in plan:
         states, logits = _forward(parts, rows_of_batch(parts, batch, lines, width), last_logits_only=True)
         states = states[:, -width:]  # prompt tuning puts virtual tokens in front
-        candidates = candidates_in(batch, lines, wanted)
-        masks = wanted[[candidate for candidate, _ in candidates]][:, :width]
-        positions = [mask.nonzero().flatten() for mask in masks]  # on the CPU: no wait for the device
-        picked = [states[place][own.to(states.device)] for (_, place), own in zip(candidates, positions, strict=True)]
+        candidates = candidates_in(batch, lines, positions)
+        masks = positions[[candidate for candidate, _ in candidates]][:, :width]
+        indices = [mask.nonzero().flatten() for mask in masks]  # on the CPU: no wait for the device
+        selected = [
+            states[place][index.to(states.device)] for (_, place), index in zip(candidates, indices, strict=True)
+        ]
         assert width <= columns
         rows = [candidate for candidate, _ in candidates]
-        yield Chunk(rows, picked, states[:, -1], None if logits is None else logits[:, -1])
-    for _ in range(more):
+        yield Chunk(rows, selected, states[:, -1], None if logits is None else logits[:, -1])
+    for _ in range(extra_passes):
         yield Chunk([], [], _idle(parts, batch)[:0, -1], None)
 
 
 def _idle(parts: ModelParts, batch: Batch) -> torch.Tensor:
-    """A forward pass of one token, for the sake of the processes that have more to score."""
+    """A forward pass of one token, for the processes that have more to score."""
     one = {"input_ids": batch["input_ids"][:1, :1].to(next(parts.causal.parameters()).device)}
     return _forward(parts, one, last_logits_only=True)[0]
 
 
 def iter_logits(
-    parts: ModelParts, batch: Batch, wanted: torch.Tensor, *, passes: Passes | None = None
+    parts: ModelParts, batch: Batch, positions: torch.Tensor, *, passes: Passes | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """The model's own logits `(N, V)` of the positions `wanted`, one line at a time: where no formula for the head
-    holds. Candidates that want no position are left out; `passes` as in `iter_hidden_states`."""
-    lines = _wanting_lines(batch, wanted)
-    more = 0 if passes is None else passes(len(lines)) - len(lines)
+    """The model's own logits `(N, V)` at `positions`, one line at a time, where the head is not a linear map. Candidates
+    without a position are left out; `passes` as in `iter_hidden_states`."""
+    lines = _scored_lines(batch, positions)
+    extra_passes = 0 if passes is None else passes(len(lines)) - len(lines)
     for line in lines:
-        _, logits = _forward(parts, rows_of_batch(parts, batch, [line], wanted.shape[1]), last_logits_only=False)
+        _, logits = _forward(parts, rows_of_batch(parts, batch, [line], positions.shape[1]), last_logits_only=False)
         assert logits is not None, "a causal LM without logits"
-        own = logits[0, -wanted.shape[1] :]
-        for row, _ in candidates_in(batch, [line], wanted):
-            yield row, own[wanted[row].to(own.device)]
-    for _ in range(more):
+        logits_of_line = logits[0, -positions.shape[1] :]
+        for row, _ in candidates_in(batch, [line], positions):
+            yield row, logits_of_line[positions[row].to(logits_of_line.device)]
+    for _ in range(extra_passes):
         _idle(parts, batch)
 
 
-def candidates_in(batch: Batch, lines: list[int], wanted: torch.Tensor) -> list[tuple[int, int]]:
-    """(candidate, place of its line in `lines`) of the candidates in some lines that want a position, line by line."""
+def candidates_in(batch: Batch, lines: list[int], positions: torch.Tensor) -> list[tuple[int, int]]:
+    """(candidate, place of its line in `lines`) of the candidates in some lines that have a position, line by line."""
     layout = layout_of(batch)
     if not layout.packed:
         return [(line, place) for place, line in enumerate(lines)]
-    wanting = wanted.any(dim=1).tolist()
+    scored_lines = positions.any(dim=1).tolist()
     place = {line: at for at, line in enumerate(lines)}
-    inside = [(row, place[span.line]) for row, span in enumerate(layout.spans) if wanting[row] and span.line in place]
-    return sorted(inside, key=lambda pair: (pair[1], pair[0]))
+    members = [
+        (row, place[span.line]) for row, span in enumerate(layout.spans) if scored_lines[row] and span.line in place
+    ]
+    return sorted(members, key=lambda pair: (pair[1], pair[0]))
 
 
-def _wanting_lines(batch: Batch, wanted: torch.Tensor) -> list[int]:
-    """Lines with a candidate that wants a position, ascending."""
-    rows = wanted.any(dim=1).nonzero().flatten().tolist()
+def _scored_lines(batch: Batch, positions: torch.Tensor) -> list[int]:
+    """Lines with a candidate that has a position, ascending."""
+    rows = positions.any(dim=1).nonzero().flatten().tolist()
     layout = layout_of(batch)
     return sorted({layout.spans[row].line for row in rows}) if layout.packed else rows
 
 
-def chunks(batch: Batch, wanted: torch.Tensor, score_tokens: int | None) -> Iterator[tuple[list[int], int]]:
+def chunks(batch: Batch, positions: torch.Tensor, score_tokens: int | None) -> Iterator[tuple[list[int], int]]:
     """Lines of each chunk, and the columns it needs: trailing columns that are padding in all its lines are dropped.
 
-    Only when the batch is walked in chunks, and only where the mask is 2-D (or absent) and no tensor has an axis that
-    could not be told apart. Columns on the left are never dropped: learned positions would move. A batch whose keys list
+    Only when the batch is split into chunks, and only where the mask is 2-D (or absent) and no tensor has an ambiguous axis. Columns on the left are never dropped: learned positions would move. A batch whose keys list
     its segments' lengths is one chunk.
     """
     rows, columns = batch["input_ids"].shape
-    wanting = torch.tensor(_wanting_lines(batch, wanted), dtype=torch.int64)
+    scored_lines = torch.tensor(_scored_lines(batch, positions), dtype=torch.int64)
     layout = layout_of(batch)
-    if layout.packed and len(wanting) and any(batch.get(name) is not None for name in (*LENGTHS, *CUMULATIVE)):
+    if layout.packed and len(scored_lines) and any(batch.get(name) is not None for name in (*LENGTHS, *CUMULATIVE)):
         yield list(range(rows)), columns
         return
-    if score_tokens is None or len(wanting) == 0 or rows * columns <= score_tokens:
-        if len(wanting):
-            yield wanting.tolist(), columns
+    if score_tokens is None or len(scored_lines) == 0 or rows * columns <= score_tokens:
+        if len(scored_lines):
+            yield scored_lines.tolist(), columns
         return
     mask = batch.get("attention_mask")
     trims = mask is None or mask.ndim == 2
@@ -253,9 +256,9 @@ def chunks(batch: Batch, wanted: torch.Tensor, score_tokens: int | None) -> Iter
     if trims and layout.packed:
         ends = torch.tensor([max((s.stop for s in layout.spans if s.line == line), default=0) for line in range(rows)])
     elif trims:
-        ends = torch.where(_real_columns(batch) | wanted, torch.arange(1, columns + 1), 0).amax(dim=1)
+        ends = torch.where(_real_columns(batch) | positions, torch.arange(1, columns + 1), 0).amax(dim=1)
     chunk: list[int] = []
-    for row in wanting[torch.argsort(ends[wanting], stable=True)].tolist():
+    for row in scored_lines[torch.argsort(ends[scored_lines], stable=True)].tolist():
         if chunk and (len(chunk) + 1) * int(ends[row]) > score_tokens:
             yield chunk, int(ends[chunk[-1]])
             chunk = []
@@ -285,18 +288,18 @@ def rows_of_batch(parts: ModelParts, batch: Batch, rows: list[int], width: int) 
 
 
 def accepted_arguments(causal: nn.Module) -> set[str]:
-    """Names that the model's forward accepts; `**` stands for any."""
+    """Names that the model's forward accepts; `**` means any."""
     parameters = inspect.signature(type(causal).forward).parameters.values()
     return {"**" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters}
 
 
 def _forward(parts: ModelParts, arguments: dict[str, Any], *, last_logits_only: bool) -> tuple[torch.Tensor, Any]:
-    """Decoder output `(R, T', D)` and whatever logits the model gives, with nothing left changed."""
-    caught: list[torch.Tensor] = []
+    """Decoder output `(R, T', D)` and the logits that the model returns; the model is left unchanged."""
+    outputs: list[torch.Tensor] = []
 
     def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
         state = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        caught.append(state.detach())
+        outputs.append(state.detach())
 
     accepted = accepted_arguments(parts.causal)
     if last_logits_only:
@@ -309,17 +312,17 @@ def _forward(parts: ModelParts, arguments: dict[str, Any], *, last_logits_only: 
             output = parts.called(**arguments)
     finally:
         handle.remove()
-    if len(caught) != 1:
+    if len(outputs) != 1:
         raise UserError(
-            f"the decoder {type(parts.decoder).__name__} was seen {len(caught)} times in one scoring forward; a model "
-            "compiled in place hides it: turn torch_compile off, or compile with torch.compile(model)"
+            f"the decoder {type(parts.decoder).__name__} ran {len(outputs)} times in one scoring forward; a model "
+            "compiled in place hides it: set torch_compile=False, or compile with torch.compile(model)"
         )
-    return caught[0], getattr(output, "logits", None)
+    return outputs[0], getattr(output, "logits", None)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, then every module's own training flag again; the global random state is as before, too."""
+    """Eval mode; every module's training flag and the global random state are restored."""
     flags = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):

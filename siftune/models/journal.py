@@ -1,9 +1,9 @@
 """A journal of replies: append-only JSON Lines, flushed to the disk before a reply is used, read first on a rerun.
 
-Nothing that was paid for is asked twice: a line is found again by the content hash of (generator, request). A process
-killed while writing leaves a torn last line, which the next one cuts off; every line holds a hash of itself, and what a
-damaged one held is requested again. One process writes a journal at a time.
-Cost: one flush per reply; in memory 100 bytes per line, the texts stay on the disk.
+No paid reply is requested twice: a line is looked up by the content hash of (generator, request). A process
+killed while writing leaves an incomplete last line, which the next process removes; every line holds a hash of itself,
+and the content of a damaged line is requested again. One process writes a journal at a time.
+Cost: one flush per reply; in memory 100 bytes per line, the texts remain on the disk.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .generate import Generator, Reply, Request, request_key
 
 VERSION = 2
 OPENINGS = (b'{"v": 2, "key": "', b'{"v": 1, "key": "')
-"""How lines begin: of this version, and of the one before, whose lines hold no hash of themselves."""
+"""The start of a line in this version, and in the previous one, whose lines hold no hash of themselves."""
 FIELDS = ("text", "prompt_tokens", "completion_tokens", "finish_reason", "error")
 
 
 class Journal:
     """A journal file, locked while it is open.
 
-    Entering raises `UserError` when another process has it open, or when the file is no journal.
+    Entering raises `UserError` when another process has it open, or when the file is not a journal.
 
     >>> with Journal("replies.jsonl") as journal:
     ...     generator = Journaled(open_generator("./model"), journal)
@@ -40,7 +40,7 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.damaged = 0
-        """Whole lines that could not be read; what they held is asked again."""
+        """Complete lines that could not be read; their content is requested again."""
         self._file: IO[bytes] | None = None
         self._places: dict[bytes, int] = {}
 
@@ -73,7 +73,7 @@ class Journal:
         return len(self._places)
 
     def _read(self) -> None:
-        """Find every line's place; cut a torn last line off."""
+        """Index every line; remove an incomplete last line."""
         assert self._file is not None
         self._file.seek(0)
         place, first = 0, True
@@ -94,7 +94,7 @@ class Journal:
         return bytes.fromhex(key) in self._places
 
     def get(self, key: str) -> Reply | None:
-        """The reply under a content hash; its `key` is empty, for the asker's name is the asker's."""
+        """The reply under a content hash; its `key` is empty, because the name belongs to the caller."""
         assert self._file is not None, "open the journal with `with`"
         place = self._places.get(bytes.fromhex(key))
         if place is None:
@@ -108,8 +108,8 @@ class Journal:
     def put(self, key: str, reply: Reply) -> None:
         """Append a reply and flush it to the disk; only then may it be used."""
         assert self._file is not None, "open the journal with `with`"
-        said = asdict(reply)
-        entry = {"v": VERSION, "key": key, "asked": reply.key, **{name: said[name] for name in FIELDS}}
+        fields = asdict(reply)
+        entry = {"v": VERSION, "key": key, "asked": reply.key, **{name: fields[name] for name in FIELDS}}
         entry["check"] = hash_json(entry)
         line = json.dumps(entry, ensure_ascii=True).encode() + b"\n"
         with plain_errors(self.path):
@@ -121,7 +121,7 @@ class Journal:
 
 
 def _opens(line: bytes) -> bool:
-    """Whether a torn line begins as an entry does."""
+    """Whether an incomplete line starts as an entry does."""
     return any(line[: len(opening)] == opening[: len(line)] for opening in OPENINGS)
 
 
@@ -150,22 +150,22 @@ def _is_reply(entry: dict[str, Any]) -> bool:
 
 @dataclass
 class Counts:
-    """What asking cost, for summaries."""
+    """Counts of requests and tokens, for summaries."""
 
     asked: int = 0
     """Requests sent in this run."""
     reused: int = 0
     """Replies taken from the journal, or shared with an equal request."""
     failed: int = 0
-    """Requests that nobody answered; they are asked again in the next run."""
+    """Requests without a reply; they are sent again in the next run."""
     prompt_tokens: int = 0
-    """Of replies that came in this run."""
+    """Of replies received in this run."""
     completion_tokens: int = 0
 
 
 @dataclass(eq=False)
 class Journaled:
-    """A generator whose every final reply is in a journal before it is handed on.
+    """A generator whose every final reply is in a journal before it is returned.
 
     >>> replies = Journaled(generator, journal).replies(requests)
     """
@@ -179,41 +179,41 @@ class Journaled:
         return self.generator.key
 
     def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Replies of the journal first as they are met, the others as they come; equal requests are asked once."""
-        waiting: dict[str, list[str]] = {}
-        found: list[tuple[str, str]] = []
+        """Replies of the journal as their requests are read, the others as they arrive; equal requests are sent once."""
+        pending: dict[str, list[str]] = {}
+        reusable: list[tuple[str, str]] = []
 
         def missing() -> Iterator[Request]:
             for request in requests:
                 content = request_key(self.generator.key, request)
-                if content in waiting:
-                    waiting[content].append(request.key)
+                if content in pending:
+                    pending[content].append(request.key)
                 elif content in self.journal:
                     self.counts.reused += 1
-                    found.append((content, request.key))
+                    reusable.append((content, request.key))
                 else:
-                    waiting[content] = [request.key]
+                    pending[content] = [request.key]
                     self.counts.asked += 1
-                    # The content hash is the name inside: two askers may use one name for two questions.
+                    # The content hash is the internal name: two callers may use one name for two requests.
                     yield Request(**{**_fields(request), "key": content})
 
         for reply in counted("asking", self.generator.replies(missing()), unit="replies", done=self.counts.asked):
-            names = waiting.pop(reply.key)
+            names = pending.pop(reply.key)
             self._keep(reply, names[0])
-            yield from self._known(found)
+            yield from self._known(reusable)
             for index, name in enumerate(names):
                 self.counts.reused += index > 0
                 yield _named(reply, name)
-        yield from self._known(found)
-        assert not waiting, "a generator returned no reply to some requests"
+        yield from self._known(reusable)
+        assert not pending, "a generator returned no reply to some requests"
 
-    def _known(self, found: list[tuple[str, str]]) -> Iterator[Reply]:
-        """Hand out, and forget, what the journal had; the texts are read only now."""
-        for content, name in found:
+    def _known(self, reusable: list[tuple[str, str]]) -> Iterator[Reply]:
+        """Yield, and clear, the replies of the journal; the texts are read only now."""
+        for content, name in reusable:
             reply = self.journal.get(content)
             assert reply is not None
             yield _named(reply, name)
-        found.clear()
+        reusable.clear()
 
     def _keep(self, reply: Reply, name: str) -> None:
         self.counts.prompt_tokens += reply.prompt_tokens

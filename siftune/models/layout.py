@@ -1,6 +1,6 @@
 """Where each candidate of a batch is stored: a line of a padded batch, or a segment of a packed one.
 
-A packed (or padding-free) batch holds several rows one after another in a line. Its boundaries are read off the batch
+A packed (or padding-free) batch holds several rows one after another in a line. Its boundaries are read from the batch
 itself, in this order, and all of them that are present have to agree:
 
     packed_seq_lengths, seq_lengths    lengths of the segments, in order of place (Unsloth, TRL)
@@ -10,7 +10,7 @@ itself, in this order, and all of them that are present have to agree:
     attention_mask, 4-D                a segment's first token does not attend to the token before it
     position_ids                       restart at 0; 3-D ones (M-RoPE) by their first component
 
-A trailing run of two or more positions 0 is padding. What is not understood is refused, never taken for a padded batch.
+A trailing run of two or more positions 0 is padding. Unknown boundaries are refused, never treated as a padded batch.
 Cost: a few comparisons per token, on the CPU.
 
 Shapes: `B` lines of the batch, `T` columns, `C` candidates.
@@ -60,30 +60,30 @@ class Layout:
 
 
 class LaidOut(dict[str, Any]):
-    """A batch with its layout, so that it is read once."""
+    """A batch with its layout, so that the layout is read once."""
 
     layout: Layout
     original: Batch
-    """The batch as it came."""
+    """The original batch."""
 
 
 def with_layout(batch: Batch, layout: Layout | None = None, *, packed: bool = False) -> LaidOut:
-    """The same batch (no copy of its tensors) that remembers its layout. Raises `UserError` as `layout_of` does.
+    """The same batch (no copy of its tensors) that stores its layout. Raises `UserError` as `layout_of` does.
 
-    `packed` takes a batch without boundaries for one of a trainer that packs: each line is one segment.
+    `packed` treats a batch without boundaries as one of a trainer that packs: each line is one segment.
     """
     if isinstance(batch, LaidOut) and layout is None:
         return batch
-    known = LaidOut(batch)
-    known.original = batch
-    known.layout = layout or _read(batch)
-    if packed and not known.layout.packed:
-        known.layout = Layout(_real_lines(batch), packed=True)
-    return known
+    laid_out = LaidOut(batch)
+    laid_out.original = batch
+    laid_out.layout = layout or _read(batch)
+    if packed and not laid_out.layout.packed:
+        laid_out.layout = Layout(_real_lines(batch), packed=True)
+    return laid_out
 
 
 def original_of(batch: Batch) -> Batch:
-    """The batch without its layout, as the collator (or whatever made it) gave it."""
+    """The batch without its layout, as the collator (or another source) returned it."""
     return batch.original if isinstance(batch, LaidOut) else batch
 
 
@@ -148,10 +148,10 @@ def _read(batch: Batch) -> Layout:
         rows, width = ids.shape
         return Layout([Span(row, 0, width) for row in range(rows)], packed=False)
     source, spans = next(iter(read.items()))
-    for name, other in read.items():
-        if _without_padding(other, batch) != _without_padding(spans, batch):
+    for name, other_spans in read.items():
+        if _without_padding(other_spans, batch) != _without_padding(spans, batch):
             raise UserError(
-                f"{source} divides the batch into {len(spans)} segments and {name} divides it into {len(other)}, at other "
+                f"{source} divides the batch into {len(spans)} segments and {name} divides it into {len(other_spans)}, at other "
                 "places; make the collator return boundaries that agree"
             )
     return Layout(_before_padding(spans, batch), packed=True, source=source)
@@ -216,7 +216,7 @@ def _flat_ints(value: Any) -> list[int]:
 
 
 def _tile(name: str, lengths: Sequence[int], batch: Batch) -> list[Span]:
-    """Segments of these lengths, one after another through the lines; what is left of a line is padding."""
+    """Segments of these lengths, one after another through the lines; the rest of a line is padding."""
     rows, width = batch["input_ids"].shape
     spans: list[Span] = []
     line = start = 0
@@ -238,7 +238,7 @@ def _tile(name: str, lengths: Sequence[int], batch: Batch) -> list[Span]:
 
 
 def _check_uncovered(name: str, spans: Sequence[Span], batch: Batch) -> None:
-    """What no segment covers has to be padding: raises `UserError` where it holds a label or the mask counts it."""
+    """Raises `UserError` where a token outside all segments has a label or is marked by the mask: it has to be padding."""
     ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
     rows, width = ids.shape
     outside_BT = torch.ones(ids.shape, dtype=torch.bool)
@@ -262,7 +262,9 @@ def _from_numbers(name: str) -> Callable[[Batch], list[Span] | None]:
         if not isinstance(value, torch.Tensor):
             return None
         if value.shape != batch["input_ids"].shape:
-            raise UserError(f"{name} of {tuple(value.shape)} fits no input_ids of {tuple(batch['input_ids'].shape)}")
+            raise UserError(
+                f"{name} of {tuple(value.shape)} does not match input_ids of {tuple(batch['input_ids'].shape)}"
+            )
         return _runs(value.detach().cpu(), torch.ones(value.shape, dtype=torch.bool))
 
     return read

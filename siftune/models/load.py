@@ -1,7 +1,7 @@
-"""A model folder (or hub id) as transformers saves it: found, checked to be a causal language model, and partly read.
+"""A model folder (or hub id) as transformers saves it: located, checked to be a causal language model, and partly read.
 
 Reading takes the embedding layer, the first `layer` decoder layers and the final norm; no other tensor's data, no
-pickle, no Python code of the model's own unless the user says so. What goes wrong is one sentence.
+pickle, no Python code of the model's own unless the user allows it. Every failure is one sentence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import UserError, is_failure
 from ..files import plain_errors, read_json, refuse_special
 from ..redaction import shortened
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,10 +63,12 @@ def find_folder(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
         path = Path(
-            snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"])
+            snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            )
         )
     except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         raise UserError(
@@ -94,7 +96,7 @@ def _check_adapter(folder: Path, model: str) -> None:
 
 
 def _check_kernels(folder: Path, where: str) -> None:
-    """Raise `UserError` for a configuration that names a repository of the hub as its attention: it would be run."""
+    """Raise `UserError` for a configuration that names a repository of the hub as its attention: its code would be run."""
     stored = read_json(folder / "config.json")
     parts = [stored, *stored.values()] if isinstance(stored, dict) else []
     for part in (part for part in parts if isinstance(part, dict)):
@@ -110,28 +112,28 @@ def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool
     """The configuration as stored; `UserError` unless it is a decoder-only language model of at least `layer` layers."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
-    said = f"model={model!r}"
+    model_name = f"model={model!r}"
     if not (folder / "config.json").is_file():
-        raise UserError(f"{said} has no config.json; pass the folder that save_pretrained wrote")
+        raise UserError(f"{model_name} has no config.json; pass the folder that save_pretrained wrote")
     if not trust_remote_code:
-        _check_kernels(folder, said)
+        _check_kernels(folder, model_name)
     config = loading(
-        f"{said} has a config.json that transformers cannot read",
+        f"{model_name} has a config.json that transformers cannot read",
         lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
     )
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{said} is an encoder-decoder ({config.model_type}); use a decoder-only language model")
+        raise UserError(f"{model_name} is an encoder-decoder ({config.model_type}); use a decoder-only language model")
     if config.get_text_config() is not config:
-        raise UserError(f"{said} is a multimodal wrapper ({config.model_type}); use its text-only language model")
+        raise UserError(f"{model_name} is a multimodal wrapper ({config.model_type}); use its text-only language model")
     known, masked = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, type(config) in MODEL_FOR_MASKED_LM_MAPPING
     bidirectional = getattr(config, "use_bidirectional_attention", None) in (True, "all")
     if bidirectional or (masked and not getattr(config, "is_decoder", False)):
-        raise UserError(f"{said} is an encoder ({config.model_type}); use a decoder-only language model")
+        raise UserError(f"{model_name} is an encoder ({config.model_type}); use a decoder-only language model")
     if not known and not trust_remote_code:
-        raise UserError(f"{said} ({config.model_type}) is not a causal language model; use a decoder-only one")
+        raise UserError(f"{model_name} ({config.model_type}) is not a causal language model; use a decoder-only one")
     layers = int(config.num_hidden_layers)
     if layer > layers:
-        raise UserError(f"layer={layer} exceeds the {layers} layers of {said}; set it to 1 to {layers}")
+        raise UserError(f"layer={layer} exceeds the {layers} layers of {model_name}; set it to 1 to {layers}")
     return config
 
 
@@ -139,17 +141,17 @@ def read_tokenizer(folder: Path, *, model: str, trust_remote_code: bool) -> Any:
     """The tokenizer, truncating and padding on the right; `UserError` also where its chat template cannot be used."""
     from transformers import AutoTokenizer
 
-    said = f"model={model!r}"
+    model_name = f"model={model!r}"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES if not name.startswith("chat")):
-        raise UserError(f"{said} has no tokenizer; save the model's tokenizer into the same folder")
+        raise UserError(f"{model_name} has no tokenizer; save the model's tokenizer into the same folder")
     tokenizer = loading(
-        f"{said} has a tokenizer that transformers cannot read",
+        f"{model_name} has a tokenizer that transformers cannot read",
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
     )
     tokenizer.truncation_side = tokenizer.padding_side = "right"
     check_template(tokenizer)
     if not len(tokenizer):
-        raise UserError(f"{said} has a tokenizer without tokens; save the model's tokenizer into the same folder")
+        raise UserError(f"{model_name} has a tokenizer without tokens; save the model's tokenizer into the same folder")
     return tokenizer
 
 
@@ -209,11 +211,11 @@ def read_network(
     return network.eval().requires_grad_(False)
 
 
-def loading(what: str, load: Callable[[], Made]) -> Made:
-    """`load()` without transformers' tables and bars; whatever fails becomes one sentence that opens with `what`.
+def loading(what: str, load: Callable[[], Result]) -> Result:
+    """`load()` without transformers' tables and bars; any failure becomes one sentence that starts with `what`.
 
     A file that was downloaded in part fails with an error of its library's own (`SafetensorError`), a damaged one may end
-    in a panic, a large one in `MemoryError`: no list of types would be complete.
+    in a panic, a large one in `MemoryError`: so no list of types is complete.
     """
     try:
         with quiet():
@@ -236,7 +238,7 @@ def loading(what: str, load: Callable[[], Made]) -> Made:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers says nothing and draws no bar inside; both settings come back afterwards."""
+    """Silence transformers' messages and progress bars; both settings are restored afterwards."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,10 +1,10 @@
-"""Segments of packed batches, cut out and joined again into a packed batch of the same kind.
+"""Segments of packed batches, extracted and joined again into a packed batch of the same kind.
 
 Kept segments follow each other in order of place. A batch of one line stays one line, as long as its segments; a batch of
-several lines keeps its line length, filled segment by segment, and loses the columns that no line needs any more. Token ids,
+several lines keeps its line length, filled segment by segment, and drops the columns that no line needs. Token ids,
 labels and positions of a segment are unchanged, but for the label of its first token: nothing in its own row predicts that
-token, so it is masked. Every key that says where segments are (`siftune.models.layout`) is rebuilt; any other key with one
-entry per token or per segment is cut alike, and a key of another length is refused by name. Cost: one index per tensor.
+token, so it is masked. Every key that locates segments (`siftune.models.layout`) is rebuilt; any other key with one
+entry per token or per segment is cut alike, and a key of another length is an error that names it. Cost: one index per tensor.
 
 Shapes: `B` lines, `T` columns, `S` segments.
 """
@@ -66,7 +66,7 @@ def _places(pieces: Sequence[Piece], like: Batch, *, one_line: bool) -> list[Spa
     return spans
 
 
-# --- keys that say where segments are -------------------------------------------------------------------------------
+# --- keys that locate segments --------------------------------------------------------------------------------------
 
 
 def _rebuilt(
@@ -107,7 +107,7 @@ def _numbered(value: torch.Tensor, spans: Sequence[Span], shape: tuple[int, int]
 def _mask(
     value: torch.Tensor, pieces: Sequence[Piece], spans: Sequence[Span], shape: tuple[int, int], like: Batch
 ) -> torch.Tensor:
-    """Segment numbers where some source has them, or where nothing else would tell segments apart; else ones."""
+    """Segment numbers where some source has them, or where nothing else separates segments; else ones."""
     others = (*LENGTHS, *CUMULATIVE, "seq_idx", "position_ids")
     numbered = all(like.get(name) is None for name in others) or any(
         int(batch["attention_mask"].max()) > 1 for batch in {id(batch): batch for batch, _ in pieces}.values()
@@ -123,15 +123,15 @@ def _mask(
 def _block_mask(
     value: torch.Tensor, pieces: Sequence[Piece], spans: Sequence[Span], shape: tuple[int, int]
 ) -> torch.Tensor:
-    """A 4-D mask whose blocks are the segments' own."""
-    closed = torch.finfo(value.dtype).min if value.is_floating_point() else 0
+    """A block-diagonal 4-D mask with the segments' own blocks."""
+    masked = torch.finfo(value.dtype).min if value.is_floating_point() else 0
     lines, width = shape
-    mask = value.new_full((lines, value.shape[1], width, width), closed)
+    mask = value.new_full((lines, value.shape[1], width, width), masked)
     for (batch, source), (line, start, stop) in zip(pieces, spans, strict=True):
-        own = batch["attention_mask"]
-        row = source.line if len(own) > 1 else 0
-        inside = slice(source.start, source.stop)
-        mask[line, :, start:stop, start:stop] = own[row, :, inside, inside].to(mask.device)
+        source_values = batch["attention_mask"]
+        row = source.line if len(source_values) > 1 else 0
+        columns = slice(source.start, source.stop)
+        mask[line, :, start:stop, start:stop] = source_values[row, :, columns, columns].to(mask.device)
     return mask
 
 
@@ -158,10 +158,10 @@ def _carried(
     if isinstance(value, torch.Tensor) and (axis := _token_axis(value, lines, width)) is not None:
         return _tokens(name, value, pieces, spans, shape, axis, pad_token)
     if isinstance(value, (torch.Tensor, list, tuple)) and len(value) == len(layout_of(like)):
-        picked = [batch[name][_candidate(batch, span)] for batch, span in pieces]
+        values = [batch[name][_candidate(batch, span)] for batch, span in pieces]
         if isinstance(value, torch.Tensor):
-            return torch.stack([item.to(value.device) for item in picked])
-        return type(value)(picked)
+            return torch.stack([item.to(value.device) for item in values])
+        return type(value)(values)
     size = tuple(value.shape) if isinstance(value, torch.Tensor) else len(value) if isinstance(value, Sized) else value
     raise UserError(
         f"the batch has the key {name!r} of size {size}, which belongs neither to its {lines} x {width} tokens nor to its "
@@ -199,11 +199,11 @@ def _tokens(
     before, after = (value.shape[:1], value.shape[3:]) if axis else ((), value.shape[2:])
     result = value.new_full((*before, *shape, *after), fill)
     for (batch, source), (line, start, stop) in zip(pieces, spans, strict=True):
-        own, inside = batch[name].to(result.device), slice(source.start, source.stop)
+        source_values, columns = batch[name].to(result.device), slice(source.start, source.stop)
         if axis:
-            result[:, line, start:stop] = own[:, source.line, inside]
+            result[:, line, start:stop] = source_values[:, source.line, columns]
         else:
-            result[line, start:stop] = own[source.line, inside]
+            result[line, start:stop] = source_values[source.line, columns]
             if masks_labels:
                 result[line, start] = -100
     return result

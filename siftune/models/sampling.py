@@ -1,10 +1,10 @@
 """Replies from a local chat model through `transformers`: batched, left-padded, sampled by each request's own seed.
 
 Every request draws its uniform numbers from a generator of its own, one per token, and a token is the point where the
-cumulative probability (float64, likeliest first, cut at top-p) passes its number. So a reply hangs on its request, not
+cumulative probability (float64, likeliest first, cut at top-p) passes its number. So a reply depends on its request, not
 on its batch, up to the rounding of the model's own arithmetic (about 1e-6 in float32; in bfloat16 a near-tie may fall
 otherwise). The decoding loop and the cache of keys and values are `generate`'s; a row whose reply has ended leaves the
-batch and its reply is handed out at once. Cost: one forward per token and batch.
+batch and its reply is yielded at once. Cost: one forward per token and batch.
 
 Shapes: `B` requests of a batch, `T` tokens, `V` vocabulary.
 """
@@ -26,10 +26,10 @@ from .chat import content_key, end_tokens, load, templated
 from .generate import Reply, Request
 from .load import quiet
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 TOKEN_BUDGET = {"cpu": 32_768, "mps": 32_768, "cuda": 262_144}
-"""Tokens of a batch, prompts and replies at their longest: what their keys and values may take."""
+"""Tokens of a batch, prompts and replies at their longest: the memory bound of their keys and values."""
 ROWS = {"cpu": 16, "mps": 32, "cuda": 128}
 """Requests of a batch at most: beyond it a step costs as much as the rows do."""
 CHECK_EVERY = 8
@@ -43,9 +43,9 @@ REQUESTS_AT_ONCE = 2048
 
 @dataclass(eq=False)
 class TransformersGenerator:
-    """A chat model in a folder or on the hub; a model without a chat template is given the plain text to continue.
+    """A chat model in a folder or on the hub; a model without a chat template continues the plain text.
 
-    Raises `UserError`, on first use, for what `Backbone` refuses: no folder, no safetensors, no causal language model.
+    Raises `UserError`, on first use, for everything that `Backbone` refuses: no folder, no safetensors, no causal language model.
 
     >>> replies = TransformersGenerator("Qwen/Qwen2.5-0.5B-Instruct").replies(requests)
     """
@@ -61,10 +61,10 @@ class TransformersGenerator:
     """Tokens of a batch, replies at their longest; None is the device's default."""
     rows: int | None = None
     """Requests of a batch at most; None is the device's default."""
-    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _cached: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
-        """What can be told wrong without the weights."""
+        """Check everything that does not need the weights. Raises `UserError`."""
         self._named(lambda: (self.files.config, self.files.tokenizer))
 
     @property
@@ -74,26 +74,26 @@ class TransformersGenerator:
 
     @property
     def files(self) -> Backbone:
-        """Where the model lies, its configuration and tokenizer; the weights are not loaded through it."""
+        """The model's folder, configuration and tokenizer; the weights are not loaded through it."""
         return self._once("files", lambda: Backbone(self.model, layer=1, device=self.device, dtype=self.dtype))  # type: ignore[arg-type]
 
     @property
     def network(self) -> Any:
-        """The whole model, in eval mode, on its device."""
+        """The complete model, in eval mode, on its device."""
         return self._once("network", lambda: self._named(lambda: load(self.files)))
 
     def release(self) -> None:
         """Free the weights; the next use loads them again."""
-        self._made.pop("network", None)
+        self._cached.pop("network", None)
 
-    def _once(self, name: str, make: Callable[[], Made]) -> Made:
-        if name not in self._made:
-            self._made[name] = make()
-        made: Made = self._made[name]
-        return made
+    def _once(self, name: str, make: Callable[[], Result]) -> Result:
+        if name not in self._cached:
+            self._cached[name] = make()
+        result: Result = self._cached[name]
+        return result
 
-    def _named(self, do: Callable[[], Made]) -> Made:
-        """`do()`, with the user's word for this model in the errors."""
+    def _named(self, do: Callable[[], Result]) -> Result:
+        """`do()`, with the option's name `generator` in the errors."""
         try:
             return do()
         except UserError as error:
@@ -102,25 +102,27 @@ class TransformersGenerator:
     # --- replies ------------------------------------------------------------------------------------------------------
 
     def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Replies batch by batch, longest prompts first, each as it ends. A prompt without room for a reply is refused."""
+        """Replies batch by batch, longest prompts first, each as it ends. A prompt that leaves no tokens for a reply is refused."""
         source = iter(requests)
-        while some := list(islice(source, REQUESTS_AT_ONCE)):
-            prompts, failed = self._prompts(some)
+        while chunk := list(islice(source, REQUESTS_AT_ONCE)):
+            prompts, failed = self._prompts(chunk)
             yield from failed
-            lost = {reply.key for reply in failed}
-            some = [request for request in some if request.key not in lost]
-            room = [self._room(len(ids)) for ids in prompts]
-            for request, ids, left in zip(some, prompts, room, strict=True):
-                if left < 1:
-                    said = f"the prompt of {len(ids)} tokens leaves no room in the model's {self._positions} positions"
-                    yield Reply(key=request.key, prompt_tokens=len(ids), finish_reason="refused", error=said)
-            fits = [index for index, left in enumerate(room) if left >= 1]
-            caps = [min(request.max_new_tokens, left) for request, left in zip(some, room, strict=True)]
+            refused = {reply.key for reply in failed}
+            chunk = [request for request in chunk if request.key not in refused]
+            rooms = [self._room(len(ids)) for ids in prompts]
+            for request, ids, remaining in zip(chunk, prompts, rooms, strict=True):
+                if remaining < 1:
+                    message = f"the prompt of {len(ids)} tokens leaves no token for a reply in the model's {self._positions} positions"
+                    yield Reply(key=request.key, prompt_tokens=len(ids), finish_reason="refused", error=message)
+            fits = [index for index, remaining in enumerate(rooms) if remaining >= 1]
+            caps = [min(request.max_new_tokens, remaining) for request, remaining in zip(chunk, rooms, strict=True)]
             for batch in self._batches(fits, [len(ids) for ids in prompts], caps):
-                yield from self._answer([some[i] for i in batch], [prompts[i] for i in batch], [caps[i] for i in batch])
+                yield from self._answer(
+                    [chunk[i] for i in batch], [prompts[i] for i in batch], [caps[i] for i in batch]
+                )
 
     def _prompts(self, requests: Sequence[Request]) -> tuple[list[list[int]], list[Reply]]:
-        """The prompts of the requests that can be put to the model, in order, and a refusal for each of the others."""
+        """The prompts of the requests that can be sent to the model, in order, and a refusal for each of the others."""
         prompts, failed = [], []
         for request in requests:
             try:
@@ -142,8 +144,8 @@ class TransformersGenerator:
 
     @property
     def _positions(self) -> int | None:
-        found = getattr(self.files.config, "max_position_embeddings", None)
-        return found if isinstance(found, int) and found > 0 else None
+        positions = getattr(self.files.config, "max_position_embeddings", None)
+        return positions if isinstance(positions, int) and positions > 0 else None
 
     def _room(self, prompt: int) -> int:
         """Tokens that a reply may have after a prompt of so many; an empty prompt cannot be continued."""
@@ -174,10 +176,10 @@ class TransformersGenerator:
         ends = self._once("ends", lambda: end_tokens(network, tokenizer))
         filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
         ids_BT, mask_BT = _left_padded(prompts, filler, device)
-        start, cache, left = ids_BT.shape[1], None, list(range(len(requests)))
-        while left:
-            batch, longest = [requests[i] for i in left], max(caps[i] for i in left)
-            stop = _Stop(batch, [caps[i] for i in left], tokenizer, start, ends)
+        start, cache, remaining = ids_BT.shape[1], None, list(range(len(requests)))
+        while remaining:
+            batch, longest = [requests[i] for i in remaining], max(caps[i] for i in remaining)
+            stop = _Stop(batch, [caps[i] for i in remaining], tokenizer, start, ends)
             with quiet():
                 output = network.generate(
                     input_ids=ids_BT,
@@ -193,13 +195,13 @@ class TransformersGenerator:
                     logits_processor=LogitsProcessorList([_Draw(batch, longest, start, device)]),
                     stopping_criteria=StoppingCriteriaList([stop]),
                 )
-            open_rows = [row for row in range(len(left)) if row not in stop.replies]
+            open_rows = [row for row in range(len(remaining)) if row not in stop.replies]
             for row, reply in stop.replies.items():
-                yield replace(reply, prompt_tokens=len(prompts[left[row]]))
+                yield replace(reply, prompt_tokens=len(prompts[remaining[row]]))
             kept = torch.tensor(open_rows, dtype=torch.long, device=device)
             ids_BT, cache = output.sequences[kept], _rows_of_cache(output, kept)
             mask_BT = torch.cat([mask_BT[kept], mask_BT.new_ones(len(kept), ids_BT.shape[1] - mask_BT.shape[1])], dim=1)
-            left = [left[row] for row in open_rows]
+            remaining = [remaining[row] for row in open_rows]
 
 
 def _left_padded(
@@ -315,19 +317,19 @@ class _Stop(StoppingCriteria):
     def _reply(self, request: Request, new: list[int], cap: int) -> Reply | None:
         """The reply of a row that ends with its last token; None for a row that has to be continued."""
         if new[-1] in self.ends:
-            return self._made(request, new[:-1], "stop")
+            return self._reply(request, new[:-1], "stop")
         if request.stop and any(stop in self._tail(request.stop, new) for stop in request.stop):
             text = self._text(new)
             places = [place for place in (text.find(stop) for stop in request.stop) if place >= 0]
             if places:
-                return self._made(request, new, "stop", min(places))
+                return self._reply(request, new, "stop", min(places))
         rule = request.end_rule if len(new) % CHECK_EVERY == 0 else None
         ending = rule(self._text(new)) if rule is not None else None
         if ending is not None:
-            return self._made(request, new, ending.finish_reason, ending.length)
-        return self._made(request, new, "length") if len(new) >= cap else None
+            return self._reply(request, new, ending.finish_reason, ending.length)
+        return self._reply(request, new, "length") if len(new) >= cap else None
 
-    def _made(self, request: Request, new: list[int], reason: str, length: int | None = None) -> Reply:
+    def _reply(self, request: Request, new: list[int], reason: str, length: int | None = None) -> Reply:
         text = self._text(new)[:length]
         return Reply(key=request.key, text=text, completion_tokens=len(new), finish_reason=reason)
 

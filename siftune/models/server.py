@@ -1,10 +1,10 @@
-"""Replies from any OpenAI-compatible server, asked several at a time and patiently, through the `openai` client.
+"""Replies from any OpenAI-compatible server, several requests at a time with retries, through the `openai` client.
 
 Retried with exponential back-off and jitter, at most `attempts` times: 408, 409, 429, 5xx, time-outs, dropped connections,
-replies that are no chat completion or exceed the bounds (see `bounded_http`). `Retry-After` holds every thread back, not
-only the one that was told. A request that the server refuses for good (400, 413, 422) gets a reply that says so; a wrong
+replies that are not chat completions or exceed the bounds (see `bounded_http`). `Retry-After` delays every thread, not
+only the one that received it. A request that the server refuses permanently (400, 413, 422) gets a reply with that reason; a wrong
 key, an unknown model or a redirect ends the run.
-The API key comes from OPENAI_API_KEY alone and stands in no message, no identity and no file.
+The API key comes from OPENAI_API_KEY alone and is in no message, no cache key and no file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .generate import Reply, Request
 
 API_KEY = "OPENAI_API_KEY"
 REFUSED = (400, 413, 422)
-"""Statuses about one request; asking again would change nothing."""
+"""Statuses about one request; a retry would not help."""
 FATAL = (401, 403, 404)
 """Statuses about every request."""
 
@@ -53,7 +53,9 @@ def read_address(spec: str) -> tuple[str, str | None]:
             "pass http://HOST:PORT/v1"
         )
     if not host:
-        raise UserError(f"generator={spec!r} is not a server's address; pass http://HOST:PORT/v1, if need be with #MODEL")
+        raise UserError(
+            f"generator={spec!r} is not a server's address; pass http://HOST:PORT/v1, optionally with #MODEL"
+        )
     return address.rstrip("/"), model or None
 
 
@@ -70,17 +72,17 @@ class OpenAIGenerator:
     """`http(s)://HOST:PORT/v1`, the model's name after `#`; without one, the first model that the server lists."""
     _: KW_ONLY
     concurrency: int = 8
-    """Requests under way at a time."""
+    """Requests in progress at a time."""
     attempts: int = 6
     """Tries of one request, the first included; then its reply is an error."""
     timeout: float = 300.0
-    """Seconds after which a try is given up, whether the server is silent or sends slowly."""
+    """Seconds after which an attempt is abandoned, whether the server is silent or slow."""
     first_wait: float = 1.0
     """Seconds before the second try; doubled for each further one, times a jitter of 0.5 to 1.5."""
     longest_wait: float = 120.0
     """Seconds at most between two tries, a server's `Retry-After` included: a longer one ends the request."""
 
-    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _cached: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _not_before: float = field(default=0.0, init=False, repr=False)
 
@@ -92,37 +94,37 @@ class OpenAIGenerator:
 
     @property
     def key(self) -> str:
-        """Hash of the address and the model's name: a server does not say what weights it runs."""
+        """Hash of the address and the model's name: a server does not report its weights."""
         return hash_json(["openai", 1, read_address(self.address)[0], self.model])
 
     @property
     def model(self) -> str:
-        """The model's name as the server knows it."""
-        if "model" not in self._made:
-            self._made["model"] = read_address(self.address)[1] or self._first_model()
-        return str(self._made["model"])
+        """The model's name on the server."""
+        if "model" not in self._cached:
+            self._cached["model"] = read_address(self.address)[1] or self._first_model()
+        return str(self._cached["model"])
 
-    # --- asking -------------------------------------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------------------------------
 
     def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Replies as they come. Requests are drawn as they can be sent, so a long list need not be in memory.
+        """Replies as they arrive. Requests are read as they can be sent, so a long list need not be in memory.
 
-        When one reply shows that none can be had, those under way are still handed out before `UserError` is raised.
+        When one reply shows that no request can succeed, those in progress are still yielded before `UserError` is raised.
         """
         self._client()
         assert self.model
         source, fatal = iter(requests), None
         stopped = threading.Event()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="siftune-ask")
-        under_way: set[Future[Reply]] = set()
+        in_progress: set[Future[Reply]] = set()
         try:
             while True:
                 if fatal is None:
-                    fresh = islice(source, self.concurrency - len(under_way))
-                    under_way |= {pool.submit(self._reply, request, stopped) for request in fresh}
-                if not under_way:
+                    next_requests = islice(source, self.concurrency - len(in_progress))
+                    in_progress |= {pool.submit(self._reply, request, stopped) for request in next_requests}
+                if not in_progress:
                     break
-                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                done, in_progress = wait(in_progress, return_when=FIRST_COMPLETED)
                 for future in done:
                     try:
                         reply = future.result()
@@ -137,44 +139,44 @@ class OpenAIGenerator:
             raise fatal
 
     def _reply(self, request: Request, stopped: threading.Event) -> Reply:
-        """One request, tried until it has a reply, a refusal, or no try left."""
+        """One request, tried until it has a reply, a refusal, or no attempt left."""
         from openai import APIError, APIStatusError, APITimeoutError
 
-        jitter, said = random.Random(request.seed), ""
+        jitter, message = random.Random(request.seed), ""
         for attempt in range(self.attempts):
-            self._hold(stopped)
-            told: float | None = None
+            self._wait_until_allowed(stopped)
+            retry_after: float | None = None
             try:
                 return self._once(request)
             except APITimeoutError:
-                said = f"no answer within {self.timeout:g} s"
+                message = f"no answer within {self.timeout:g} s"
             except APIStatusError as error:
-                said = f"status {error.status_code}: {_short(error)}"
+                message = f"status {error.status_code}: {_short(error)}"
                 if error.status_code in FATAL:
-                    raise UserError(self._fatal(error.status_code, said)) from None
+                    raise UserError(self._fatal(error.status_code, message)) from None
                 if error.status_code in REFUSED and not self._other_limit(error):
-                    return Reply(key=request.key, finish_reason="refused", error=self._clean(said))
-                told = _retry_after(error.response.headers.get("retry-after"))
-            except (APIError, ValueError, BadReply) as error:  # dropped, half a reply, not JSON, not ours
+                    return Reply(key=request.key, finish_reason="refused", error=self._clean(message))
+                retry_after = _retry_after(error.response.headers.get("retry-after"))
+            except (APIError, ValueError, BadReply) as error:  # dropped, truncated, not JSON, not a completion
                 self._refuse_redirect(error)
-                said = _short(error)
-            if told is not None and told > self.longest_wait:
-                said += f" (the server asks to wait {retry_after:g} s)"
+                message = _short(error)
+            if retry_after is not None and retry_after > self.longest_wait:
+                message += f" (the server asks to wait {retry_after:g} s)"
                 break
             back_off = min(self.longest_wait, self.first_wait * 2**attempt) * (0.5 + jitter.random())
-            if told is not None:
+            if retry_after is not None:
                 with self._lock:
-                    self._not_before = max(self._not_before, time.monotonic() + told)
+                    self._not_before = max(self._not_before, time.monotonic() + retry_after)
             elif attempt + 1 < self.attempts:
                 stopped.wait(back_off)
             if stopped.is_set():
                 break
         return Reply(
-            key=request.key, finish_reason="error", error=self._clean(f"no reply in {attempt + 1} tries: {said}")
+            key=request.key, finish_reason="error", error=self._clean(f"no reply in {attempt + 1} tries: {message}")
         )
 
     def _once(self, request: Request) -> Reply:
-        limit = self._made.get("limit", "max_tokens")
+        limit = self._cached.get("limit", "max_tokens")
         raw = self._client().chat.completions.with_raw_response.create(
             model=self.model,
             messages=[{"role": role, "content": content} for role, content in request.messages],
@@ -189,51 +191,53 @@ class OpenAIGenerator:
         if text is None and reason != "content_filter":
             raise BadReply("the reply has no text")
         if text is None:
-            return Reply(key=request.key, finish_reason="refused", error="the server's content filter removed the reply")
+            return Reply(
+                key=request.key, finish_reason="refused", error="the server's content filter removed the reply"
+            )
         return Reply(
             key=request.key,
             text=self._clean(text),  # a server that repeats the key
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=completion.completion_tokens,
-            finish_reason=reason if reason not in ("error", "refused") else f"server said {reason}",
+            finish_reason=reason if reason not in ("error", "refused") else f"server reports {reason}",
         )
 
-    def _hold(self, stopped: threading.Event) -> None:
-        """Wait as long as the server told any of us to."""
-        while (left := self._not_before - time.monotonic()) > 0 and not stopped.is_set():
-            stopped.wait(min(left, 1.0))
+    def _wait_until_allowed(self, stopped: threading.Event) -> None:
+        """Wait until the server's latest `Retry-After` has passed."""
+        while (remaining := self._not_before - time.monotonic()) > 0 and not stopped.is_set():
+            stopped.wait(min(remaining, 1.0))
 
     def _other_limit(self, error: Any) -> bool:
-        """Some servers know the reply's limit by its newer name only; learn it, and ask again."""
-        if "max_completion_tokens" not in str(error) or "limit" in self._made:
+        """Some servers accept only the newer name of the reply's limit; switch to it, and retry."""
+        if "max_completion_tokens" not in str(error) or "limit" in self._cached:
             return False
-        self._made["limit"] = "max_completion_tokens"
+        self._cached["limit"] = "max_completion_tokens"
         return True
 
     # --- the server ---------------------------------------------------------------------------------------------------
 
     def _client(self) -> Any:
         with self._lock:
-            if "client" not in self._made:
+            if "client" not in self._cached:
                 try:
                     from openai import OpenAI
                 except ImportError as error:
                     raise MissingExtra("openai", extra="generate", needed_for="a server as generator") from error
                 base, _ = read_address(self.address)
                 key = os.environ.get(API_KEY) or "none"
-                self._made["client"] = OpenAI(
+                self._cached["client"] = OpenAI(
                     base_url=base,
                     api_key=key,
                     max_retries=0,
                     timeout=self.timeout,
                     http_client=bounded_client(self.timeout),
                 )
-            return self._made["client"]
+            return self._cached["client"]
 
     def _first_model(self) -> str:
         from openai import OpenAIError
 
-        said = f"generator={self.address!r}"
+        server = f"generator={self.address!r}"
         try:
             client = self._client().with_options(max_retries=2, timeout=min(30.0, self.timeout))
             names = read_models(client.models.with_raw_response.list().http_response.content)
@@ -244,19 +248,17 @@ class OpenAIGenerator:
                 raise UserError(self._fatal(status, _short(error))) from None
             reason = self._clean(_short(error))
             raise UserError(
-                f"{said} does not list its models ({reason}); check that it runs, or name one with #MODEL"
+                f"{server} does not list its models ({reason}); check that it runs, or name one with #MODEL"
             ) from error
         if not names:
-            raise UserError(f"{said} lists no model; name one with #MODEL")
+            raise UserError(f"{server} lists no model; name one with #MODEL")
         return names[0]
 
-    def _fatal(self, status: int, said: str) -> str:
+    def _fatal(self, status: int, message: str) -> str:
         base, _ = read_address(self.address)
         if status == 404:
-            return (
-                f"generator={base!r} has no model {self.model!r} ({self._clean(said)}); choose one of its models with #MODEL"
-            )
-        return f"generator={base!r} refuses the key ({self._clean(said)}); set {API_KEY} in the environment"
+            return f"generator={base!r} has no model {self.model!r} ({self._clean(message)}); choose one of its models with #MODEL"
+        return f"generator={base!r} refuses the key ({self._clean(message)}); set {API_KEY} in the environment"
 
     def _refuse_redirect(self, error: Exception) -> None:
         """Raise `UserError` where the error is a redirect: following it would send the rows to another address."""
@@ -268,8 +270,8 @@ class OpenAIGenerator:
                     "to no other address; pass the address of the server itself"
                 ) from None
 
-    def _clean(self, said: str) -> str:
-        return redact_text(said)
+    def _clean(self, message: str) -> str:
+        return redact_text(message)
 
 
 def _short(error: Exception) -> str:
@@ -279,20 +281,20 @@ def _short(error: Exception) -> str:
     message = str(getattr(error, "message", "") or error) or type(error).__name__
     if error.__cause__ is not None and str(error.__cause__):
         message += f" ({error.__cause__})"
-    message = message.encode("utf-8", "replace").decode()  # a lone surrogate has no place in a file
-    message = " ".join(redact_text(message).split())  # masked before it is cut: half a key is a secret too
+    message = message.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written to a file
+    message = " ".join(redact_text(message).split())  # masked before it is cut: part of a key is a secret too
     return message if len(message) <= 200 else message[:197] + "..."
 
 
-def _retry_after(said: str | None) -> float | None:
-    """Seconds of a `Retry-After` header: a number, or a date; None where there is none or it says nothing."""
-    if said is None:
+def _retry_after(header: str | None) -> float | None:
+    """Seconds of a `Retry-After` header: a number, or a date; None where it is absent or invalid."""
+    if header is None:
         return None
     try:
-        seconds = float(said)
+        seconds = float(header)
     except ValueError:
         try:
-            seconds = parsedate_to_datetime(said).timestamp() - time.time()
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
         except (TypeError, ValueError, OverflowError):
             return None
     return max(0.0, seconds) if seconds == seconds else None

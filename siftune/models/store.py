@@ -1,4 +1,4 @@
-"""A content-addressed cache of arrays on disk: what was computed once is not computed again.
+"""A content-addressed cache of arrays on disk.
 
 A key is a hash of all that determines the value, so an entry never goes stale; it is only ever missing. One entry is
 one safetensors file (arrays, JSON metadata, checksum), written under a temporary name and renamed: readers and other
@@ -42,21 +42,21 @@ class Store:
         return Path(self.folder) / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
-        """Arrays and metadata of `key`, or None where there is no sound entry; an unsound one is removed."""
+        """Arrays and metadata of `key`, or None where there is no valid entry; an invalid one is removed."""
         path = self.path(key)
         try:
             with safe_open(path, framework="np") as file:
-                said = file.metadata() or {}
+                metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except FileNotFoundError:
             return None
         except (SafetensorError, ValueError, TypeError):
-            said, arrays = {}, {}
-        if said.get("checksum") != _checksum(key, arrays, said.get("meta", "")):
+            metadata, arrays = {}, {}
+        if metadata.get("checksum") != _checksum(key, arrays, metadata.get("meta", "")):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
             return None
-        return arrays, json.loads(said["meta"])
+        return arrays, json.loads(metadata["meta"])
 
     def put(self, key: str, arrays: Arrays, meta: Mapping[str, Any]) -> None:
         """Keep arrays (any numeric or bool type safetensors knows) and JSON-able metadata under `key`."""

@@ -1,13 +1,13 @@
-"""A row as token ids and labels: the one way from text to tokens, for training and for held-out loss alike.
+"""A row as token ids and labels: the only conversion from text to tokens, for training and for held-out loss alike.
 
 Two forms. `chat`: the tokenizer's chat template; rows without messages become one user turn and its answer. `prompt`: the
-question and a newline, the answer, the end-of-text token; no template. Labels are the ids where the model learns and -100
-elsewhere. What is learnt in a chat: every assistant turn where the template marks them (`{% generation %}`), else the last
+question and a newline, the answer, the end-of-text token; no template. Labels are the ids of the label tokens and -100
+elsewhere. Label tokens in a chat: every assistant turn where the template marks them (`{% generation %}`), else the last
 answer with the token that ends it; in a prompt: the answer and the end; of plain text: all of it. The first token is never
-learnt, since nothing comes before it, and nothing follows the last learnt token.
+a label token, since nothing precedes it, and nothing follows the last label token.
 
-The tokens before an answer are those that the model sees when it is asked, so training and generation agree to the token.
-Cost: one template and two tokenizer calls a row; `Encoder` asks the tokenizer about itself once, `answer_tokens` each time.
+The tokens before an answer are those of the prompt in generation, so training and generation agree to the token.
+Cost: one template and two tokenizer calls a row; `Encoder` inspects the tokenizer once, `answer_tokens` each time.
 
 Shapes: `T` tokens of a row.
 """
@@ -28,7 +28,7 @@ from ..records import Pool, Row
 Text = Literal["auto", "chat", "prompt"]
 FORMS = ("auto", "chat", "prompt")
 VERSION = 1
-"""Part of a tokenised data set's cache key: raised whenever the tokens of any row change."""
+"""Part of a tokenised data set's cache key: increased whenever the tokens of any row change."""
 IGNORED = -100
 ROWS_AT_ONCE = 256
 
@@ -40,13 +40,13 @@ class Tokens:
     input_ids: list[int]
     """Shape `(T,)`, at most `max_length`."""
     labels: list[int]
-    """Shape `(T,)`: the id where it is learnt, -100 elsewhere; at least one is learnt."""
+    """Shape `(T,)`: the id of a label token, -100 elsewhere; at least one is a label token."""
     cut: bool
-    """The row went on beyond `max_length`."""
+    """Whether the row was cut at `max_length`."""
 
     @property
-    def learnt(self) -> int:
-        """Tokens that are learnt."""
+    def label_tokens(self) -> int:
+        """Number of label tokens."""
         return sum(label != IGNORED for label in self.labels)
 
 
@@ -71,14 +71,14 @@ def check_text(text: str, tokenizer: Any, *, model: str, format: str) -> None:
 def answer_tokens(row: Row, tokenizer: Any, *, text: str, max_length: int) -> tuple[list[int], list[int]]:
     """Input ids and labels of a row, each of shape `(T,)`, cut on the right to `max_length`.
 
-    `text` is `chat`, `prompt`, or `auto`: chat where the tokenizer has a template and the row is no plain text. Raises
-    `BadRow` with the reason where nothing is left to learn, or template or tokenizer fail on the row.
+    `text` is `chat`, `prompt`, or `auto`: chat where the tokenizer has a template and the row is not plain text. Raises
+    `BadRow` with the reason where no label token is left, or template or tokenizer fail on the row.
 
     >>> answer_tokens(Row(0, "", "1 + 1 = ?", "", "2"), tokenizer, text="prompt", max_length=512)
     ([317, 9, 21, 1], [-100, -100, 21, 1])
     """
-    found = Encoder(tokenizer, text, max_length)(row)
-    return found.input_ids, found.labels
+    tokens = Encoder(tokenizer, text, max_length)(row)
+    return tokens.input_ids, tokens.labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,26 +100,26 @@ class Encoder:
             return self._tokens(row)
 
     def _tokens(self, row: Row) -> Tokens:
-        ids, learnt = self._chat(row) if self._is_chat(row) else self._prompt(row)
-        if learnt:
-            learnt[0] = False
-        whole = max((index for index, yes in enumerate(learnt) if yes), default=-1) + 1
-        if not whole:
+        ids, is_label = self._chat(row) if self._is_chat(row) else self._prompt(row)
+        if is_label:
+            is_label[0] = False
+        end = max((index for index, labelled in enumerate(is_label) if labelled), default=-1) + 1
+        if not end:
             raise BadRow("no answer tokens: the answer gives none")
-        kept = ids[: min(whole, self.max_length)]
-        labels = [token if yes else IGNORED for token, yes in zip(kept, learnt, strict=False)]
+        kept = ids[: min(end, self.max_length)]
+        labels = [token if labelled else IGNORED for token, labelled in zip(kept, is_label, strict=False)]
         if all(label == IGNORED for label in labels):
             raise BadRow(
-                f"no answer tokens after truncation: {learnt.index(True)} tokens come before the answer, "
+                f"no answer tokens after truncation: {is_label.index(True)} tokens come before the answer, "
                 f"max_length is {self.max_length}"
             )
-        return Tokens(kept, labels, whole > self.max_length)
+        return Tokens(kept, labels, end > self.max_length)
 
     def over(self, pool: Pool, positions: Sequence[int]) -> Iterator[tuple[int, Tokens | BadRow]]:
-        """Every row at `positions`, in that order, as its tokens or the reason that it has none; read as it is asked for."""
+        """Every row at `positions`, in that order, as its tokens or the reason that it has none; read lazily."""
         for start in range(0, len(positions), ROWS_AT_ONCE):
-            some = [int(position) for position in positions[start : start + ROWS_AT_ONCE]]
-            for position, row in zip(some, pool.read(some), strict=True):
+            chunk = [int(position) for position in positions[start : start + ROWS_AT_ONCE]]
+            for position, row in zip(chunk, pool.read(chunk), strict=True):
                 try:
                     yield position, self(row)
                 except BadRow as bad:
@@ -133,27 +133,27 @@ class Encoder:
     # --- prompt -----------------------------------------------------------------------------------------------------
 
     def _prompt(self, row: Row) -> tuple[list[int], list[bool]]:
-        ids, learnt = self._joined(row.question + "\n" if row.question else "", row.output)
+        ids, is_label = self._joined(row.question + "\n" if row.question else "", row.output)
         end = self.tokenizer.eos_token_id
-        ids, learnt = [*self._opening, *ids], [*(False for _ in self._opening), *learnt]
-        return (ids, learnt) if end is None else ([*ids, end], [*learnt, True])
+        ids, is_label = [*self._opening, *ids], [*(False for _ in self._opening), *is_label]
+        return (ids, is_label) if end is None else ([*ids, end], [*is_label, True])
 
     def _joined(self, before: str, answer: str) -> tuple[list[int], list[bool]]:
         """Ids of both texts and which of them are the answer's.
 
         Where the last token before the answer would grow into it, the answer is tokenised alone, as it is generated.
         """
-        head, whole = self._ids(before), self._ids(before + answer)
-        if whole[: len(head)] != head:
-            whole = head + self._ids(answer)
-        return whole, [False] * len(head) + [True] * (len(whole) - len(head))
+        head, joined = self._ids(before), self._ids(before + answer)
+        if joined[: len(head)] != head:
+            joined = head + self._ids(answer)
+        return joined, [False] * len(head) + [True] * (len(joined) - len(head))
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"])
 
     @cached_property
     def _opening(self) -> list[int]:
-        """What the tokenizer puts before every text by itself: the beginning-of-text token, mostly; or nothing."""
+        """The tokens that the tokenizer puts before every text: usually the beginning-of-text token, or none."""
         plain, opened = self._ids("a"), self._ids("a", special=True)
         starts = (at for at in range(len(opened)) if opened[at : at + len(plain)] == plain)
         return opened[: next(starts, 0)]
@@ -163,33 +163,33 @@ class Encoder:
     def _chat(self, row: Row) -> tuple[list[int], list[bool]]:
         if not row.messages and not row.question:
             raise BadRow("no question: plain text has no turns to put into the chat template")
-        said = row.messages or (("user", row.question), ("assistant", row.output))
-        turns = [{"role": role, "content": content} for role, content in said]
+        messages = row.messages or (("user", row.question), ("assistant", row.output))
+        turns = [{"role": role, "content": content} for role, content in messages]
         try:
             return self._templated(turns, row.output)
         except Refusal:
             if turns[0]["role"] != "system" or len(turns) < 3:
                 raise
-        # some templates know no system turn: its text opens the user's
+        # some templates have no system turn: its text is put before the user's
         joined = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
         return self._templated([joined, *turns[2:]], row.output)
 
     def _templated(self, turns: Sequence[dict[str, str]], answer: str) -> tuple[list[int], list[bool]]:
-        # Models that think aloud by default are taught to answer at once; other templates ignore the word.
+        # Models that reason by default are trained to answer at once; other templates ignore the option.
         apply, thinking = partial(apply_template, self.tokenizer), {"enable_thinking": False}
         if self._marks:
-            found = apply(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **thinking)
-            return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
-        whole = str(apply(turns, tokenize=False, **thinking))
+            tokens = apply(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **thinking)
+            return list(tokens["input_ids"]), [bool(mark) for mark in tokens["assistant_masks"]]
+        text = str(apply(turns, tokenize=False, **thinking))
         before = str(apply(turns[:-1], tokenize=False, add_generation_prompt=True, **thinking))
-        if not whole.startswith(before):  # a template that writes a conversation anew at every turn
-            before = whole[: _place(whole, answer)]
-        return self._joined(before, self._without_tail(whole[len(before) :]))
+        if not text.startswith(before):  # a template that rewrites the conversation at every turn
+            before = text[: _place(text, answer)]
+        return self._joined(before, self._without_tail(text[len(before) :]))
 
-    def _without_tail(self, said: str) -> str:
-        """What the assistant says up to its end token, without the white space that a template writes after it."""
-        bare = said.rstrip()
-        return bare if any(bare.endswith(token) for token in self._special) else said
+    def _without_tail(self, answer: str) -> str:
+        """The assistant's text up to its end token, without the white space that a template writes after it."""
+        stripped = answer.rstrip()
+        return stripped if any(stripped.endswith(token) for token in self._special) else answer
 
     @cached_property
     def _template(self) -> str:
@@ -198,7 +198,7 @@ class Encoder:
 
     @cached_property
     def _marks(self) -> bool:
-        """Whether the template marks what the assistant says, and the tokenizer can follow the marks."""
+        """Whether the template marks the assistant's text, and the tokenizer supports the marks."""
         marked = re.search(r"{%[-+]?\s*generation\b", self._template) is not None
         return marked and bool(getattr(self.tokenizer, "is_fast", False))
 
@@ -208,9 +208,9 @@ class Encoder:
         return {token for token in (*added, *self.tokenizer.all_special_tokens) if token}
 
 
-def _place(whole: str, answer: str) -> int:
-    """Where the answer starts, by its own words."""
+def _place(rendered: str, answer: str) -> int:
+    """The position where the answer's text starts."""
     for text in (answer, answer.strip()):
-        if (begin := whole.rfind(text)) >= 0:
+        if (begin := rendered.rfind(text)) >= 0:
             return begin
     raise BadRow("chat template rewrites the answer, so its tokens cannot be located")

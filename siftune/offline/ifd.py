@@ -109,7 +109,7 @@ class IFDTask:
         start = self.lm.start if self.start_token else None
         encoded = encoded.opened(start)
         first, last = encoded.span(begin, end)
-        if not encoded.whole or last > self.lm.length:
+        if not encoded.complete or last > self.lm.length:
             return f"truncated: the row has more than {self.lm.length} tokens"
         if first == last:
             return "no answer tokens"

@@ -116,7 +116,7 @@ class Rater:
                 found.append(failed)
             elif not all(turn.instruction or turn.input for turn in some):
                 found.append("no question to rate")
-            elif any(not one.whole or len(one.ids) > self.lm.length for one in own):
+            elif any(not one.complete or len(one.ids) > self.lm.length for one in own):
                 found.append(f"truncated: the scorer's prompt has more than {self.lm.length} tokens")
             else:
                 found.append([one.ids for one in own])

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..models.head import Factor, Gram, Head, factorise, read_head
 from ..models.hidden_states import Chunk, ModelParts, exact_math, iter_hidden_states, iter_logits, unwrap_model
-from ..models.sharded import gather_head, is_sharded, most
+from ..models.sharded import gather_head, is_sharded, largest_of_all
 from .sketch import Sketch
 
 Batch = Mapping[str, Any]
@@ -101,7 +101,7 @@ class View:
         """
         parts = unwrap_model(model)
         identity = (id(parts.causal), id(parts.head))
-        passes = most if is_sharded(parts.called) else None
+        passes = largest_of_all if is_sharded(parts.called) else None
         head = read_head(parts) if passes is None else self._gathered(identity, parts, fresh=fresh)
         if head is None:
             self._distrust(identity, f"{type(parts.head).__name__} is no plain linear head")
@@ -129,7 +129,7 @@ class View:
             verdict = head.agrees(chunk.probe_states, chunk.probe_logits)
         told = {None: 0, True: 1, False: 2}[verdict]
         if together:  # one process that cannot trust the formula makes all walk the other way
-            told = most(told)
+            told = largest_of_all(told)
         if told == 0:
             return False
         if told == 1:

@@ -194,7 +194,7 @@ def _batches(
                 meta["rows"] += 1
                 meta["cut"] += found.cut
                 meta["tokens"] += len(found.input_ids)
-                meta["label_tokens"] += found.learnt
+                meta["label_tokens"] += found.label_tokens
         if columns["row"]:
             yield pa.record_batch([pa.array(columns[field.name], field.type) for field in _SCHEMA], schema=_SCHEMA)
         if meta["beyond"]:

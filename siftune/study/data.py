@@ -235,7 +235,7 @@ class _Drawing:
             if isinstance(found, BadRow):
                 self.unusable[str(found).split(":")[0]] += 1
             else:
-                yield position, len(found.input_ids), found.learnt
+                yield position, len(found.input_ids), found.label_tokens
 
     def _why(self) -> str:
         return ", ".join(f"{reason}: {count}" for reason, count in self.unusable.items()) or "it is empty"

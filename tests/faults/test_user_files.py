@@ -234,9 +234,7 @@ def test_compare_replaces_nothing_that_it_reads(work: Path) -> None:
     Path("study/page.md").write_text("mine")
     Path("figures").mkdir()
     Path("figures/pool.jsonl").write_bytes(Path("study/pool-sums.jsonl").read_bytes())
-    assert "is inside" in untouched(
-        work, ["compare", "study/study.yaml", "--run", "run", "--out", "study/model/a.md"]
-    )
+    assert "is inside" in untouched(work, ["compare", "study/study.yaml", "--run", "run", "--out", "study/model/a.md"])
     words = ["compare", "study/study.yaml", "--set", "pool.sums=figures/pool.jsonl", "--run", "run", "--out", "page.md"]
     assert "the figures beside --out figures contains" in untouched(work, words)
     Path("mine").mkdir()

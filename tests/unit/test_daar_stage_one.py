@@ -157,7 +157,7 @@ class _Same(Writer):
 def test_a_local_model_that_cannot_write_is_one_sentence_with_its_replies(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "chat")
     with pytest.raises(
-        UserError, match=r"no usable row of the domain 'law' in 5 replies.*leaves no room.*what was not used is in"
+        UserError, match=r"no usable row of the domain 'law' in 5 replies.*leaves no token.*what was not used is in"
     ) as e:
         stage(tmp_path, generator=str(folder), model=str(folder), device="cpu").run()
     path = Path(str(e.value).rpartition("what was not used is in ")[2].rstrip(")"))

@@ -73,7 +73,7 @@ def test_a_folder_or_a_file_in_the_way_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "taken", tmp_path / "file" / "a.txt"):
-        with pytest.raises(UserError, match=r"choose|give"):
+        with pytest.raises(UserError, match=r"choose|pass"):
             files.write_json(path, {})
 
 

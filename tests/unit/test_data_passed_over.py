@@ -78,7 +78,7 @@ def test_a_csv_row_beyond_the_limit_is_bad_and_the_next_one_is_read() -> None:
 
 def test_a_first_line_that_is_no_csv_names_no_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('instruction,"out"put\na,b\n')
-    with pytest.raises(UserError, match=r"a\.csv, line 1, which names the columns, is no CSV"):
+    with pytest.raises(UserError, match=r"a\.csv, line 1, which names the columns, is not CSV"):
         load_pool(tmp_path / "a.csv", on_bad_row="skip")
 
 

@@ -64,7 +64,7 @@ def test_a_json_array_of_nothing(lines: Path, tmp_path: Path) -> None:
 def test_an_unknown_suffix_is_one_sentence_before_anything_is_written(lines: Path, tmp_path: Path) -> None:
     pool = load_pool(lines)
     for name in ("out.csv", "out", "out.parquet.gz"):
-        with pytest.raises(UserError, match=r"end it in one of \.jsonl, "):
+        with pytest.raises(UserError, match=r"use one of \.jsonl, "):
             pool.source.write([0], tmp_path / name)
         assert not (tmp_path / name).exists()
     assert [check_suffix(f"x{suffix}") for suffix in SUFFIXES] == list(SUFFIXES)

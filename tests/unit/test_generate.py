@@ -144,15 +144,15 @@ def test_stop_strings_end_a_reply_and_are_not_part_of_it(generator: Transformers
 
 
 def test_the_end_of_turn_ends_a_reply(generator: TransformersGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = generator._made.get("ends")
+    ends = generator._cached.get("ends")
     if ends is None:
         answers(generator, [ask("a", "x", max_new_tokens=1)])
-        ends = generator._made["ends"]
+        ends = generator._cached["ends"]
     assert set(ends) == {1, 4}  # <eos>, and <|im_end|> which the template writes after an answer
     request = ask("a", "Hello", max_new_tokens=40)
     free = answers(generator, [request])["a"]
     token = tiny_tokenizer()(free.text[5], add_special_tokens=False)["input_ids"][0]
-    monkeypatch.setitem(generator._made, "ends", [*ends, token])
+    monkeypatch.setitem(generator._cached, "ends", [*ends, token])
     cut = answers(generator, [request, ask("b", "a longer prompt here", max_new_tokens=40)])["a"]
     assert cut.finish_reason == "stop"
     assert cut.text == free.text[: free.text.index(free.text[5])]

@@ -149,7 +149,7 @@ def test_rows_are_cut_on_the_right_and_say_so() -> None:
             assert found.input_ids == whole[:length]
             assert found.labels == labels[:length]
             assert found.cut == (length < len(whole))
-            assert found.learnt == min(length, len(whole)) - before
+            assert found.label_tokens == min(length, len(whole)) - before
 
 
 def test_an_answer_that_the_template_rewrites_is_refused() -> None:

@@ -134,7 +134,7 @@ def read_descriptions(source: DomainSource | None = None) -> Descriptions:
 def _domains(said: Any, place: str) -> tuple[Domain, ...]:
     if not isinstance(said, Mapping):
         raise UserError(f"{place}: domains is not a mapping; write one `name: one sentence` a line")
-    found = []
+    domains = []
     for name, value in said.items():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
             raise UserError(f"{place} names a domain {name!r}; use letters, digits and _ . + -")
@@ -144,10 +144,10 @@ def _domains(said: Any, place: str) -> tuple[Domain, ...]:
             threshold, value = value.get("threshold"), value.get("description")
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{place} gives the domain {name!r} no description; write one sentence")
-        found.append(Domain(name, " ".join(value.split()), _threshold(threshold, f"{place}, domain {name}")))
-    if len(found) < 2:
+        domains.append(Domain(name, " ".join(value.split()), _threshold(threshold, f"{place}, domain {name}")))
+    if len(domains) < 2:
         raise UserError(f"{place} holds {len(domains)} domain; describe at least 2")
-    return tuple(found)
+    return tuple(domains)
 
 
 def _threshold(value: Any, place: str) -> float | None:

@@ -68,7 +68,9 @@ class ProbeTraining:
             if getattr(self, name) <= 0:
                 raise UserError(f"training {name}={getattr(self, name)} must be above 0")
         if not 0 < self.validation < 1:
-            raise UserError(f"training validation={self.validation} is not a share of the probe set; set it to 0.03 to 0.3")
+            raise UserError(
+                f"training validation={self.validation} is not a share of the probe set; set it to 0.03 to 0.3"
+            )
 
     @classmethod
     def paper(cls) -> ProbeTraining:
