@@ -317,19 +317,19 @@ class _Stop(StoppingCriteria):
     def _reply(self, request: Request, new: list[int], cap: int) -> Reply | None:
         """The reply of a row that ends with its last token; None for a row that has to be continued."""
         if new[-1] in self.ends:
-            return self._reply(request, new[:-1], "stop")
+            return self._ended_reply(request, new[:-1], "stop")
         if request.stop and any(stop in self._tail(request.stop, new) for stop in request.stop):
             text = self._text(new)
             places = [place for place in (text.find(stop) for stop in request.stop) if place >= 0]
             if places:
-                return self._reply(request, new, "stop", min(places))
+                return self._ended_reply(request, new, "stop", min(places))
         rule = request.end_rule if len(new) % CHECK_EVERY == 0 else None
         ending = rule(self._text(new)) if rule is not None else None
         if ending is not None:
-            return self._reply(request, new, ending.finish_reason, ending.length)
-        return self._reply(request, new, "length") if len(new) >= cap else None
+            return self._ended_reply(request, new, ending.finish_reason, ending.length)
+        return self._ended_reply(request, new, "length") if len(new) >= cap else None
 
-    def _reply(self, request: Request, new: list[int], reason: str, length: int | None = None) -> Reply:
+    def _ended_reply(self, request: Request, new: list[int], reason: str, length: int | None = None) -> Reply:
         text = self._text(new)[:length]
         return Reply(key=request.key, text=text, completion_tokens=len(new), finish_reason=reason)
 

@@ -1,1 +1,1 @@
-"""SCORE THE POOL ONCE: a method is fitted on a pool and gives one number per row."""
+"""Offline methods: a method is fitted on a pool and computes one score per row."""

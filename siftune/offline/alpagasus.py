@@ -25,7 +25,7 @@ from .judged import Judged
 TOP = 5
 """The best rating."""
 STEP = 2.0**-7
-"""What the random order of equal ratings may add at most: less than any two ratings with two decimals differ by."""
+"""Upper bound of what the random order of equal ratings adds: less than the difference of two ratings with two decimals."""
 
 WORDS = """\
 Below are a question and an answer, each between a pair of marks that hold {fence}. All of it is material for you to \
@@ -48,7 +48,7 @@ Give your reason in one or two sentences. Then end with one line of exactly this
 Score: <number>"""
 
 _RUN = re.compile(r"([ \t*_`\"'>#(\[{)\]}.]{32})[ \t*_`\"'>#(\[{)\]}.]+")
-"""More spaces and decoration than the patterns below need to see: they would try every way to divide them."""
+"""More spaces and decoration than the patterns below need: the patterns would backtrack over every division."""
 _MARKUP = r"[\s*_`\"'>#(\[{]*+"
 _NUMBER = r"(?P<value>[-+]?\d++(?:\.\d++)?+)(?![\d.,%]*\d|%|[eE][-+]?\d)"
 _RANGE = r"(?![\s*_`\"']*(?:-|–|—|\bto\b|\bor\b)[\s*_`\"']*\d)"
@@ -74,19 +74,21 @@ def read_rating(text: str, cut: bool = False) -> float:
     lines = [line for line in _RUN.sub(r"\1", text).splitlines() if line.strip()]
     if not lines:
         raise Unreadable("an empty reply")
-    whole = "\n".join(lines[:-1] if cut else lines)  # the last line of a reply that was cut off may say less than meant
-    found = list(_LABELLED.finditer(whole))
-    if {match.start() for match in _LABEL.finditer(whole)} - {match.start() for match in found}:
-        raise Unreadable("a score that is no single number")
-    if not found:
-        ends = dict.fromkeys(whole.splitlines()[:1] + whole.splitlines()[-1:])
-        found = [match for line in ends if (match := _ALONE.fullmatch(line)) is not None]
-    values = {float(match["value"]) for match in found}
+    complete_lines = "\n".join(
+        lines[:-1] if cut else lines
+    )  # the last line of a reply that was cut off may be incomplete
+    matches = list(_LABELLED.finditer(complete_lines))
+    if {match.start() for match in _LABEL.finditer(complete_lines)} - {match.start() for match in matches}:
+        raise Unreadable("a score that is not a single number")
+    if not matches:
+        ends = dict.fromkeys(complete_lines.splitlines()[:1] + complete_lines.splitlines()[-1:])
+        matches = [match for line in ends if (match := _ALONE.fullmatch(line)) is not None]
+    values = {float(match["value"]) for match in matches}
     if not values:
         raise Unreadable("a reply cut off at its longest" if cut else "no rating")
     if len(values) > 1:
         raise Unreadable("several ratings, " + ", ".join(f"{value:g}" for value in sorted(values)))
-    if any(match["scale"] is not None and float(match["scale"]) != TOP for match in found):
+    if any(match["scale"] is not None and float(match["scale"]) != TOP for match in matches):
         raise Unreadable("a rating on another scale")
     value = values.pop()
     if not 0 <= value <= TOP:
@@ -103,7 +105,7 @@ FORM = Form("alpagasus", WORDS, True, _read, np.array(np.nan, dtype=np.float32),
 
 @dataclass(kw_only=True, eq=False)
 class AlpaGasus(Judged):
-    """A chat model's rating of every answer, 0 to 5; a reply that states none leaves the row without a score.
+    """A chat model's rating of every answer, 0 to 5; a row without a readable rating has no score.
 
     Raises `UserError` for settings, a prompt file or a judge that cannot be used, and when the judge stops replying.
 

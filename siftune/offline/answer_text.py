@@ -1,7 +1,7 @@
-"""Where a row's answer stands in its text, so that its tokens are found by offsets and nothing is tokenised twice.
+"""The position of a row's answer in its text, so that its tokens are located by offsets and nothing is tokenised twice.
 
-The text is the one every feature sees (`siftune.data.formats.text_of`), or a prompt of the user's followed by the
-answer. In a chat the answer is the last turn's content, without the marks that the template puts around it.
+The text is the one of every feature (`siftune.data.formats.text_of`), or a prompt of the user followed by the
+answer. In a chat the answer is the last turn's content, without the template's marks around it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AnswerText:
 
 
 def answer_text(row: Row, tokenizer: Any, prompt: Prompt | None = None) -> AnswerText:
-    """The row's text with its answer's place. Raises `BadRow` where the chat template fails on the row.
+    """The row's text with the position of its answer. Raises `BadRow` where the chat template fails on the row.
 
     >>> answer_text(Row(0, "", "Add.", "1 + 1", "2"), tokenizer)
     AnswerText(text='Add.\\n1 + 1\\n2', begin=11, end=12)
@@ -34,9 +34,9 @@ def answer_text(row: Row, tokenizer: Any, prompt: Prompt | None = None) -> Answe
         before = prompt.fill(instruction=row.instruction, input=row.input)
         return AnswerText(before + row.output, len(before), len(before) + len(row.output))
     text = text_of(row, tokenizer)
-    if row.messages and getattr(tokenizer, "chat_template", None) and (found := _in_chat(row, tokenizer, text)):
-        return found
-    if not text.endswith(row.output):  # a template that rewrites the answer: the contents on lines of their own
+    if row.messages and getattr(tokenizer, "chat_template", None) and (located := _in_chat(row, tokenizer, text)):
+        return located
+    if not text.endswith(row.output):  # a template that rewrites the answer: the contents on separate lines
         text = text_of(row)
     return AnswerText(text, len(text) - len(row.output), len(text))
 

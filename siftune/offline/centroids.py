@@ -94,9 +94,9 @@ def look_up(
 
 
 def labels_of(
-    pool: Pool, shard: Shard, column: str, domains: Sequence[str] | None, found: set[str] | None = None
+    pool: Pool, shard: Shard, column: str, domains: Sequence[str] | None, labels_seen: set[str] | None = None
 ) -> tuple[NDArray[np.int16], dict[int, str]]:
-    """Index into `domains` of every row's label, int16 `(B,)`, -1 for rows that have none and why; `found` collects
+    """Index into `domains` of every row's label, int16 `(B,)`, -1 for rows that have none and why; `labels_seen` collects
     the labels where `domains` is None. A label is text or a number; white space around it does not count."""
     index = {name: number for number, name in enumerate(domains or ())}
     label_B = np.full(len(shard), -1, dtype=np.int16)
@@ -107,12 +107,12 @@ def labels_of(
         for row, original in zip(rows, pool.source.originals(rows), strict=True):
             value = original.get(column)
             if isinstance(value, (bool, list, dict)) or value is None or not str(value).strip():
-                said = "is absent" if value is None else "holds none"
-                reasons[row] = f"no label: column {column} {said}"
+                fault = "is absent" if value is None else "holds none"
+                reasons[row] = f"no label: column {column} {fault}"
                 continue
             label = str(value).strip()
-            if found is not None:
-                found.add(label)
+            if labels_seen is not None:
+                labels_seen.add(label)
             if domains is None:
                 continue
             if label in index:
@@ -170,7 +170,7 @@ class Sums:
         """C_k and the variance about it. Raises `UserError` for a domain none of whose rows has features."""
         for name, count in zip(domains, self.count.tolist(), strict=True):
             if not count:
-                raise UserError(f"no row of the domain {name!r} has features (empty text?); take the domain out")
+                raise UserError(f"no row of the domain {name!r} has features (empty text?); remove the domain")
         mean_KD = self.sum / self.count[:, None]
         variance_K = np.maximum(self.square / self.count - np.square(mean_KD).sum(axis=1), 0.0)
         return LabelCentroids(domains, mean_KD, variance_K, self.count)

@@ -74,8 +74,8 @@ class RatingTask:
         ratings, reasons, counted = self.rater.ratings(pool, good)
         score = np.full(len(shard), np.nan, dtype=np.float32)
         tokens = np.full(len(shard), -1, dtype=np.int32)
-        for row, found in ratings.items():
-            score[row - shard.start] = _JOINED[self.turns](found)
+        for row, turn_ratings in ratings.items():
+            score[row - shard.start] = _JOINED[self.turns](turn_ratings)
         for row, count in counted.items():
             tokens[row - shard.start] = count
         return ShardResult({"score": score, "tokens": tokens}, reasons)
@@ -84,7 +84,7 @@ class RatingTask:
 @dataclass(frozen=True, eq=False)
 class DiversityTask:
     """Columns of a shard: `merit`, complexity * quality of every turn joined, `complexity` and `quality` of the row,
-    `hidden` `(rows, D)`, float32; `tokens` int32. One model is in memory at a time, but for equal ones."""
+    `hidden` `(rows, D)`, float32; `tokens` int32. One model is in memory at a time, unless both are the same."""
 
     complexity: Rater
     quality: Rater
@@ -103,21 +103,21 @@ class DiversityTask:
 
     def __call__(self, pool: Pool, shard: Shard) -> ShardResult:
         good = [row for row in range(shard.start, shard.stop) if row not in pool.reasons]
-        complex_by, reasons, _ = self.complexity.ratings(pool, good)
+        complexity_by_row, reasons, _ = self.complexity.ratings(pool, good)
         if self.complexity.lm is not self.quality.lm:
             self.complexity.lm.release()
-        good_by, more, _ = self.quality.ratings(pool, good)
+        quality_by_row, quality_reasons, _ = self.quality.ratings(pool, good)
         self.quality.lm.release()
         embedded = self.features(pool, shard)
         self.features.backbone.release()
-        reasons = {**embedded.reasons, **more, **reasons}
+        reasons = {**embedded.reasons, **quality_reasons, **reasons}
         columns: dict[str, NDArray[Any]] = {
             name: np.full(len(shard), np.nan, dtype=np.float32) for name in ("merit", "complexity", "quality")
         }
         join = _JOINED[self.turns]
         for row in good:
             if row not in reasons:
-                place, c, q = row - shard.start, complex_by[row], good_by[row]
+                place, c, q = row - shard.start, complexity_by_row[row], quality_by_row[row]
                 columns["merit"][place] = join(c * q)
                 columns["complexity"][place], columns["quality"][place] = join(c), join(q)
         columns["hidden"], columns["tokens"] = embedded.columns["hidden"], embedded.columns["tokens"]
@@ -128,7 +128,7 @@ class DiversityTask:
 
 
 class _Scored(OfflineMethod):
-    """What deita-c and deita-q share."""
+    """Base of deita-c and deita-q."""
 
     scorer: str
     prompt: str | None
@@ -142,12 +142,12 @@ class _Scored(OfflineMethod):
     answer: ClassVar[bool]
 
     def check(self) -> None:
-        """Refuse settings, a prompt file or a scorer that cannot be used, before any weight is loaded."""
+        """Check settings, prompt file and scorer before any weight is loaded. Raises `UserError`."""
         _check_turns(self.turns)
         self.feature_task(for_fit=True).rater.lm.check()
 
     def feature_task(self, *, for_fit: bool) -> RatingTask:
-        """What reads the scorer; the same for `fit`, which learns nothing, and for `score`."""
+        """The task that reads the scorer; the same for `fit`, which learns nothing, and for `score`."""
         prompt = read_prompt(self.prompt, self.default, answer=self.answer)
         return RatingTask(Rater(_model(self, self.scorer), prompt), self.turns)
 
@@ -164,7 +164,7 @@ class _Scored(OfflineMethod):
 
 @dataclass(kw_only=True, eq=False)
 class DeitaC(_Scored):
-    """Complex questions first, by a scorer model's expected rating from 1 to 6. The answer is not looked at.
+    """Complex questions first, by a scorer model's expected rating from 1 to 6. The answer is not used.
 
     Raises `UserError` for settings, a prompt or a scorer that cannot be used, and for pools of plain text.
 
@@ -264,7 +264,7 @@ class DeitaD(OfflineMethod):
     """Tokens of a batch, padding counted; None is the device's default."""
 
     def check(self) -> None:
-        """Refuse settings, prompt files or models that cannot be used, before any weight is loaded."""
+        """Check settings, prompt files and models before any weight is loaded. Raises `UserError`."""
         _check_turns(self.turns)
         if not 0 < self.threshold <= 1:
             raise UserError(f"threshold={self.threshold} is not a cosine in (0, 1]; the paper's is 0.9")
@@ -276,7 +276,7 @@ class DeitaD(OfflineMethod):
         _ = task.backbone.config, task.backbone.tokenizer
 
     def feature_task(self, *, for_fit: bool) -> DiversityTask:
-        """What reads the three models; the same for `fit`, which learns nothing, and for `score`."""
+        """The task that reads the three models; the same for `fit`, which learns nothing, and for `score`."""
         complexity = read_prompt(self.complexity_prompt, COMPLEXITY, answer=False)
         quality = read_prompt(self.quality_prompt, QUALITY, answer=True)
         return DiversityTask(
@@ -287,17 +287,17 @@ class DeitaD(OfflineMethod):
         )
 
     def _backbone(self) -> Backbone:
-        """The embedding model, with as many layers as asked for."""
+        """The embedding model, with the requested layers."""
         model = self.quality_scorer if self.model is None else self.model
-        asked: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "max_length": self.max_length}
-        made: dict[Any, Backbone] = self.__dict__.setdefault("_backbones", {})
-        key = (model, self.layer, *asked.values())
-        if key not in made:
+        settings: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "max_length": self.max_length}
+        cached: dict[Any, Backbone] = self.__dict__.setdefault("_backbones", {})
+        key = (model, self.layer, *settings.values())
+        if key not in cached:
             layers = self.layer
             if layers is None:
-                layers = int(Backbone(model, layer=1, **asked).config.num_hidden_layers)
-            made[key] = Backbone(model, layer=layers, **asked)
-        return made[key]
+                layers = int(Backbone(model, layer=1, **settings).config.num_hidden_layers)
+            cached[key] = Backbone(model, layer=layers, **settings)
+        return cached[key]
 
     def shard_task(self, pool: Pool) -> DiversityTask:
         self.check()
@@ -336,13 +336,13 @@ class DeitaD(OfflineMethod):
 
 
 def _model(method: Any, model: str) -> CausalLM:
-    """One model per method and name, so that it loads once, whatever the method is asked."""
-    asked = {name: getattr(method, name) for name in ("device", "dtype", "max_length", "token_budget")}
-    made: dict[Any, CausalLM] = method.__dict__.setdefault("_models", {})
-    key = (model, *asked.values())
-    if key not in made:
-        made[key] = CausalLM(model, **asked)
-    return made[key]
+    """One model per method and name, so that it loads once."""
+    settings = {name: getattr(method, name) for name in ("device", "dtype", "max_length", "token_budget")}
+    cached: dict[Any, CausalLM] = method.__dict__.setdefault("_models", {})
+    key = (model, *settings.values())
+    if key not in cached:
+        cached[key] = CausalLM(model, **settings)
+    return cached[key]
 
 
 def _check_turns(turns: str) -> None:

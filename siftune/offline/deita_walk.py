@@ -2,8 +2,8 @@
 
     keep x  if  max over kept y of cos(x, y) < threshold
 
-The rows are walked in blocks: one matrix product holds a block against all rows kept before it, one more the block
-against itself, and only the few cosines within float32's rounding of the threshold are taken again in float64. The kept
+The rows are walked in blocks: one matrix product compares a block with all rows kept before it, one more the block
+with itself, and only the few cosines within float32's rounding of the threshold are computed again in float64. The kept
 rows are exactly those of the naive walk. Cost: at most n*n*D products if every row is kept, n*kept*D in general, none
 of it in Python loops but for one pass over a block's own rows; memory n*D*4 bytes for the unit rows.
 
@@ -18,20 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 1024
-"""Rows that are held against the kept ones together."""
+"""Rows that are compared with the kept ones together."""
 COLUMNS = 8192
 """Kept rows that one product takes at most: 1024 x 8192 float32 cosines are 32 MB."""
 NEAR = 1e-4
-"""Cosines this near the threshold are taken again in float64; float32 products of unit rows err by less."""
+"""Cosines this near the threshold are computed again in float64; float32 products of unit rows err by less."""
 
 
 def unlike(
     vectors: NDArray[Any], order: NDArray[np.int64], *, threshold: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which rows of `order` the walk keeps, and for each other row one kept row that it is too like (else -1).
+    """Which rows of `order` the walk keeps, and for each other row one kept row that it is too similar to (else -1).
 
     `vectors` is `(rows, D)`, `order` the rows walked, best first; both results have `order`'s shape. A row of zeros
-    is like nothing.
+    is similar to nothing.
 
     >>> unlike(np.array([[1.0, 0], [2, 0], [0, 1]]), np.array([0, 1, 2]), threshold=0.9)[0].tolist()
     [True, False, True]
@@ -44,18 +44,18 @@ def unlike(
     for start in range(0, len(order), BLOCK):
         rows = order[start : start + BLOCK]
         block_BD = unit(vectors[rows]).astype(np.float32)
-        found = _like_any(block_BD, rows, kept_MD[:count], kept_rows[:count], vectors, threshold)
-        found = _inside(block_BD, rows, found, vectors, threshold)
-        mine = found < 0
-        kept[start : start + BLOCK], like[start : start + BLOCK] = mine, found
-        kept_MD[count : count + mine.sum()] = block_BD[mine]
-        kept_rows[count : count + mine.sum()] = rows[mine]
-        count += int(mine.sum())
+        similar_to = _like_any(block_BD, rows, kept_MD[:count], kept_rows[:count], vectors, threshold)
+        similar_to = _inside(block_BD, rows, similar_to, vectors, threshold)
+        is_kept = similar_to < 0
+        kept[start : start + BLOCK], like[start : start + BLOCK] = is_kept, similar_to
+        kept_MD[count : count + is_kept.sum()] = block_BD[is_kept]
+        kept_rows[count : count + is_kept.sum()] = rows[is_kept]
+        count += int(is_kept.sum())
     return kept, like
 
 
 def unit(vectors_BD: NDArray[Any]) -> NDArray[np.float64]:
-    """Rows at length 1, in float64; a row of zeros stays one."""
+    """Rows at length 1, in float64; a row of zeros remains zero."""
     wide = vectors_BD.astype(np.float64)
     length_B1 = np.linalg.norm(wide, axis=1, keepdims=True)
     return wide / np.where(length_B1 > 0, length_B1, 1.0)
@@ -69,10 +69,10 @@ def _like_any(
     vectors: NDArray[Any],
     threshold: float,
 ) -> NDArray[np.int64]:
-    """For each row of a block a kept row that it is too like, or -1. Shape `(B,)`."""
-    found = np.full(len(rows), -1, dtype=np.int64)
+    """For each row of a block a kept row that it is too similar to, or -1. Shape `(B,)`."""
+    similar_to = np.full(len(rows), -1, dtype=np.int64)
     for start in range(0, len(kept_rows), COLUMNS):
-        open_rows = np.flatnonzero(found < 0)
+        open_rows = np.flatnonzero(similar_to < 0)
         if not len(open_rows):
             break
         cosine_BM = block_BD[open_rows] @ kept_MD[start : start + COLUMNS].T
@@ -80,32 +80,32 @@ def _like_any(
         best = cosine_BM.argmax(axis=1)
         largest = cosine_BM[np.arange(len(open_rows)), best]
         sure = largest >= threshold + NEAR
-        found[open_rows[sure]] = columns[best[sure]]
+        similar_to[open_rows[sure]] = columns[best[sure]]
         for index in np.flatnonzero(~sure & (largest >= threshold - NEAR)).tolist():
             close = columns[cosine_BM[index] >= threshold - NEAR]
             exact = unit(vectors[close]) @ unit(vectors[rows[open_rows[index]]][None])[0]
             if (exact >= threshold).any():
-                found[open_rows[index]] = close[int(exact.argmax())]
-    return found
+                similar_to[open_rows[index]] = close[int(exact.argmax())]
+    return similar_to
 
 
 def _inside(
     block_BD: NDArray[np.float32],
     rows: NDArray[np.int64],
-    found: NDArray[np.int64],
+    similar_to: NDArray[np.int64],
     vectors: NDArray[Any],
     threshold: float,
 ) -> NDArray[np.int64]:
-    """The walk inside a block: the rows still open, in order, each against those kept before it."""
-    found = found.copy()
-    open_rows = np.flatnonzero(found < 0)
+    """The walk inside a block: the undecided rows, in order, each compared with those kept before it."""
+    similar_to = similar_to.copy()
+    open_rows = np.flatnonzero(similar_to < 0)
     cosine_BB = block_BD[open_rows] @ block_BD[open_rows].T
     like_BB = cosine_BB >= threshold
     for first, second in np.argwhere(np.triu(np.abs(cosine_BB - threshold) <= NEAR, k=1)).tolist():
         pair = unit(vectors[rows[open_rows[[first, second]]]])
         like_BB[first, second] = pair[0] @ pair[1] >= threshold
     for index, place in enumerate(open_rows.tolist()):
-        if found[place] < 0:
+        if similar_to[place] < 0:
             later = open_rows[index + 1 :][like_BB[index, index + 1 :]]
-            found[later[found[later] < 0]] = rows[place]
-    return found
+            similar_to[later[similar_to[later] < 0]] = rows[place]
+    return similar_to

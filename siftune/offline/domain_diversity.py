@@ -29,7 +29,7 @@ from .centroids import Embedder, LabelCentroids, Sums, SumTask, labels_of
 from .daar.centroids import cosines
 
 MOST_DOMAINS = 1000
-"""Labels of a pool at most: a column with more is no domain."""
+"""Labels of a pool at most: a column with more does not hold domains."""
 LONGEST = 100
 """Characters of a label at most: what is longer, or has several lines, is text."""
 BANDS = ((0, 20), (20, 40), (40, 60), (60, 80), (80, 100))
@@ -57,12 +57,12 @@ class PhiTask:
         others_BK = cosine_BK.copy()
         others_BK[own] = 0.0
         inter_B = others_BK.sum(axis=1)
-        silent = [row - shard.start for row in reasons]
-        label_B[silent] = -1
-        sound = label_B >= 0
+        without_features = [row - shard.start for row in reasons]
+        label_B[without_features] = -1
+        has_label = label_B >= 0
         columns: dict[str, NDArray[Any]] = {
-            "inter": np.where(sound, inter_B, np.nan).astype(np.float32),
-            "intra": np.where(sound, intra_B, np.nan).astype(np.float32),
+            "inter": np.where(has_label, inter_B, np.nan).astype(np.float32),
+            "intra": np.where(has_label, intra_B, np.nan).astype(np.float32),
             "label": label_B,
             "tokens": embedded.columns["tokens"],
         }
@@ -70,7 +70,7 @@ class PhiTask:
 
 
 class _Labelled(OfflineMethod):
-    """What the two methods share."""
+    """Base of the two methods."""
 
     model: str
     label_column: str
@@ -88,31 +88,31 @@ class _Labelled(OfflineMethod):
     """Domains at least."""
 
     def check(self) -> None:
-        """Refuse settings or a model that cannot be used, before any weight is loaded."""
+        """Check settings and model before any weight is loaded. Raises `UserError`."""
         if self.layer < 0:
             raise UserError(f"layer={self.layer} is not a layer; set it to 0 for the embedding layer, or 1 and more")
         read_band(self.band)
         _ = self._embedder().backbone.config, self._embedder().backbone.tokenizer
 
     def feature_task(self, *, for_fit: bool) -> Embedder:
-        """What reads the model: the same for `fit` and for `score`."""
+        """The task that reads the model; the same for `fit` and for `score`."""
         return self._embedder()
 
     def _embedder(self) -> Embedder:
-        asked = (self.model, max(1, self.layer), self.max_length, self.dtype, self.device)
-        made: dict[Any, Backbone] = self.__dict__.setdefault("_backbones", {})
-        if asked not in made:
-            model, layer, length, dtype, device = asked
-            made[asked] = Backbone(model, layer=layer, max_length=length, dtype=dtype, device=device)
-        return Embedder(made[asked], layer=self.layer, token_budget=self.token_budget)
+        settings = (self.model, max(1, self.layer), self.max_length, self.dtype, self.device)
+        cached: dict[Any, Backbone] = self.__dict__.setdefault("_backbones", {})
+        if settings not in cached:
+            model, layer, length, dtype, device = settings
+            cached[settings] = Backbone(model, layer=layer, max_length=length, dtype=dtype, device=device)
+        return Embedder(cached[settings], layer=self.layer, token_budget=self.token_budget)
 
     def labels(self, pool: Pool) -> tuple[str, ...]:
         """The pool's domains, sorted; read once per pool. Raises `UserError` for a column that holds none, or too few."""
         read: dict[tuple[str, str], tuple[str, ...]] = self.__dict__.setdefault("_labels", {})
-        asked = (pool.fingerprint, self.label_column)
-        if asked not in read:
-            read[asked] = _domains(pool, self.label_column)
-        domains = read[asked]
+        settings = (pool.fingerprint, self.label_column)
+        if settings not in read:
+            read[settings] = _domains(pool, self.label_column)
+        domains = read[settings]
         if len(domains) < self.least:
             raise UserError(
                 f"{self.name} needs at least {self.least} domains, and column {self.label_column!r} holds "
@@ -128,12 +128,12 @@ class _Labelled(OfflineMethod):
         engine = self.engine or SerialEngine()
         task = SumTask(embedder, self.label_column, domains)
         sums = Sums(len(domains), embedder.backbone.width)
-        waiting: dict[int, ShardResult] = {}
+        pending: dict[int, ShardResult] = {}
         due = 0
         for shard, part in engine.run(task, pool, pool.shards(), label="centroids"):
-            waiting[shard.index] = part
-            while due in waiting:  # in the pool's order, whatever order they arrive in
-                sums.add(waiting.pop(due).columns)
+            pending[shard.index] = part
+            while due in pending:  # in the pool's order, whatever order they arrive in
+                sums.add(pending.pop(due).columns)
                 due += 1
         self.learned = sums.centroids(domains)
         return self
@@ -180,9 +180,9 @@ class _Labelled(OfflineMethod):
         return self.learned.save(folder)
 
     @classmethod
-    def load(cls, folder: str | Path, **said: Any) -> Self:
-        """A fitted method from a run folder; `said` are its fields."""
-        method = cls(**said)
+    def load(cls, folder: str | Path, **fields: Any) -> Self:
+        """A fitted method from a run folder; `fields` are its options."""
+        method = cls(**fields)
         method.learned = LabelCentroids.load(folder)
         return method
 
@@ -220,7 +220,7 @@ class InterDiversity(_Labelled):
     """Tokens of a batch; None is the device's default."""
 
     learned: LabelCentroids | None = field(default=None, init=False, repr=False)
-    """What `fit` learnt, or `load` read."""
+    """The result of `fit` or `load`."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -256,7 +256,7 @@ class IntraDiversity(_Labelled):
     """Tokens of a batch; None is the device's default."""
 
     learned: LabelCentroids | None = field(default=None, init=False, repr=False)
-    """What `fit` learnt, or `load` read."""
+    """The result of `fit` or `load`."""
 
 
 # --- domains and bands ------------------------------------------------------------------------------------------------

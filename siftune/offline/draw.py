@@ -1,7 +1,7 @@
-"""Seeded draws that hang on a row's content, not on its position (what the random method and the probe set share).
+"""Seeded draws that depend on a row's content, not on its position (shared by the random method and the probe set).
 
-A row's number is blake2b-64 of (seed, purpose, row id), so a permuted pool permutes its numbers, and every engine,
-worker and interruption sees the same ones. Copies of one row share a number; `nth` tells them apart.
+A row's number is blake2b-64 of (seed, purpose, row id), so a permuted pool permutes its numbers, and the numbers are the same
+for every engine, worker and interruption. Copies of one row share a number; `nth` separates them.
 Cost: one hash per row.
 """
 
@@ -22,8 +22,8 @@ def number(seed: int, purpose: str, row_id: str, nth: int = 0) -> int:
     >>> number(0, "random", "ab") == number(0, "random", "ab")
     True
     """
-    said = f"{seed}\0{purpose}\0{row_id}\0{nth}".encode()
-    return int.from_bytes(blake2b(said, digest_size=8).digest(), "big")
+    content = f"{seed}\0{purpose}\0{row_id}\0{nth}".encode()
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
 
 
 def numbers(seed: int, purpose: str, ids: Sequence[str]) -> NDArray[np.uint64]:
@@ -34,7 +34,7 @@ def numbers(seed: int, purpose: str, ids: Sequence[str]) -> NDArray[np.uint64]:
 def draw(pool: Pool, count: int, *, seed: int, purpose: str) -> NDArray[np.int64]:
     """`count` of the pool's eligible rows, uniformly without replacement, in the order of their numbers.
 
-    The order is the draw's own, so that a permuted pool gives the same rows in the same order.
+    The order is that of the draw, so that a permuted pool yields the same rows in the same order.
     """
     eligible = pool.eligible
     parts = [numbers(seed, purpose, pool.source.ids(block.tolist())) for block in blocks(eligible)]

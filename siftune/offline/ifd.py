@@ -3,8 +3,8 @@
     IFD(x) = PPL(answer | question) / PPL(answer)         SuperFiltering, arXiv 2402.00530, equation 3
     IFD(x) =  CE(answer | question) /  CE(answer)         Cherry LLM, arXiv 2308.12032, equation 4 (ratio="loss")
 
-Higher is kept, up to 1: above it the question hinders, and the row is dropped with that reason. The text is tokenised
-once; the answer's tokens are found by their offsets and are the same ones above and below the line.
+Higher is kept, up to 1: above it the question does not help, and the row is dropped with that reason. The text is tokenised
+once; the answer's tokens are located by their offsets and are the same in numerator and denominator.
 Cost: two forwards of the model, over question and answer and over the answer alone, heads on answer tokens only.
 
 Shapes: `B` rows of a shard.
@@ -77,22 +77,22 @@ class IFDTask:
                 if isinstance(text, BadRow):
                     reasons[row.row] = str(text)
                     continue
-                found = encoded.reason or self._pair(row, encoded, text.begin, text.end)
-                if isinstance(found, str):
-                    reasons[row.row] = found
+                pair = encoded.reason or self._pair(row, encoded, text.begin, text.end)
+                if isinstance(pair, str):
+                    reasons[row.row] = pair
                 else:
-                    pairs[row.row] = found
+                    pairs[row.row] = pair
         kept = list(pairs)
         asked_B = mean_losses(self.lm, [p.asked for p in pairs.values()], [p.asked_span for p in pairs.values()])
         alone_B = mean_losses(self.lm, [p.alone for p in pairs.values()], [p.alone_span for p in pairs.values()])
         ratio_B = _ratio(asked_B, alone_B, self.ratio)
         reasons |= _dropped(kept, ratio_B)
-        inside = np.array(kept, dtype=np.int64) - shard.start
+        positions = np.array(kept, dtype=np.int64) - shard.start
         columns: dict[str, NDArray[Any]] = {"tokens": tokens}
         usable_B = np.array([row not in reasons for row in kept], dtype=np.bool_)
         for name, values in (("score", ratio_B), ("loss_asked", asked_B), ("loss_alone", alone_B)):
             columns[name] = np.full(len(shard), np.nan, dtype=np.float32)
-            columns[name][inside] = np.where(usable_B, values, np.nan) if name == "score" else values
+            columns[name][positions] = np.where(usable_B, values, np.nan) if name == "score" else values
         return ShardResult(columns, reasons)
 
     def _text(self, row: Row) -> AnswerText | BadRow:
@@ -140,7 +140,7 @@ def _dropped(rows: list[int], ratio_B: NDArray[np.float64]) -> dict[int, str]:
 
 @dataclass(kw_only=True, eq=False)
 class IFD(OfflineMethod):
-    """Keeps the rows whose answers stay hard to expect although the question is given.
+    """Keeps the rows whose answers remain hard to predict although the question is given.
 
     Raises `UserError` for settings or a model that cannot be used, and for pools of plain text, which have no questions.
 
@@ -168,7 +168,7 @@ class IFD(OfflineMethod):
     """Tokens of a batch, padding counted; None is the device's default."""
 
     def check(self) -> None:
-        """Refuse settings, a prompt file or a model that cannot be used, before any weight is loaded."""
+        """Check settings, prompt file and model before any weight is loaded. Raises `UserError`."""
         if self.ratio not in ("perplexity", "loss"):
             raise UserError(f"ratio={self.ratio!r} is not known; use perplexity or loss")
         if self.compat not in (None, "paper"):
@@ -176,11 +176,11 @@ class IFD(OfflineMethod):
         self.feature_task(for_fit=True).lm.check()
 
     def feature_task(self, *, for_fit: bool) -> IFDTask:
-        """What reads the model; the same for `fit`, which learns nothing, and for `score`."""
-        asked = {"device": self.device, "dtype": self.dtype, "max_length": self.max_length}
+        """The task that reads the model; the same for `fit`, which learns nothing, and for `score`."""
+        settings = {"device": self.device, "dtype": self.dtype, "max_length": self.max_length}
         lm: CausalLM | None = self.__dict__.get("_lm")
-        if lm is None or (lm.model, lm.token_budget) != (self.model, self.token_budget) or asked != _settings(lm):
-            lm = CausalLM(self.model, token_budget=self.token_budget, **asked)  # type: ignore[arg-type]
+        if lm is None or (lm.model, lm.token_budget) != (self.model, self.token_budget) or settings != _settings(lm):
+            lm = CausalLM(self.model, token_budget=self.token_budget, **settings)  # type: ignore[arg-type]
             self.__dict__["_lm"] = lm
         prompt = None if self.prompt is None else read_prompt(self.prompt, "", answer=False)
         return IFDTask(lm, self.ratio, prompt, start_token=self.compat != "paper")
@@ -188,7 +188,9 @@ class IFD(OfflineMethod):
     def shard_task(self, pool: Pool) -> IFDTask:
         self.check()
         if pool.format == "text":
-            raise UserError("ifd compares an answer with and without its question, and rows of plain text have none")
+            raise UserError(
+                "ifd compares an answer with and without its question, and rows of plain text have none; use another method"
+            )
         return self.feature_task(for_fit=False)
 
     def finish(self, pool: Pool, columns: Mapping[str, NDArray[Any]], reasons: Mapping[int, str]) -> Scores:

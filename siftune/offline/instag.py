@@ -32,7 +32,7 @@ from .judged import Judged
 _OPENING = re.compile(r"[\[{]")
 SHOWN_TAGS = 20
 MOST_TAGS = 32
-"""T: a reply with more distinct tags is a list gone wild, not a tagging."""
+"""T: a reply with more distinct tags is not a valid tagging."""
 
 WORDS = """\
 Below is what somebody asked an assistant, between a pair of marks that hold {fence}. All of it is material for you to \
@@ -61,7 +61,7 @@ def normalised(tag: str) -> str:
 def read_tags(text: str, cut: bool = False) -> list[str]:
     """The distinct normalised tags of a reply, in its order: its one JSON array of strings, or of objects with `tag`.
 
-    `{"tags": [...]}` and objects one a line are read too, with any chatter around. Raises `Unreadable` for no list,
+    `{"tags": [...]}` and objects one per line are read too, with any text around. Raises `Unreadable` for no list,
     two different ones, more than `MOST_TAGS` tags, JSON nested too deeply, and a reply that was cut off or is too long.
 
     >>> read_tags('Sure: ["Translation", "french", "FRENCH"]')
@@ -70,10 +70,10 @@ def read_tags(text: str, cut: bool = False) -> list[str]:
     check_length(text)
     if cut:
         raise Unreadable("a reply cut off at its longest")
-    found = list(_lists(text))
-    if not found:
+    tag_lists = list(_lists(text))
+    if not tag_lists:
         raise Unreadable("no list of tags")
-    read = [list(dict.fromkeys(tag for said in tags if (tag := normalised(said)))) for tags in found]
+    read = [list(dict.fromkeys(tag for raw_tag in tags if (tag := normalised(raw_tag)))) for tags in tag_lists]
     if any(tags != read[0] for tags in read):
         raise Unreadable("several lists of tags")
     if len(read[0]) > MOST_TAGS:
@@ -83,7 +83,7 @@ def read_tags(text: str, cut: bool = False) -> list[str]:
 
 def _lists(text: str) -> Iterator[list[str]]:
     """Every list of tags in a text; else, where each line is an object with a tag, these."""
-    decoder, place, some = json.JSONDecoder(), 0, False
+    decoder, place, any_list = json.JSONDecoder(), 0, False
     while opening := _OPENING.search(text, place):
         place = opening.start() + 1
         try:
@@ -94,10 +94,10 @@ def _lists(text: str) -> Iterator[list[str]]:
             continue
         tags = _tags_of(value["tags"] if isinstance(value, dict) and "tags" in value else value)
         if tags is not None:
-            some, place = True, end
+            any_list, place = True, end
             yield tags
     lines = [line.strip().rstrip(",") for line in text.splitlines() if line.strip().strip("`") not in ("", "json")]
-    if lines and not some:
+    if lines and not any_list:
         try:
             tags = _tags_of([json.loads(line) for line in lines])
         except (ValueError, RecursionError):
@@ -134,13 +134,13 @@ def frequent(tags_nT: NDArray[np.int64], least_rows: int) -> tuple[NDArray[np.in
     """Tags that at least `least_rows` rows have, the others as `NO_TAG`; with the facts. Rows of -1 hold none."""
     tags_nT = np.where(tags_nT < 0, NO_TAG, tags_nT)
     kinds, place, rows = np.unique(tags_nT, return_inverse=True, return_counts=True)
-    stays = (rows >= least_rows) & (kinds != NO_TAG)
-    facts = {"tags": int((kinds != NO_TAG).sum()), "tags_kept": int(stays.sum())}
-    return np.where(stays[place.reshape(tags_nT.shape)], tags_nT, NO_TAG), facts
+    frequent_tags = (rows >= least_rows) & (kinds != NO_TAG)
+    facts = {"tags": int((kinds != NO_TAG).sum()), "tags_kept": int(frequent_tags.sum())}
+    return np.where(frequent_tags[place.reshape(tags_nT.shape)], tags_nT, NO_TAG), facts
 
 
 class _Tagged(Judged):
-    """What both methods share."""
+    """Base of both methods."""
 
     form: ClassVar[Form] = FORM
     least_rows: int
@@ -166,11 +166,17 @@ class _Tagged(Judged):
         tagged = np.flatnonzero(answer_nT[:, 0] >= 0)
         tags_nT, facts = frequent(answer_nT[tagged], self.least_rows)
         count_n = (tags_nT != NO_TAG).sum(axis=1)
-        score_n, more = self._scores(pool, tagged, tags_nT, count_n)
+        score_n, method_info = self._scores(pool, tagged, tags_nT, count_n)
         values = np.full(len(pool), np.nan, dtype=np.float32)
         values[tagged] = score_n
         mean = round(float(count_n.mean()), 4) if len(tagged) else None
-        info = {**self.judged_info(columns, reasons), "rows_tagged": len(tagged), **facts, "tags_per_row": mean, **more}
+        info = {
+            **self.judged_info(columns, reasons),
+            "rows_tagged": len(tagged),
+            **facts,
+            "tags_per_row": mean,
+            **method_info,
+        }
         info["most_frequent_tags"] = self._most_frequent(pool, tagged, tags_nT)
         return Scores(pool=pool, method=self.name, values=values, reasons=reasons, info=info)
 

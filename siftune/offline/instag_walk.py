@@ -17,7 +17,7 @@ NO_TAG = 0
 
 
 def passes(tags_nT: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The pass, from 0, that takes each row; rows are in the order of the walk, `NO_TAG` fills short rows up.
+    """The pass, from 0, that takes each row; rows are in the order of the walk, `NO_TAG` pads short rows.
 
     A row without tags adds nothing in any pass: it gets the number after the last one. Shape `(n,)`.
 
@@ -31,16 +31,16 @@ def passes(tags_nT: NDArray[np.int64]) -> NDArray[np.int64]:
     flat: list[int] = codes.tolist()
     taken, start = [], 0
     for end in ends:
-        own = flat[start:end]
+        row_tags = flat[start:end]
         start = end
-        if not own:
+        if not row_tags:
             taken.append(-1)
             continue
-        least = min([covered[code] for code in own])
-        for code in own:
+        least = min([covered[code] for code in row_tags])
+        for code in row_tags:
             if covered[code] == least:
                 covered[code] = least + 1
         taken.append(least)
-    found = np.array(taken, dtype=np.int64)
-    found[found < 0] = max(covered, default=0)
-    return found
+    passes_n = np.array(taken, dtype=np.int64)
+    passes_n[passes_n < 0] = max(covered, default=0)
+    return passes_n

@@ -1,9 +1,9 @@
 """A chat model judges rows: one request per row, a strictly read reply, every reply in a journal before it is used.
 
-What is asked and how a reply is read is a `Form`; the rest is the same for every judge. A row's text stands between
-marks that are made of that text, so it cannot close them, and a request holds one row alone, so it cannot change
-another row's score. A reply that cannot be read is asked again with another seed; after the last try the row has no
-score, and the reply stands in its reason. Cost: a chat model's reply per row.
+The prompt and the reading of a reply are a `Form`; the rest is the same for every judge. A row's text is put between
+marks that are derived from that text, so it cannot close them, and a request holds one row alone, so it cannot change
+another row's score. A request whose reply cannot be read is repeated with another seed; after the last attempt the row has no
+score, and the reply is part of its reason. Cost: a chat model's reply per row.
 
 Shapes: `n` rows of a shard.
 """
@@ -28,48 +28,48 @@ from .draw import number
 from .prompts import Prompt
 
 VERSION = 1
-"""Raised whenever the same replies would give other columns."""
-STRIKES = 20
-"""Requests without a reply, one after the other, after which the rest is not asked: the judge is gone."""
+"""Increased whenever the same replies would produce other columns."""
+MAX_CONSECUTIVE_FAILURES = 20
+"""Consecutive requests without a reply after which no more are sent: the judge is not available."""
 RETRY_TEMPERATURE = 0.7
 """Least temperature of a second try: at 0 it would be the first one again."""
 SHOWN = 300
 """Characters of an unreadable reply that a row's reason shows; the journal has all of it."""
 LONGEST_REPLY = 20_000
-"""Characters of a reply, thoughts left out; a longer one is no rating and no list of tags, and slow to search."""
+"""Characters of a reply, reasoning left out; a longer one is neither a rating nor a list of tags, and slow to search."""
 ROWS_AT_ONCE = 64
 FENCE = "{fence}"
 COUNTS = ("requests", "prompt_tokens", "completion_tokens")
 MOST = int(np.iinfo(np.int32).max)
-"""Of a row's count: a generator of the caller's own may report any number."""
+"""Bound of a row's count: a caller's generator may report any number."""
 
 
 class Unreadable(Exception):
-    """A reply that says nothing, or more than one thing; the message says which."""
+    """A reply without an answer, or with several; the message says which."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a kind of judge is asked, and how its reply is read."""
+    """The prompt of a kind of judge, and how its reply is read."""
 
     name: str
     words: str
     """The prompt, with places for the row's parts and {fence} for the marks around them."""
     sees_answer: bool
-    """Does the prompt hold the answer, or the question alone?"""
+    """Whether the prompt holds the answer, or the question alone."""
     read: Callable[[str, bool], NDArray[Any]]
     """A reply's text, and whether it was cut off at its longest, as an array of one shape. Raises `Unreadable`."""
     nothing: NDArray[Any]
-    """What stands in the column where a row has no answer."""
+    """The column's value where a row has no answer."""
     reply_tokens: int
     """Tokens of a usual reply, for an estimate."""
     version: int = 1
-    """Raised whenever `read` reads otherwise."""
+    """Increased whenever `read` changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How a judge is asked; fields as the methods'."""
+    """How requests to a judge are made; fields as those of the methods."""
 
     retries: int
     temperature: float
@@ -84,16 +84,16 @@ def filled(prompt: Prompt, row: Row) -> str:
     >>> filled(Prompt("<{fence}>{question}</{fence}>"), Row(0, "", "Add.", "", "2"))
     '<9f2f7a1a5f6e6ae5>Add.</9f2f7a1a5f6e6ae5>'
     """
-    said = "\0".join((row.instruction, row.input, row.output))
+    row_text = "\0".join((row.instruction, row.input, row.output))
     mark, nth = "", 0
-    while not mark or mark in said:
-        mark, nth = blake2b(f"{nth}\0{said}".encode("utf-8", "surrogatepass"), digest_size=8).hexdigest(), nth + 1
+    while not mark or mark in row_text:
+        mark, nth = blake2b(f"{nth}\0{row_text}".encode("utf-8", "surrogatepass"), digest_size=8).hexdigest(), nth + 1
     fenced = Prompt(prompt.text.replace(FENCE, mark))
     return fenced.fill(instruction=row.instruction, input=row.input, output=row.output)
 
 
-def spoken(text: str) -> str:
-    """A reply without the thoughts that a reasoning model writes before it; empty when there is nothing else.
+def strip_reasoning(text: str) -> str:
+    """A reply without the reasoning that a model writes before it; empty when there is nothing else.
 
     >>> spoken("<think>Score: 3? No.</think>Score: 4")
     'Score: 4'
@@ -114,7 +114,7 @@ class JudgeTask:
     """Columns of a shard: `answer` as the form reads it, `question` (int64, equal for equal requests), and what the
     row's replies cost: `requests`, `prompt_tokens`, `completion_tokens`, int32.
 
-    Raises `UserError` when requests are left without a reply; those that came are in the journal.
+    Raises `UserError` when requests are left without a reply; the replies received so far are in the journal.
     """
 
     form: Form
@@ -123,64 +123,64 @@ class JudgeTask:
     """A generator's name as `open_generator` takes it, or one that is open."""
     asking: Asking
     folder: Path
-    """Where the journal lies."""
+    """The journal's folder."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """For `open_generator`: what does not change a reply."""
     counts: Counts = field(default_factory=Counts)
-    """What this process asked and found."""
-    told: Callable[[int], Any] | None = None
-    """Told of every row that has its first reply; a shard that is done takes its rows back, for engines tell those."""
+    """The requests and replies of this process."""
+    report_rows: Callable[[int], Any] | None = None
+    """Receives the number of rows with a first reply; a finished shard subtracts its rows, because engines report them."""
     one_process: ClassVar[bool] = True
-    """Engines keep it in their own process: the journal has one writer, and requests run side by side already."""
-    _made: dict[str, Generator] = field(default_factory=dict, repr=False)
+    """Engines run it in their own process: the journal has one writer, and requests are already concurrent."""
+    _cached: dict[str, Generator] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "told": None, "_made": {}}
+        return {**self.__dict__, "report_rows": None, "_cached": {}}
 
     @property
     def generator(self) -> Generator:
         """The judge, opened on first use."""
         if not isinstance(self.judge, str):
             return self.judge
-        if "judge" not in self._made:
-            self._made["judge"] = open_generator(self.judge, **self.settings)
-        return self._made["judge"]
+        if "judge" not in self._cached:
+            self._cached["judge"] = open_generator(self.judge, **self.settings)
+        return self._cached["judge"]
 
     def release(self) -> None:
         """Free a local judge's weights."""
-        if release := getattr(self._made.get("judge"), "release", None):
+        if release := getattr(self._cached.get("judge"), "release", None):
             release()
 
     @property
     def key(self) -> str:
-        """Content hash of all that decides a row's answer."""
+        """Content hash of everything that determines a row's answer."""
         how = {name: getattr(self.asking, name) for name in self.asking.__dataclass_fields__}
         form = [self.form.name, self.form.version, self.prompt.text]
         return hash_json(["judge", VERSION, form, self.generator.key, how])
 
     @property
     def journal(self) -> Path:
-        """The file of replies: the same for every pool and setting, so that no question is paid for twice."""
+        """The file of replies: the same for every pool and setting, so that no request is paid for twice."""
         return self.folder / f"{hash_json([self.generator.key, self.prompt.text])}.jsonl"
 
     # --- a shard ------------------------------------------------------------------------------------------------------
 
     def __call__(self, pool: Pool, shard: Shard) -> ShardResult:
-        work = _Work(self, pool, shard)
-        left = [row for row in range(shard.start, shard.stop) if row not in pool.reasons]
+        run = _ShardRun(self, pool, shard)
+        remaining = [row for row in range(shard.start, shard.stop) if row not in pool.reasons]
         try:
             with Journal(self.journal) as journal:
                 judge = Journaled(self.generator, journal)
                 judge.counts = self.counts
                 for attempt in range(1 + self.asking.retries):
-                    if left:
-                        left = work.ask(judge, left, attempt)
+                    if remaining:
+                        remaining = run.send(judge, remaining, attempt)
         finally:
-            work.tell(-work.seen)
-        return ShardResult(work.columns, dict(sorted(work.reasons.items())))
+            run.report(-run.reported)
+        return ShardResult(run.columns, dict(sorted(run.reasons.items())))
 
     def request(self, row: Row, attempt: int = 0) -> Request:
-        """What the judge is asked about a row; a further try has another seed and is not asked at temperature 0."""
+        """The request for a row; a further attempt has another seed and a temperature above 0."""
         temperature = self.asking.temperature
         return Request(
             key=f"row {row.row} {row.id} try {attempt + 1}",
@@ -191,7 +191,7 @@ class JudgeTask:
         )
 
     def replies(self, pool: Pool, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """The readable reply of every row that has one in the journal, without a reasoning model's thoughts; asks nothing.
+        """The readable reply of every row that has one in the journal, without reasoning; sends nothing.
 
         Raises `UserError` while another process writes the journal.
         """
@@ -207,15 +207,15 @@ class JudgeTask:
             if reply is None or reply.error is not None:
                 return None
             try:
-                self.form.read(spoken(reply.text), reply.finish_reason == "length")
+                self.form.read(strip_reasoning(reply.text), reply.finish_reason == "length")
             except Unreadable:
                 continue
-            return spoken(reply.text)
+            return strip_reasoning(reply.text)
         return None
 
 
-class _Work:
-    """One shard under way."""
+class _ShardRun:
+    """One shard that is being computed."""
 
     def __init__(self, task: JudgeTask, pool: Pool, shard: Shard) -> None:
         self.task, self.pool, self.start = task, pool, shard.start
@@ -225,47 +225,47 @@ class _Work:
             **{name: np.zeros(len(shard), dtype=np.int32) for name in COUNTS},
         }
         self.reasons: dict[int, str] = {}
-        self.seen = self.strikes = 0
-        self.gone = False
-        """True once requests are not made any more."""
+        self.reported = self.consecutive_failures = 0
+        self.stopped = False
+        """True once no more requests are sent."""
 
-    def tell(self, rows: int) -> None:
-        """Rows that have their first reply, to whoever shows progress."""
-        self.seen += rows
-        if rows and self.task.told is not None:
-            self.task.told(rows)
+    def report(self, rows: int) -> None:
+        """Report rows that have their first reply to the progress display."""
+        self.reported += rows
+        if rows and self.task.report_rows is not None:
+            self.task.report_rows(rows)
 
-    def ask(self, judge: Journaled, rows: Sequence[int], attempt: int) -> list[int]:
-        """Ask once for each of these rows; gives back those whose reply could not be read. Raises `UserError`."""
-        again: list[int] = []
-        lost: list[Reply] = []
+    def send(self, judge: Journaled, rows: Sequence[int], attempt: int) -> list[int]:
+        """Send one request for each of these rows; returns those whose reply could not be read. Raises `UserError`."""
+        unreadable: list[int] = []
+        failed: list[Reply] = []
         for reply in judge.replies(self._requests(rows, attempt)):
             row = int(reply.key.split()[1])
-            self.tell(1 if attempt == 0 else 0)
+            self.report(1 if attempt == 0 else 0)
             if not reply.final:
-                lost.append(reply)
+                failed.append(reply)
                 self.reasons[row] = f"no reply: {reply.error}"
-                self.strikes += 1
-                self.gone = self.gone or self.strikes >= STRIKES
+                self.consecutive_failures += 1
+                self.stopped = self.stopped or self.consecutive_failures >= MAX_CONSECUTIVE_FAILURES
                 continue
-            self.strikes = 0
+            self.consecutive_failures = 0
             for name, count in zip(COUNTS, (1, reply.prompt_tokens, reply.completion_tokens), strict=True):
-                column, at = self.columns[name], row - self.start
-                column[at] = min(int(column[at]) + count, MOST)
+                column, index = self.columns[name], row - self.start
+                column[index] = min(int(column[index]) + count, MOST)
             if self._read(reply, row):
-                again.append(row)
-        if lost and (self.gone or self.task.asking.unanswered == "stop"):
+                unreadable.append(row)
+        if failed and (self.stopped or self.task.asking.unanswered == "stop"):
             raise UserError(
-                f"the judge left {len(lost)} requests without a reply ({lost[0].error}); run the same command again, "
+                f"the judge left {len(failed)} requests without a reply ({failed[0].error}); run the same command again, "
                 f"the {len(judge.journal)} replies received so far are kept in {judge.journal.path}"
             )
-        return sorted(again)
+        return sorted(unreadable)
 
     def _requests(self, rows: Sequence[int], attempt: int) -> Iterator[Request]:
-        """The rows' requests, made as they are drawn; none any more when the judge is gone."""
+        """The rows' requests, generated lazily; none once the judge is not available."""
         for start in range(0, len(rows), ROWS_AT_ONCE):
             for row in self.pool.read(rows[start : start + ROWS_AT_ONCE]):
-                if self.gone:
+                if self.stopped:
                     return
                 if not row.question.strip():
                     self.reasons[row.row] = "no question to judge"
@@ -276,34 +276,34 @@ class _Work:
                 yield request
 
     def _read(self, reply: Reply, row: int) -> bool:
-        """Put the reply's answer into its place, or note why there is none; True when asking again may help."""
+        """Store the reply's answer, or the reason why there is none; True when another attempt may help."""
         self.reasons.pop(row, None)
         if reply.error is not None:
             self.reasons[row] = f"refused by the judge: {reply.error}"
             return False
         try:
-            answer = self.task.form.read(spoken(reply.text), reply.finish_reason == "length")
+            answer = self.task.form.read(strip_reasoning(reply.text), reply.finish_reason == "length")
             self.columns["answer"][row - self.start] = answer
         except Unreadable as error:
-            said = " ".join(reply.text.split())
-            shown = said if len(said) <= SHOWN else said[:SHOWN] + "..."
+            reply_text = " ".join(reply.text.split())
+            shown = reply_text if len(reply_text) <= SHOWN else reply_text[:SHOWN] + "..."
             self.reasons[row] = f"unreadable reply: {error}: {shown!r}"
             return True
         return False
 
 
-# --- what it cost -----------------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def spent(columns: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-    """Requests and tokens behind a pool's columns, every question counted once however many rows share it."""
-    asked = np.flatnonzero(columns["question"] >= 0)
-    _, first = np.unique(columns["question"][asked], return_index=True)
-    return {name: int(columns[name][asked[first]].sum(dtype=np.int64)) for name in COUNTS}
+    """Requests and tokens of a pool's columns, every distinct request counted once."""
+    requested = np.flatnonzero(columns["question"] >= 0)
+    _, first = np.unique(columns["question"][requested], return_index=True)
+    return {name: int(columns[name][requested[first]].sum(dtype=np.int64)) for name in COUNTS}
 
 
 def cost(price: Mapping[str, float] | None, prompt_tokens: int, completion_tokens: int) -> float | None:
-    """What so many tokens cost at `price` per million; None without a price.
+    """The cost of the tokens at `price` per million; None without a price.
 
     >>> cost({"prompt": 0.5, "completion": 2.0}, 2_000_000, 500_000)
     2.0

@@ -1,7 +1,7 @@
-"""What every judged method shares: its options' checks, its task, what it would ask (`--dry-run`), what it has cost.
+"""Base of every judged method: the checks of its options, its task, its preview (`--dry-run`), its cost.
 
 A method is a dataclass with the fields below and a `Form` (see `judge_task`); `alpagasus` and `instag` are the two
-kinds there are. Higher is kept. Cost: a chat model's reply per row; a dry run reads a sample of rows.
+kinds. Higher is kept. Cost: a chat model's reply per row; a dry run reads a sample of rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .prompts import Prompt, read_prompt
 SAMPLE = 256
 """Rows that an estimate reads."""
 BYTES_A_TOKEN = 4
-"""Of UTF-8 text, roughly, in any tokenizer of today; a dry run opens none."""
+"""Approximate, of UTF-8 text in current tokenizers; a dry run loads none."""
 
 
 class Judged(OfflineMethod):
@@ -45,13 +45,13 @@ class Judged(OfflineMethod):
     dtype: str
     device: str
 
-    # --- before -------------------------------------------------------------------------------------------------------
+    # --- checks -------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse settings, a prompt file or a judge's name that cannot be used, before anything is asked."""
+        """Check settings, prompt file and judge's name before any request is sent. Raises `UserError`."""
         for name, least in (("retries", 0), ("max_new_tokens", 1), ("concurrency", 1)):
-            if (given := getattr(self, name)) < least:
-                raise UserError(f"{name}={given} is too few; set it to at least {least}")
+            if (value_set := getattr(self, name)) < least:
+                raise UserError(f"{name}={value_set} is too few; set it to at least {least}")
         if not 0 <= self.temperature <= 5:
             raise UserError(f"temperature={self.temperature:g} is not between 0 and 5")
         if self.unanswered not in ("stop", "skip"):
@@ -68,20 +68,20 @@ class Judged(OfflineMethod):
                 raise UserError(str(error).replace("generator=", "judge=", 1)) from error
 
     def inputs(self) -> dict[str, str]:
-        """Content hashes of the prompt and of a local judge, for a run's identity; a server is known by its address."""
-        found = {"prompt": hash_json([self.form.name, self.form.version, self._prompt().text])}
+        """Content hashes of the prompt and of a local judge, for a run's identity; a server is identified by its address."""
+        hashes = {"prompt": hash_json([self.form.name, self.form.version, self._prompt().text])}
         judge = self._judge()
         if not isinstance(judge, str):
-            found["judge"] = judge.key
+            hashes["judge"] = judge.key
         elif not is_server(judge):
-            found["judge"] = open_generator(judge, device=self.device, dtype=self.dtype).key
-        return found
+            hashes["judge"] = open_generator(judge, device=self.device, dtype=self.dtype).key
+        return hashes
 
     def _prompt(self) -> Prompt:
         return read_prompt(self.prompt, self.form.words, answer=self.form.sees_answer)
 
     def _judge(self) -> str | Generator:
-        """The judge as `open_generator` takes it. Raises `UserError` when none is given, or two."""
+        """The judge as `open_generator` takes it. Raises `UserError` when none is set, or two."""
         if self.judge_url is None:
             if self.judge is None:
                 raise UserError(
@@ -102,7 +102,7 @@ class Judged(OfflineMethod):
     def shard_task(self, pool: Pool) -> ShardTask:
         self._need_questions(pool)
         task = self._task()
-        task.told = getattr(getattr(self.engine, "progress", None), "advance", None)
+        task.report_rows = getattr(getattr(self.engine, "progress", None), "advance", None)
         return task
 
     def _need_questions(self, pool: Pool) -> None:
@@ -110,7 +110,7 @@ class Judged(OfflineMethod):
             raise UserError(f"{self.name} judges a question, and rows of plain text have none; use another method")
 
     def _task(self) -> JudgeTask:
-        """One task per method and settings, so that a judge is opened once, whatever the method is asked."""
+        """One task per method and settings, so that a judge is opened once."""
         self.check()
         judge = self._judge()
         settings: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
@@ -124,16 +124,16 @@ class Judged(OfflineMethod):
             seed=self.seed,
         )
         task = JudgeTask(self.form, self._prompt(), judge, asking, cache_folder(self.cache) / "replies", settings)
-        made: JudgeTask | None = self.__dict__.get("_made")
+        cached: JudgeTask | None = self.__dict__.get("_made")
         names = ("prompt", "judge", "asking", "folder", "settings")
-        if made is None or any(getattr(made, name) != getattr(task, name) for name in names):
-            made = self.__dict__["_made"] = task
-        return made
+        if cached is None or any(getattr(cached, name) != getattr(task, name) for name in names):
+            cached = self.__dict__["_made"] = task
+        return cached
 
-    # --- what it would cost, what it has cost -------------------------------------------------------------------------
+    # --- preview and cost ---------------------------------------------------------------------------------------------
 
     def preview(self, pool: Pool) -> dict[str, Any]:
-        """What would be asked: two filled prompts, requests, estimated tokens and cost. Nothing is asked or loaded."""
+        """Preview: two filled prompts, requests, estimated tokens and cost. Nothing is sent or loaded."""
         self._need_questions(pool)
         prompt = self._prompt()
         sample = pool.read(draw(pool, SAMPLE, seed=self.seed, purpose=f"{self.name} preview").tolist())
@@ -141,27 +141,27 @@ class Judged(OfflineMethod):
         share = len(texts) / max(1, len(sample))
         size = float(np.mean([len(text.encode("utf-8", "surrogatepass")) for text in texts])) if texts else 0.0
         requests = round(share * len(pool.eligible))
-        asked = round(requests * size / BYTES_A_TOKEN)
+        prompt_tokens = round(requests * size / BYTES_A_TOKEN)
         written = requests * min(self.form.reply_tokens, self.max_new_tokens)
         return {
             "prompts": texts[:2],
             "requests": requests,
-            "prompt_tokens": asked,
+            "prompt_tokens": prompt_tokens,
             "completion_tokens": written,
             "completion_tokens_at_most": requests * self.max_new_tokens,
-            "cost": cost(self.price, asked, written),
-            "cost_at_most": cost(self.price, asked, requests * self.max_new_tokens),
+            "cost": cost(self.price, prompt_tokens, written),
+            "cost_at_most": cost(self.price, prompt_tokens, requests * self.max_new_tokens),
             "estimate": f"{BYTES_A_TOKEN} bytes a token over {len(texts)} rows, {self.form.reply_tokens} tokens a "
             "reply; tries after the first come on top",
         }
 
     def judged_info(self, columns: Mapping[str, NDArray[Any]], reasons: Mapping[int, str]) -> dict[str, Any]:
-        """What the pool's replies are and cost, whoever paid for them, and what was asked in this run."""
+        """Counts and cost of the pool's replies, from this and earlier runs, and the requests of this run."""
         task: JudgeTask = self._task()
         task.release()
         total = spent(columns)
         kinds = [reason.split(":")[0] for reason in reasons.values()]
-        now = task.counts
+        counts = task.counts
         return {
             "judge": {
                 **total,
@@ -169,9 +169,9 @@ class Judged(OfflineMethod):
                 "unreadable": kinds.count("unreadable reply"),
                 "refused": kinds.count("refused by the judge"),
                 "unanswered": kinds.count("no reply"),
-                "asked_now": now.asked,
-                "found_in_journal": now.reused,
-                "cost_now": cost(self.price, now.prompt_tokens, now.completion_tokens),
+                "asked_now": counts.asked,
+                "found_in_journal": counts.reused,
+                "cost_now": cost(self.price, counts.prompt_tokens, counts.completion_tokens),
                 "replies": str(task.journal),
             }
         }

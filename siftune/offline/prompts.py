@@ -1,6 +1,6 @@
-"""A prompt that a user can put in place of ours: a text file with {question}, {answer} and the like where the row goes.
+"""A user's prompt in place of the default one: a text file with {question}, {answer} and the like where the row goes.
 
-One pass fills the places, so nothing in a row's text is ever taken for a place, and all other braces stay as they are.
+One pass fills the places, so nothing in a row's text is mistaken for a place, and all other braces are unchanged.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Prompt:
         """
         question = "\n".join(part for part in (instruction, input) if part)
         parts = {"question": question, "instruction": instruction, "input": input, "answer": output, "output": output}
-        return _PLACE.sub(lambda found: parts[found[1]], self.text)
+        return _PLACE.sub(lambda match: parts[match[1]], self.text)
 
 
 def read_prompt(file: str | Path | None, default: str, *, answer: bool) -> Prompt:
     """The prompt in `file`, less one line break at its end, or `default`.
 
-    Raises `UserError` for a file that cannot be read, that has no place for the question, or, where `answer` says that
-    the answer is looked at too, none for the answer.
+    Raises `UserError` for a file that cannot be read, that has no place for the question, or, with `answer`,
+    none for the answer.
     """
     if file is None:
         return Prompt(default)
@@ -59,5 +59,5 @@ def read_prompt(file: str | Path | None, default: str, *, answer: bool) -> Promp
     if answer and not prompt.places & {"answer", "output"}:
         raise UserError(f"prompt={str(file)!r} has no {{answer}}; write {{answer}} where the row's answer goes")
     if not answer and prompt.places & {"answer", "output"}:
-        raise UserError(f"prompt={str(file)!r} has a place for the answer, which this method must not see; take it out")
+        raise UserError(f"prompt={str(file)!r} has a place for the answer, which this method must not see; remove it")
     return prompt

@@ -1,7 +1,7 @@
 """The methods that need no model: a seeded uniform draw, and the length of the question or of the answer in words.
 
 Random is the reference every other method is compared with at equal budget. Its score is uniform on [0, 1), higher is
-kept; it hangs on the seed and the row's content (see `draw`), so permuting a pool permutes its scores. Lengths are the
+kept; it depends on the seed and the row's content (see `draw`), so permuting a pool permutes its scores. Lengths are the
 baseline of DaaR (arXiv 2502.04380). Cost: one hash, or one split, per row.
 """
 
@@ -61,7 +61,7 @@ class Random(OfflineMethod):
         return UniformTask(self.seed)
 
     def finish(self, pool: Pool, columns: Mapping[str, NDArray[Any]], reasons: Mapping[int, str]) -> Scores:
-        """Later copies of a row get numbers of their own here, where the whole pool is in sight."""
+        """Later copies of a row get separate numbers here, where the whole pool is available."""
         values = columns["score"].copy()
         if pool.duplicates:
             seen: Counter[bytes] = Counter()

@@ -220,7 +220,7 @@ def test_wrong_numbers(llama: Path) -> None:
 
 def test_missing_tokenizer_or_weights(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         Backbone(str(tmp_path)).tokenizer  # noqa: B018
     os.rename(tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin")
     assert "no model.safetensors" in refused(tmp_path)

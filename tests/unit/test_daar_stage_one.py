@@ -175,7 +175,7 @@ def test_what_is_wrong_is_told_before_anything_is_asked(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             stage(tmp_path, **more).check()
     assert stage(tmp_path).check().domains == ("law", "music")
-    assert stage(tmp_path, compat="paper").told()[1].at_once == 1
+    assert stage(tmp_path, compat="paper").settings()[1].at_once == 1
 
 
 def test_identities_follow_the_content(tmp_path: Path) -> None:

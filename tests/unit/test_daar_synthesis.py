@@ -105,7 +105,7 @@ def test_no_reply_vanishes_without_a_reason() -> None:
     found = written(writer)
     rows = sum(5 if "/seeds/" in request.key else 1 for request in writer.asked)
     assert sum(len(rows) for rows in found.rows.values()) + len(found.rejected) == rows
-    assert not any("does not sample" in said for said in found.told)
+    assert not any("does not sample" in said for said in found.notes)
     assert all(item.reason and item.text for item in found.rejected)
 
 
@@ -136,15 +136,15 @@ def test_a_domain_that_cannot_reach_its_number_relaxes_tau_and_says_so() -> None
             assert largest[text(row)] == pytest.approx(min(largest.values()), abs=1e-9)
             before.append(text(row))
             candidates.remove(text(row))
-    assert len(found.told) >= 2
-    assert "more were taken up to" in found.told[0]
+    assert len(found.notes) >= 2
+    assert "more were taken up to" in found.notes[0]
 
 
 def test_copies_are_never_let_in_and_the_stage_still_ends() -> None:
     found = written(Writer(answer=lambda request: "Instruction: Say topic1\nOutput: Done."), replace(QUICK, attempts=8))
     assert {len(rows) for rows in found.rows.values()} == {1}
-    assert "1 rows instead of 12" in found.told[0]
-    assert "1 different replies to 13 requests, so the generator does not sample" in found.told[1]
+    assert "1 rows instead of 12" in found.notes[0]
+    assert "1 different replies to 13 requests, so the generator does not sample" in found.notes[1]
     assert {item.reason.partition(":")[0] for item in found.rejected} == {"copy"}
 
 
@@ -287,7 +287,7 @@ def test_a_domain_that_stays_short_is_one_sentence_with_counts_and_the_way_out()
         return f"No {number}." if number % 3 else f"Instruction: A {number}\nOutput: A {number}"
 
     found = written(Writer(answer=answer))
-    assert found.told == [
+    assert found.notes == [
         "music: 5 rows instead of 12, the generator wrote no others in 61 requests (not used: 39 x no row found, 21 x "
         "output repeats the instruction); set generator to a larger model, pass rows of this domain with --seeds, or "
         "lower rows in the settings of the domains file"

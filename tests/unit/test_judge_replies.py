@@ -9,7 +9,7 @@ import pytest
 
 from siftune.offline.alpagasus import read_rating
 from siftune.offline.instag import MOST_TAGS, frequent, normalised, read_tags, tag_number
-from siftune.offline.judge_task import Unreadable, spoken
+from siftune.offline.judge_task import Unreadable, strip_reasoning
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_rare_tags_are_counted_by_rows() -> None:
 
 
 def test_thoughts_are_no_part_of_a_reply() -> None:
-    assert spoken("<think>\nScore: 3?\n</think>\n\nScore: 4").strip() == "Score: 4"
-    assert spoken("Score: 3? No.</think>Score: 4") == "Score: 4", "some templates open the thought themselves"
-    assert spoken("  <think>Score: 3, I think") == ""
-    assert spoken("Score: 4 <think>") == "Score: 4 <think>"
+    assert strip_reasoning("<think>\nScore: 3?\n</think>\n\nScore: 4").strip() == "Score: 4"
+    assert strip_reasoning("Score: 3? No.</think>Score: 4") == "Score: 4", "some templates open the thought themselves"
+    assert strip_reasoning("  <think>Score: 3, I think") == ""
+    assert strip_reasoning("Score: 4 <think>") == "Score: 4 <think>"

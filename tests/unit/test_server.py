@@ -65,7 +65,7 @@ def test_a_retry_after_beyond_patience_ends_the_request() -> None:
     with hostile({"a": [("429", 3600)]}) as server:
         replies = answers(server, "a", "b")
     assert server.tries["a"] == 1
-    assert "3600 s of patience" in str(replies["a"].error)
+    assert "the server asks to wait 3600 s" in str(replies["a"].error)
     assert replies["b"].text == "<b>"
 
 

@@ -1,4 +1,4 @@
-"""Which written rows are kept: those unlike every row kept before, `max_x cos(e(x'), e(x)) < tau` (DaaR, stage 1b).
+"""Acceptance of written rows: kept are those unlike every row kept before, `max_x cos(e(x'), e(x)) < tau` (DaaR, stage 1b).
 
 `e` is the mean over tokens of the base model's last layer, where the authors' code tuned tau, or of its embedding layer,
 as the paper's text says. Cost: one forward per written row, and as many products as rows are kept.
@@ -23,25 +23,25 @@ Embed = Callable[[Sequence[str]], NDArray[Any]]
 """Texts to features `(N, D)`; a row that has none is NaN."""
 
 COPY = 1 - 1e-6
-"""Rows this alike are one row, whatever tau says."""
+"""Rows with this cosine are copies, independent of tau."""
 
 
 def embedder(
     model: str, space: Space, *, max_length: int, dtype: DType, device: str, token_budget: int | None = None
 ) -> Embed:
-    """The features that tau is measured in; the model is loaded on first use, whole for `last-layer`.
+    """The features that tau is measured in; the model is loaded on first use, with all layers for `last-layer`.
 
     >>> embedder("Qwen/Qwen2.5-7B", "embedding", max_length=1024, dtype="auto", device="auto")(["a text"]).shape
     """
-    held: list[Backbone] = []
+    loaded: list[Backbone] = []
 
     def embed(texts: Sequence[str]) -> NDArray[Any]:
-        if not held:
+        if not loaded:
             how: dict[str, Any] = {"max_length": max_length, "dtype": dtype, "device": device}
             layers = int(Backbone(model, layer=1, **how).config.num_hidden_layers) if space == "last-layer" else 1
-            held.append(Backbone(model, layer=layers, **how))
-        found = extract(held[0], list(texts), token_budget=token_budget)
-        return found.hidden if space == "last-layer" else found.embedding
+            loaded.append(Backbone(model, layer=layers, **how))
+        features = extract(loaded[0], list(texts), token_budget=token_budget)
+        return features.hidden if space == "last-layer" else features.embedding
 
     return embed
 
@@ -63,7 +63,7 @@ class Candidate:
 
 @dataclass(eq=False)
 class Kept:
-    """The rows kept of one domain, in order, and those that only tau kept out."""
+    """The rows kept of one domain, in order, and those that only tau rejected."""
 
     threshold: float
     candidates: list[Candidate] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Kept:
         return len(self.candidates)
 
     def judge(self, candidate: Candidate, *, any_distance: bool = False) -> str | None:
-        """Keep the row, or say why not; `any_distance` asks only that it is no copy."""
+        """Keep the row, or return the reason; with `any_distance` only copies are rejected."""
         if candidate.unit is None:
             return "no features: the text gives no token"
         if any(candidate.row == other.row for other in self.candidates):
@@ -93,13 +93,13 @@ class Kept:
         """The largest cosine to a kept row; -1 while there is none."""
         return float((np.stack(self._units) @ unit_D).max()) if self._units else -1.0
 
-    def relax(self, wanted: int) -> list[Candidate]:
-        """Keep the least similar of the rows that tau kept out until `wanted` are there; no row is written for it.
+    def relax(self, count: int) -> list[Candidate]:
+        """Keep the least similar of the rows that tau rejected until there are `count`; no row is written for it.
 
-        Sets `threshold` to the largest cosine let in. Ties go to the earlier row.
+        Sets `threshold` to the largest cosine accepted. Ties go to the earlier row.
         """
-        let_in: list[Candidate] = []
-        while len(self) < wanted and self.near:
+        accepted: list[Candidate] = []
+        while len(self) < count and self.near:
             for candidate in self.near:
                 assert candidate.unit is not None
                 candidate.similarity = self.nearest(candidate.unit)
@@ -108,8 +108,8 @@ class Kept:
             if self.judge(best, any_distance=True) is None:
                 self.threshold = max(self.threshold, best.similarity)
                 best.how = "relaxed"
-                let_in.append(best)
-        return let_in
+                accepted.append(best)
+        return accepted
 
 
 def units(features_ND: NDArray[Any]) -> list[NDArray[np.float64] | None]:

@@ -22,7 +22,7 @@ LOWEST, HIGHEST = 0.05, 20.0
 
 
 def temperature(logits_BK: NDArray[np.float64], labels_B: NDArray[np.int64]) -> float:
-    """T > 0 that makes softmax(logits / T) likeliest; columns of -inf (absent domains) take no part.
+    """T > 0 that makes softmax(logits / T) likeliest; columns of -inf (absent domains) are left out.
 
     1.0 where there is nothing to fit to (no rows, or one domain).
 
@@ -41,8 +41,8 @@ def temperature(logits_BK: NDArray[np.float64], labels_B: NDArray[np.int64]) -> 
         return -float((targets * log_softmax(logits / np.exp(log_temperature), axis=1)).sum())
 
     bounds = (np.log(LOWEST), np.log(HIGHEST))
-    found = minimize_scalar(negative_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(found.x))
+    optimum = minimize_scalar(negative_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(optimum.x))
 
 
 def calibration_error(logits_BK: NDArray[np.float64], labels_B: NDArray[np.int64]) -> float:

@@ -1,6 +1,6 @@
 """Pseudo-labels of the probe set: k-means on e(x), started at the domain centroids (DaaR, arXiv 2502.04380, stage 3).
 
-Cluster k keeps the name of the domain whose centroid it started from. Domains nearest to no row at all take no part:
+Cluster k keeps the name of the domain whose centroid it started from. Domains nearest to no row are left out:
 k-means would otherwise move their centre to an outlier and call it by the domain's name.
 Cost: about B * K * D per iteration, float64, one thread so that a rerun is bit-identical.
 
@@ -23,7 +23,7 @@ from ...errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """What k-means found on the probe set."""
+    """The result of k-means on the probe set."""
 
     labels: NDArray[np.int64]
     """Shape `(B,)`, index of the domain."""
@@ -42,7 +42,7 @@ class Clusters:
 def cluster(embedding_BD: NDArray[Any], centroids_KD: NDArray[np.float64], domains: Sequence[str]) -> Clusters:
     """k-means with one start, at the centroids.
 
-    Raises `UserError` when all rows lie nearest to one domain's centroid: there is nothing to tell apart then.
+    Raises `UserError` when all rows lie nearest to one domain's centroid: the domains cannot be separated then.
 
     >>> cluster(np.array([[0.0], [1.0], [9.0]]), np.array([[0.0], [10.0]]), ["a", "b"]).labels.tolist()
     [0, 0, 1]
@@ -53,16 +53,16 @@ def cluster(embedding_BD: NDArray[Any], centroids_KD: NDArray[np.float64], domai
     if present.sum() < 2:
         only = domains[int(nearest[0])] if len(nearest) else "-"
         raise UserError(
-            f"all {len(embedding)} rows of the probe set lie nearest to the seeds of {only!r}, so no domain can be "
-            "told from another; use seed rows of domains that the pool holds"
+            f"all {len(embedding)} rows of the probe set lie nearest to the seeds of {only!r}, so the domains "
+            "cannot be separated; use seed rows of domains that the pool holds"
         )
     starts = centroids_KD[present]
     with threadpool_limits(limits=1):
-        found = KMeans(n_clusters=len(starts), init=starts, n_init=1).fit(embedding)
-    labels = np.flatnonzero(present)[found.labels_]
+        fitted = KMeans(n_clusters=len(starts), init=starts, n_init=1).fit(embedding)
+    labels = np.flatnonzero(present)[fitted.labels_]
     centers = centroids_KD.copy()
-    centers[present] = found.cluster_centers_
-    return Clusters(labels, centers, np.bincount(labels, minlength=len(domains)), int(found.n_iter_))
+    centers[present] = fitted.cluster_centers_
+    return Clusters(labels, centers, np.bincount(labels, minlength=len(domains)), int(fitted.n_iter_))
 
 
 def _distances(rows_BD: NDArray[np.float64], centers_KD: NDArray[np.float64]) -> NDArray[np.float64]:

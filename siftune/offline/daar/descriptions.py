@@ -1,7 +1,7 @@
-"""The domains in words, and the wording in which a model is asked for rows of them (DaaR, arXiv 2502.04380, stage 1).
+"""The descriptions of the domains, and the prompts that request rows of them (DaaR, arXiv 2502.04380, stage 1).
 
-Read from YAML: `domains.yaml` beside this file holds the paper's four domains in our words and the default prompts; a
-user's file names domains of its own. Reading is strict: an unknown key names the nearest known one. Cost: a small file.
+Read from YAML: `domains.yaml` beside this file holds descriptions of the paper's four domains and the default prompts; a
+user's file names other domains. Reading is strict: an unknown key names the nearest known one. Cost: a small file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 """Every prompt, and the words in braces that it may hold."""
 PARTS = ("domains", "prompts", "settings")
 NEEDED = {"seeds": ("description",), "augment": ("description", "examples"), "example": ("instruction", "output")}
-"""Words without which a prompt cannot do its work."""
+"""Placeholders that a prompt must hold."""
 
 DomainSource = str | Path | Mapping[str, Any]
 
@@ -57,12 +57,12 @@ class Wording:
 
 @dataclass(frozen=True)
 class Descriptions:
-    """What the writing stage is told."""
+    """The input of the writing stage."""
 
     domains: tuple[Domain, ...]
     wording: Wording
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `Synthesis`, as the file gives them."""
+    """Fields of `Synthesis`, as the file sets them."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ def fill(template: str, words: Mapping[str, str]) -> str:
     >>> fill("{a} {b} {c}", {"a": "{b}", "b": "2"})
     '{b} 2 {c}'
     """
-    return re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), template)
+    return re.sub(r"\{(\w+)\}", lambda match: words.get(match[1], match[0]), template)
 
 
 def read_descriptions(source: DomainSource | None = None) -> Descriptions:
@@ -115,27 +115,29 @@ def read_descriptions(source: DomainSource | None = None) -> Descriptions:
     if source is None:
         return Descriptions(_domains(shipped["domains"], "domains.yaml"), default)
     if isinstance(source, Mapping):
-        said, place = source, "domains"
+        content, place = source, "domains"
     else:
         place = f"domains {source}"
-        said = read_yaml(
+        content = read_yaml(
             Path(source).expanduser(), what="domains", write="write one `name: one sentence` a line", names=True
         )
-    if not any(isinstance(said.get(part), Mapping) for part in PARTS):
-        return Descriptions(_domains(said, place), default)
-    check_keys(said, PARTS, place)
-    settings = said.get("settings") or {}
+    if not any(isinstance(content.get(part), Mapping) for part in PARTS):
+        return Descriptions(_domains(content, place), default)
+    check_keys(content, PARTS, place)
+    settings = content.get("settings") or {}
     if not isinstance(settings, Mapping):
         raise UserError(f"{place}: settings is not a mapping; write one `name: value` a line")
-    domains = _domains(said["domains"], place) if "domains" in said else _domains(shipped["domains"], "domains.yaml")
-    return Descriptions(domains, _wording(said.get("prompts"), default, place), dict(settings))
+    domains = (
+        _domains(content["domains"], place) if "domains" in content else _domains(shipped["domains"], "domains.yaml")
+    )
+    return Descriptions(domains, _wording(content.get("prompts"), default, place), dict(settings))
 
 
-def _domains(said: Any, place: str) -> tuple[Domain, ...]:
-    if not isinstance(said, Mapping):
+def _domains(content: Any, place: str) -> tuple[Domain, ...]:
+    if not isinstance(content, Mapping):
         raise UserError(f"{place}: domains is not a mapping; write one `name: one sentence` a line")
     domains = []
-    for name, value in said.items():
+    for name, value in content.items():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
             raise UserError(f"{place} names a domain {name!r}; use letters, digits and _ . + -")
         threshold = None
@@ -159,13 +161,13 @@ def _threshold(value: Any, place: str) -> float | None:
     return float(value)
 
 
-def _wording(said: Any, default: Wording, place: str) -> Wording:
-    if said is None:
+def _wording(content: Any, default: Wording, place: str) -> Wording:
+    if content is None:
         return default
-    if not isinstance(said, Mapping):
+    if not isinstance(content, Mapping):
         raise UserError(f"{place}: prompts is not a mapping; use {', '.join(PROMPTS)}")
-    check_keys(said, tuple(PROMPTS), f"{place}, prompts")
-    for name, text in said.items():
+    check_keys(content, tuple(PROMPTS), f"{place}, prompts")
+    for name, text in content.items():
         if not isinstance(text, str) or (name in ("seeds", "augment", "example") and not text.strip()):
             raise UserError(f"{place}: the prompt {name} is not a text")
         words = set(re.findall(r"\{(\w+)\}", text))
@@ -176,4 +178,4 @@ def _wording(said: Any, default: Wording, place: str) -> Wording:
             )
         if absent := [word for word in NEEDED.get(name, ()) if word not in words]:
             raise UserError(f"{place}: the prompt {name} lacks {{{absent[0]}}}; put it in")
-    return Wording(**{**{name: getattr(default, name) for name in PROMPTS}, **said})
+    return Wording(**{**{name: getattr(default, name) for name in PROMPTS}, **content})

@@ -1,4 +1,4 @@
-"""When a reply that is still being written may end: it holds the rows that were requested, or nothing can come of it.
+"""When a reply that is still being written may end: it holds the requested rows, or cannot contain any.
 
 A small model seldom ends its reply; without an end it writes up to `max_new_tokens` and nothing of the rest is used.
 Cost: a pass of the parser over the text for each check.
@@ -12,7 +12,7 @@ from ...models.generate import Ending, EndRule
 from .parsing import complete_length, starts_a_row
 
 REPETITION = "repetition"
-"""The finish reason of a reply that was ended because it repeats itself."""
+"""The finish reason of a reply that was stopped because it repeats itself."""
 REPEATED = 800
 """Characters at the end of a reply that have to be one text again and again: about 200 tokens."""
 LONGEST_UNIT = 200

@@ -20,7 +20,7 @@ from .seeds import Seeds
 
 
 def cluster_facts(seeds: Seeds, centroids_KD: NDArray[np.float64], clusters: Clusters) -> dict[str, Any]:
-    """What the report says of seeds and clusters."""
+    """The facts of seeds and clusters for the report."""
     moved = np.diagonal(cosines(centroids_KD, clusters.centers))
     return {
         "domains": list(seeds.domains),

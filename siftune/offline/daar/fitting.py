@@ -36,7 +36,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeTraining:
-    """How both probes are trained. The defaults are ours; `ProbeTraining.paper()` is the published setting."""
+    """How both probes are trained. The defaults are siftune's; `ProbeTraining.paper()` is the published setting."""
 
     lr: float = 1e-3
     """Learning rate of AdamW (paper: 1e-5, Adam, which one epoch of single rows needs 5,000 steps to use)."""
@@ -126,14 +126,14 @@ def split(rows: int, share: float, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def seeded(seed: int, purpose: str) -> torch.Generator:
-    """A CPU generator of its own for every purpose, so that no step's draws depend on another's."""
+    """A separate CPU generator for every purpose, so that no step's draws depend on another's."""
     digest = blake2b(f"{seed}\0{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 @contextmanager
 def fixed_threads(count: int) -> Iterator[None]:
-    """`count` CPU threads inside, the caller's number again afterwards."""
+    """`count` CPU threads inside; the caller's number is restored afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -144,7 +144,7 @@ def fixed_threads(count: int) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """What every fit of a probe shares: the features, the settings, the seed."""
+    """Shared by every fit of a probe: the features, the settings, the seed."""
 
     hidden_BD: torch.Tensor
     training: ProbeTraining
@@ -177,8 +177,8 @@ class _Fit:
             probe.output_scale.fill_(spread)
             probe.output_offset.fill_(float(target_B[rows].mean()))
 
-        def squared_error(predicted_B1: torch.Tensor, wanted_B: torch.Tensor) -> torch.Tensor:
-            return (((predicted_B1.squeeze(1) - wanted_B) / spread) ** 2).mean()
+        def squared_error(predicted_B1: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
+            return (((predicted_B1.squeeze(1) - target_B) / spread) ** 2).mean()
 
         took = self._train(probe, target_B.float().to(self.device), rows, held, squared_error, "reward", None)
         return probe, took
@@ -278,7 +278,7 @@ def cut_folds(rows: int, folds: int, seed: int, repeat: int = 0) -> Sequence[tor
     return torch.randperm(rows, generator=seeded(seed, f"folds {repeat}")).tensor_split(folds)
 
 
-def _explained(predicted_B: torch.Tensor, wanted_B: torch.Tensor) -> float | None:
+def _explained(predicted_B: torch.Tensor, target_B: torch.Tensor) -> float | None:
     """Share of the target's variance on the held-out rows that psi_div explains; None where it does not vary."""
-    spread = float(((wanted_B - wanted_B.mean()) ** 2).sum()) if len(wanted_B) else 0.0
-    return 1 - float(((predicted_B - wanted_B) ** 2).sum()) / spread if spread > 0 else None
+    spread = float(((target_B - target_B.mean()) ** 2).sum()) if len(target_B) else 0.0
+    return 1 - float(((predicted_B - target_B) ** 2).sum()) / spread if spread > 0 else None

@@ -1,4 +1,4 @@
-"""Rows out of what a model wrote: instruction, input and output, however it chose to write them.
+"""Rows from a model's reply: instruction, input and output, in any of the usual forms.
 
 Read are labelled rows (`Instruction:` ... `Output:`; numbered, bold, as headings, with `Question`/`Answer` and the like
 for labels, the input missing) and JSON (an array, an object, one a line, in a code fence, cut off at the end), with any
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_CHARACTERS = 20_000
-"""A longer field is a model that did not stop, no example."""
+"""A longer field is from a model that did not stop, not an example."""
 LONGEST_REPLY = 100_000
-"""Characters of a reply, thoughts left out; a longer one is no list of a few rows, and slow to search."""
+"""Characters of a reply, reasoning left out; a longer one is not a list of a few rows, and slow to search."""
 
 FAMILIES: tuple[dict[str, tuple[str, ...]], ...] = (
     {"instruction": ("instruction",), "input": ("input",), "output": ("output", "response")},
@@ -41,7 +41,7 @@ CLOSING = re.compile(
     r"these (?:\w+ ){0,2}examples|this example|note that these|is there anything|please let me)\b[^\n]*\s*\Z",
     re.IGNORECASE,
 )
-"""A model's farewell after the last row."""
+"""A model's closing remark after the last row."""
 HEADING = re.compile(
     r"\n[ \t]*(?:[-=*_]{3,}|[#*_ \t]*(?:(?:training )?(?:example|sample|row|entry|triple|task|item)[ \t]*)?#?\(?\d+[.):]?[*_:. \t]*)[ \t]*\Z",
     re.IGNORECASE,
@@ -53,7 +53,7 @@ _THOUGHT = re.compile(r"<(?P<closes>/?)think(?:ing)?>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Found:
+class ParsedRow:
     """One row as written, or one that cannot be used, with the reason."""
 
     instruction: str = ""
@@ -68,28 +68,28 @@ class Found:
         return {"instruction": self.instruction, "input": self.input, "output": self.output}
 
 
-def parse_rows(text: str, *, cut: bool = False) -> list[Found]:
-    """Every row in a reply, in order; `cut` says that the reply was ended by its token limit, so its last row is torn.
+def parse_rows(text: str, *, cut: bool = False) -> list[ParsedRow]:
+    """Every row in a reply, in order; `cut` marks a reply that reached its token limit, so its last row is incomplete.
 
-    A reply without any row gives one `Found` with the reason.
+    A reply without any row gives one `ParsedRow` with the reason.
 
-    >>> [found.row for found in parse_rows("1. **Instruction:** Add.\\n**Input:** 1 + 1\\n**Output:** 2")]
+    >>> [parsed.row for parsed in parse_rows("1. **Instruction:** Add.\\n**Input:** 1 + 1\\n**Output:** 2")]
     [{'instruction': 'Add.', 'input': '1 + 1', 'output': '2'}]
     """
     text = _without_thoughts(text.replace("\r\n", "\n"))
     if not text.strip():
-        return [Found(reason="empty reply")]
+        return [ParsedRow(reason="empty reply")]
     if len(text) > LONGEST_REPLY:
-        return [Found(reason=f"too long: a reply of more than {LONGEST_REPLY} characters")]
-    found = [row for row, _ in _json_rows(text)] if _looks_like_json(text) else []
-    whole = bool(found) and text.rstrip().rstrip("`").rstrip().endswith(("]", "}"))
-    found = found or list(_labelled_rows(text))
-    if not found:
-        return [Found(reason="no row found: neither labels nor JSON")]
-    if cut and not whole:
-        last = found[-1]
-        found[-1] = Found(**last.row, reason="torn: the reply reached its token limit")
-    return [_checked(item) for item in found]
+        return [ParsedRow(reason=f"too long: a reply of more than {LONGEST_REPLY} characters")]
+    parsed = [row for row, _ in _json_rows(text)] if _looks_like_json(text) else []
+    complete_json = bool(parsed) and text.rstrip().rstrip("`").rstrip().endswith(("]", "}"))
+    parsed = parsed or list(_labelled_rows(text))
+    if not parsed:
+        return [ParsedRow(reason="no row found: neither labels nor JSON")]
+    if cut and not complete_json:
+        last = parsed[-1]
+        parsed[-1] = ParsedRow(**last.row, reason="torn: the reply reached its token limit")
+    return [_checked(item) for item in parsed]
 
 
 def complete_length(text: str, rows: int) -> int | None:
@@ -113,7 +113,7 @@ def complete_length(text: str, rows: int) -> int | None:
 
 
 def starts_a_row(text: str) -> bool:
-    """Does a reply so far hold the beginning of a row, or a thought that may still be followed by one?"""
+    """Whether a reply so far holds the beginning of a row, or reasoning that may still be followed by one."""
     return bool(_instruction_starts(text)) or _looks_like_json(text) or "<think" in text.lower()
 
 
@@ -127,7 +127,7 @@ def _instruction_starts(text: str) -> list[int]:
 
 
 def _without_thoughts(text: str) -> str:
-    """The text after a model's thinking aloud, if it does; a thought that never ends leaves nothing."""
+    """The text after a model's reasoning, if there is any; reasoning that never ends leaves nothing."""
     parts: list[str] = []
     start, thought = 0, -1  # where the text that stays begins, and where the open thought does
     for mark in _THOUGHT.finditer(text):
@@ -143,12 +143,12 @@ def _without_thoughts(text: str) -> str:
     return "".join(parts)
 
 
-def _checked(found: Found) -> Found:
-    """The row without decoration around its fields, or with the reason why it is none."""
-    if found.reason is not None:
-        return found
-    instruction, output = found.instruction.strip(), found.output.strip()
-    material = found.input.strip()
+def _checked(parsed: ParsedRow) -> ParsedRow:
+    """The row without decoration around its fields, or with the reason why it cannot be used."""
+    if parsed.reason is not None:
+        return parsed
+    instruction, output = parsed.instruction.strip(), parsed.output.strip()
+    material = parsed.input.strip()
     if _bare(material) in EMPTY:
         material = ""
     row = {"instruction": instruction, "input": material, "output": output}
@@ -165,7 +165,7 @@ def _checked(found: Found) -> Found:
         reason = f"too long: more than {MOST_CHARACTERS} characters in one field"
     elif any("\0" in part or any("\ud800" <= c <= "\udfff" for c in part) for part in row.values()):
         reason = "unusable characters"
-    return Found(**row, reason=reason)
+    return ParsedRow(**row, reason=reason)
 
 
 def _bare(text: str) -> str:
@@ -180,13 +180,13 @@ def _names(field: str) -> list[str]:
 
 
 def _looks_like_json(text: str) -> bool:
-    """Is a quoted key for the instruction there, before any label at the start of a line?"""
+    """Whether a quoted key for the instruction occurs before any label at the start of a line."""
     key = re.search(rf'[{{,]\s*"(?:{"|".join(_names("instruction"))})"\s*:', text, re.IGNORECASE)
     labels = [match.start() for family in FAMILIES for match in _labels(text, family) if len(match["field"]) > 1]
     return key is not None and all(key.start() < place for place in labels)
 
 
-def _json_rows(text: str) -> Iterator[tuple[Found, int]]:
+def _json_rows(text: str) -> Iterator[tuple[ParsedRow, int]]:
     """Every object with an instruction, wherever it is, and where it ends; a broken one does not hide those after it."""
     decoder, place = json.JSONDecoder(strict=False, parse_float=_finite, parse_constant=_finite), 0
     while (place := text.find("{", place)) >= 0:
@@ -194,12 +194,12 @@ def _json_rows(text: str) -> Iterator[tuple[Found, int]]:
             value, end = decoder.raw_decode(text, place)
             rows = list(_objects(value))
         except RecursionError:
-            yield Found(reason="broken JSON: nested too deeply"), place
+            yield ParsedRow(reason="broken JSON: nested too deeply"), place
             return
         except ValueError:
             key = re.match(rf'\{{\s*"(?:{"|".join(_names("instruction"))})"\s*:', text[place:], re.IGNORECASE)
             if key:
-                yield Found(reason="broken JSON"), place + 1
+                yield ParsedRow(reason="broken JSON"), place + 1
             place += 1
             continue
         yield from ((row, end) for row in rows)
@@ -210,11 +210,11 @@ def _finite(number: str) -> float:
     """A JSON number; `ValueError` for one that overflows, for NaN and for Infinity: as a field's text it would be wrong."""
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{number[:20]} is no number of JSON")
+        raise ValueError(f"{number[:20]} is not a JSON number")
     return value
 
 
-def _objects(value: Any) -> Iterator[Found]:
+def _objects(value: Any) -> Iterator[ParsedRow]:
     if isinstance(value, list):
         for item in value:
             yield from _objects(item)
@@ -226,7 +226,7 @@ def _objects(value: Any) -> Iterator[Found]:
                 yield from _objects(inner)
         else:
             texts = {name: _text(inner) for name, inner in fields.items()}
-            yield Found(**texts)
+            yield ParsedRow(**texts)
 
 
 def _text(value: Any) -> str:
@@ -253,11 +253,11 @@ def _labels(text: str, family: Mapping[str, tuple[str, ...]]) -> list[re.Match[s
         (?P<field>{words})(?![A-Za-z])
         (?:[ \t]*\#?\d+)?[ \t]*[*_`\]>]*[ \t]*(?P<colon>[:：]?)[ \t]*(?:[*_]+(?=\s|$))?[ \t]*
     """
-    found = re.finditer(pattern, text, re.IGNORECASE | re.MULTILINE | re.VERBOSE)
-    return [m for m in found if m["colon"] or (m["mark"] and text[m.end() : m.end() + 1] in ("", "\n"))]
+    matches = re.finditer(pattern, text, re.IGNORECASE | re.MULTILINE | re.VERBOSE)
+    return [m for m in matches if m["colon"] or (m["mark"] and text[m.end() : m.end() + 1] in ("", "\n"))]
 
 
-def _labelled_rows(text: str) -> Iterator[Found]:
+def _labelled_rows(text: str) -> Iterator[ParsedRow]:
     for family in FAMILIES:
         fields = {word: name for name, words in family.items() for word in words}
         labels = [
@@ -269,7 +269,7 @@ def _labelled_rows(text: str) -> Iterator[Found]:
             return
 
 
-def _rows_between(text: str, labels: list[tuple[str, bool, re.Match[str]]]) -> Iterator[Found]:
+def _rows_between(text: str, labels: list[tuple[str, bool, re.Match[str]]]) -> Iterator[ParsedRow]:
     """Rows from instruction to instruction. Input and output count once, in order, and only in the instruction's own
     decoration: what else looks like a label is part of a text, such as the sample input of a programming task."""
     rows: list[list[tuple[str, re.Match[str]]]] = []
@@ -292,10 +292,10 @@ def _rows_between(text: str, labels: list[tuple[str, bool, re.Match[str]]]) -> I
         if "output" not in parts:
             parts = _on_one_line(parts)
         if "output" not in parts:
-            yield Found(parts["instruction"].strip(), parts.get("input", "").strip(), reason="no output found")
+            yield ParsedRow(parts["instruction"].strip(), parts.get("input", "").strip(), reason="no output found")
             continue
         parts["output"] = _tail(parts["output"], last=last)
-        yield Found(**parts)
+        yield ParsedRow(**parts)
 
 
 def _on_one_line(parts: dict[str, str]) -> dict[str, str]:
@@ -317,7 +317,7 @@ def _without_heading(text: str) -> str:
 
 
 def _tail(output: str, *, last: bool) -> str:
-    """An output without the next row's number, a closing fence that it never opened, or the model's farewell."""
+    """An output without the next row's number, a closing fence that it never opened, or the model's closing remark."""
     if last:
         output = CLOSING.sub("", output)
     if not last:

@@ -57,7 +57,7 @@ def plain_messages(domain: Domain, domains: Sequence[str]) -> tuple[Message, ...
 
 
 def copies_the_form(row: Mapping[str, str]) -> bool:
-    """Is the row one of those that show the form?"""
+    """Whether the row is one of those that show the form."""
     return any(row["instruction"] == instruction for _, instruction, _ in FIELDS.values())
 
 

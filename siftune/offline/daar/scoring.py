@@ -26,7 +26,7 @@ from .state import Learned
 
 @dataclass(frozen=True, eq=False)
 class StoredFeatures:
-    """A feature task that keeps every shard's features in a store, keyed by what is in the shard's rows."""
+    """A feature task that keeps every shard's features in a store, keyed by the content of the shard's rows."""
 
     features: ShardTask
     store: ArrayStore

@@ -1,4 +1,4 @@
-"""Seed rows: a few example rows per domain, from which the domains' centroids are made (DaaR, arXiv 2502.04380).
+"""Seed rows: a few example rows per domain, from which the domains' centroids are computed (DaaR, arXiv 2502.04380).
 
 The file is JSONL (or anything `load_pool` reads) whose rows carry `domain` beside the row's own fields, in any format
 that a pool may have. Cost: reading a small file.
@@ -44,7 +44,7 @@ class Seeds:
 def read_seeds(seeds: SeedSource, *, cache: str | Path | None = None, fewest: int = 2) -> Seeds:
     """Read a seeds file, or take a mapping from domain to rows (dicts of the row's own fields).
 
-    Raises `UserError`, by file and line, for a row that is not one or names no domain, and for fewer domains than
+    Raises `UserError`, by file and line, for an invalid row or one without a domain, and for fewer domains than
     `fewest`.
 
     >>> read_seeds("seeds.jsonl").counts

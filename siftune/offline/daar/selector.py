@@ -44,7 +44,7 @@ from .written import SEEDS, copy_written, written_facts
 
 @dataclass(kw_only=True, eq=False)
 class DaaR(OfflineMethod):
-    """Diversity reward of every row, with no domain labels: seed rows per domain are all it is told, or, with a
+    """Diversity reward of every row, with no domain labels: its only input is seed rows per domain, or, with a
     `generator` that writes them, one sentence per domain.
 
     `fit` draws a probe set from the pool and fits two probes; `score` streams the pool through them. The scores carry
@@ -66,7 +66,7 @@ class DaaR(OfflineMethod):
     generator: str | None = None
     """Chat model that writes the seed rows: a folder, a hub id, or a server http://HOST:PORT/v1#MODEL (key: OPENAI_API_KEY)."""
     domains: DomainSource | None = None
-    """What the generator is told: a YAML file of `name: one sentence`; left out, the paper's four domains."""
+    """Descriptions for the generator: a YAML file of `name: one sentence`; left out, the paper's four domains."""
     layer: int = 3
     """Decoder layers before h(x) is taken, at least 1 (paper: 3; 1 to 10 are about as good)."""
     probe_rows: int = 5000
@@ -95,16 +95,16 @@ class DaaR(OfflineMethod):
     """Keep h(x) of every row in the store, 4 D bytes each; off, only the probe set's are kept."""
 
     written: Path | None = field(default=None, init=False, repr=False)
-    """The folder of the rows that the generator wrote for the last `fit`, or that `load` found."""
+    """The folder of the rows that the generator wrote for the last `fit`, or that `load` read."""
     learned: Learned | None = field(default=None, init=False, repr=False)
-    """What `fit` learnt, or `load` read."""
+    """The result of `fit` or `load`."""
     seconds: dict[str, float] = field(default_factory=dict, init=False, repr=False)
-    """Wall time of the stages of the last `fit`; empty when the fit was found in the store."""
+    """Wall time of the stages of the last `fit`; empty when the fit was in the store."""
 
     # --- fit ------------------------------------------------------------------------------------------------------
 
     def check(self) -> Seeds | Planned:
-        """Everything that can be told wrong before a model is loaded; gives back what knows the domains' names."""
+        """Check everything that does not need a model; returns an object with the domains' names. Raises `UserError`."""
         for name, value, known in (
             ("reward", self.reward, ("diversity", "entropy")),
             ("compat", self.compat, (None, "paper")),
@@ -129,11 +129,11 @@ class DaaR(OfflineMethod):
     def inputs(self) -> dict[str, str]:
         """Content hashes of what is read beside the model and the pool: a run's identity holds them."""
         if self.generator is not None:
-            found = self._stage_one().inputs()
+            hashes = self._stage_one().inputs()
             return (
-                found
+                hashes
                 if self.seeds is None
-                else found | {"seeds": read_seeds(self.seeds, cache=self.cache, fewest=1).pool.fingerprint}
+                else hashes | {"seeds": read_seeds(self.seeds, cache=self.cache, fewest=1).pool.fingerprint}
             )
         return {} if self.seeds is None else {"seeds": read_seeds(self.seeds, cache=self.cache).pool.fingerprint}
 
@@ -143,8 +143,8 @@ class DaaR(OfflineMethod):
         Raises `UserError` when the generator fails, or writes no usable row of a domain.
         """
         self.written = self._stage_one().run(getattr(self.engine, "progress", None))
-        for said in written_facts(self.written)["told"]:
-            warnings.warn(said, stacklevel=2)
+        for note in written_facts(self.written)["told"]:
+            warnings.warn(note, stacklevel=2)
         return read_seeds(self.written / SEEDS, cache=self.cache)
 
     def _stage_one(self) -> StageOne:
@@ -165,8 +165,8 @@ class DaaR(OfflineMethod):
         probe_set = draw_probe_set(pool, self.probe_rows, seed=self.seed)
         task = self.feature_task(for_fit=True)
         key = self._fit_key(task, seeds, probe_set)
-        if self.store is not None and (found := self.store.get(key)):
-            self.learned = Learned.from_arrays(*found)
+        if self.store is not None and (stored := self.store.get(key)):
+            self.learned = Learned.from_arrays(*stored)
             return self
         with self._timed("seed_features"):
             seed_columns, _ = features_of(seeds.pool, task, engine, label="seed features")
@@ -220,9 +220,9 @@ class DaaR(OfflineMethod):
 
     def _fit_key(self, task: ShardTask, seeds: Seeds, probe_set: Pool) -> str:
         rows = list(range(len(seeds.labels)))
-        seen = [seeds.pool.source.ids(rows), seeds.labels.tolist(), list(seeds.domains), probe_set.fingerprint]
+        seed_content = [seeds.pool.source.ids(rows), seeds.labels.tolist(), list(seeds.domains), probe_set.fingerprint]
         how = [TEXT_FORM, task.key, asdict(self._training()), self.seed, str(self._probe_device())]
-        return hash_json(["daar-fit", 1, *seen, *how])
+        return hash_json(["daar-fit", 1, *seed_content, *how])
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -247,12 +247,15 @@ class DaaR(OfflineMethod):
 
     def _backbone(self) -> Backbone:
         """One backbone per method, so that fit and score load the model once."""
-        asked = {"layer": self.layer, "max_length": self.max_length, "dtype": self.dtype, "device": self.device}
-        made: Backbone | None = self.__dict__.get("_made")
-        if made is None or (made.model, {name: getattr(made, name) for name in asked}) != (self.model, asked):
-            made = Backbone(str(self.model), **asked)  # type: ignore[arg-type]
-            self.__dict__["_made"] = made
-        return made
+        settings = {"layer": self.layer, "max_length": self.max_length, "dtype": self.dtype, "device": self.device}
+        cached: Backbone | None = self.__dict__.get("_made")
+        if cached is None or (cached.model, {name: getattr(cached, name) for name in settings}) != (
+            self.model,
+            settings,
+        ):
+            cached = Backbone(str(self.model), **settings)  # type: ignore[arg-type]
+            self.__dict__["_made"] = cached
+        return cached
 
     def _probe_device(self) -> torch.device:
         """A GPU that the model runs on fits the probes too; else the CPU."""
@@ -317,7 +320,7 @@ class DaaR(OfflineMethod):
     def load(cls, folder: str | Path, **changed: Any) -> Self:
         """A fitted method from a run folder; scores any pool with no refit. `changed` fields override the saved ones.
 
-        `model=` says where the same model lies now; another model's features mean something else to these probes.
+        `model=` is the current folder of the same model; the probes do not fit another model's features.
 
         >>> siftune.DaaR.load("run", model="/models/qwen", device="cuda").score(pool)
         """

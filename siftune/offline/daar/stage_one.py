@@ -1,8 +1,8 @@
 """DaaR's first stage as the method runs it: descriptions, generator, journal and features put together, once.
 
-What was written lies in the cache folder (`written/<key>/`) under the content of all that decides it, the replies
-beside it (`replies/<key>.jsonl`), so that a run that was stopped, or is repeated in another run folder, asks nothing
-twice. Cost: `siftune.offline.daar.synthesis`'s, or reading a small file.
+The written rows are stored in the cache folder (`written/<key>/`) under a hash of everything that determines them, the
+replies beside them (`replies/<key>.jsonl`), so that a run that was stopped, or is repeated in another run folder,
+sends no request twice. Cost: `siftune.offline.daar.synthesis`'s, or reading a small file.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from .synthesis import Synthesis, Writing
 from .written import SEEDS, write_rejected
 
 VERSION = 2
-"""Raised whenever the same replies would give other rows."""
+"""Increased whenever the same replies would produce other rows."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What is known before a row is written: the domains' names, as `Seeds` has them."""
+    """Known before a row is written: the domains' names, as in `Seeds`."""
 
     domains: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageOne:
-    """The stage with everything that decides its result; fields as `DaaR`'s.
+    """The stage with everything that determines its result; fields as those of `DaaR`.
 
     >>> StageOne(generator="./chat", domains=None, seeds=None, model="./base", seed=0).run()
     """
@@ -54,17 +54,17 @@ class StageOne:
     device: str = "auto"
     cache: str | Path | None = None
 
-    # --- before -------------------------------------------------------------------------------------------------------
+    # --- checks -------------------------------------------------------------------------------------------------------
 
     def check(self) -> Planned:
-        """Everything that can be told wrong before a model is loaded or a server asked."""
+        """Check everything that needs neither a model nor a server. Raises `UserError`."""
         check_generator(self.generator)
-        descriptions, _ = self.told()
+        descriptions, _ = self.settings()
         self.real(descriptions)
         return Planned(descriptions.names)
 
-    def told(self) -> tuple[Descriptions, Synthesis]:
-        """The domains in words, and how rows are written."""
+    def settings(self) -> tuple[Descriptions, Synthesis]:
+        """The descriptions of the domains, and how rows are written."""
         descriptions = read_descriptions(self.domains)
         how = Synthesis.of(descriptions.settings)
         return descriptions, replace(how, at_once=1) if self.compat == "paper" else how
@@ -79,39 +79,39 @@ class StageOne:
                 f"seeds name the domain {unknown[0]!r}, which the generator has no description of; describe it in "
                 "domains=FILE, or leave generator out to use the seeds alone"
             )
-        found: dict[str, list[dict[str, str]]] = {name: [] for name in seeds.domains}
+        result: dict[str, list[dict[str, str]]] = {name: [] for name in seeds.domains}
         for label, row in zip(seeds.labels, seeds.pool.read(seeds.pool.eligible.tolist()), strict=True):
             fields = {"instruction": row.instruction, "input": row.input, "output": row.output}
-            found[seeds.domains[label]].append(fields)
-        return found
+            result[seeds.domains[label]].append(fields)
+        return result
 
     def inputs(self) -> dict[str, str]:
-        """Content hashes of what the stage reads, for a run's identity; a server is known by its address alone."""
-        descriptions, how = self.told()
-        found = {"domains": hash_json([asdict(descriptions), asdict(how)])}
+        """Content hashes of what the stage reads, for a run's identity; a server is identified by its address alone."""
+        descriptions, how = self.settings()
+        result = {"domains": hash_json([asdict(descriptions), asdict(how)])}
         if not is_server(self.generator):
-            found["generator"] = open_generator(self.generator, device=self.device, dtype=self.dtype).key
-        return found
+            result["generator"] = open_generator(self.generator, device=self.device, dtype=self.dtype).key
+        return result
 
-    # --- the work -----------------------------------------------------------------------------------------------------
+    # --- run ----------------------------------------------------------------------------------------------------------
 
     def run(self, progress: Any = None, *, generator: Generator | None = None, embed: Embed | None = None) -> Path:
-        """The folder that holds what was written, written now unless it is there. Raises `UserError`.
+        """The folder of the written rows, written now unless it exists. Raises `UserError`.
 
         `generator` and `embed` take the place of the ones that are opened by name.
         """
-        descriptions, how = self.told()
-        asked = generator or open_generator(self.generator, device=self.device, dtype=self.dtype)
+        descriptions, how = self.settings()
+        opened = generator or open_generator(self.generator, device=self.device, dtype=self.dtype)
         real = self.real(descriptions)
         cache = cache_folder(self.cache)
-        words = [asked.key, asdict(replace(descriptions, settings={})), self.seed]  # other settings share the replies
+        words = [opened.key, asdict(replace(descriptions, settings={})), self.seed]  # other settings share the replies
         folder = cache / "written" / hash_json([VERSION, *words, asdict(how), real, self._features_key(embed)])
         replies = cache / "replies" / f"{hash_json(words)}.jsonl"
         if (folder / SEEDS).is_file():
             return folder
         with Journal(replies) as journal:
             if not (folder / SEEDS).is_file():
-                self._write(folder, descriptions, how, Journaled(asked, journal), embed, real, progress)
+                self._write(folder, descriptions, how, Journaled(opened, journal), embed, real, progress)
         return folder
 
     def _write(
@@ -141,7 +141,7 @@ class StageOne:
         written.write(folder, counts=asdict(generator.counts))
 
     def _features_key(self, embed: Embed | None) -> str:
-        """What the acceptance features hang on: the base model's files, and how they are read."""
+        """Content hash of what the acceptance features depend on: the base model's files, and how they are read."""
         if embed is not None:
             return "given"
         files = Backbone(self.model, layer=1, dtype=self.dtype, device=self.device)

@@ -1,4 +1,4 @@
-"""What a fit of DaaR learnt, in memory and in a folder: both probes, the centroids, the domains' names, the facts.
+"""The result of a fit of DaaR, in memory and in a folder: both probes, the centroids, the domains' names, the facts.
 
 A folder holds `domain_probe.safetensors`, `reward_probe.safetensors`, `centroids.safetensors` and, written last,
 `daar.json`. No pickle. Cost: the probes' size, about 20 D^2 bytes each.
@@ -34,7 +34,7 @@ PARTS = ("domain_probe", "reward_probe", "centroids")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Learned:
-    """All that scoring needs beside the model."""
+    """Everything that scoring needs beside the model."""
 
     domains: tuple[str, ...]
     domain_probe: Probe
@@ -42,7 +42,7 @@ class Learned:
     seed_centroids: NDArray[np.float64]
     """Shape `(K, D)`, mean e(x) of each domain's seed rows."""
     cluster_centers: NDArray[np.float64]
-    """Shape `(K, D)`, where k-means moved them."""
+    """Shape `(K, D)`, as updated by k-means."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """Plain facts of the fit, JSON-able."""
 
@@ -57,11 +57,11 @@ class Learned:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Every array, named `part.array`."""
-        found = {f"centroids.{name}": getattr(self, name) for name in ("seed_centroids", "cluster_centers")}
+        arrays = {f"centroids.{name}": getattr(self, name) for name in ("seed_centroids", "cluster_centers")}
         for part, probe in (("domain_probe", self.domain_probe), ("reward_probe", self.reward_probe)):
             for name, tensor in probe.state_dict().items():
-                found[f"{part}.{name}"] = tensor.detach().cpu().numpy()
-        return found
+                arrays[f"{part}.{name}"] = tensor.detach().cpu().numpy()
+        return arrays
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> Self:
@@ -81,22 +81,24 @@ class Learned:
         return {"domains": list(self.domains), "info": dict(self.info)}
 
     def save(self, folder: str | Path, settings: Mapping[str, Any]) -> Path:
-        """Write the folder; `settings` are the method's own, for `load`. Raises `UserError` for files of the user's there."""
+        """Write the folder; `settings` are the method's own, for `load`. Raises `UserError` for the user's own files there."""
         folder = Path(folder)
         names = [FACTS, *(f"{part}.safetensors" for part in PARTS)]
         refuse_foreign(folder, names, {FACTS: ("version", "key", "settings"), **RUN})
         folder.mkdir(parents=True, exist_ok=True)
         arrays = self.arrays()
         for part in PARTS:
-            inside = {name.removeprefix(f"{part}."): a for name, a in arrays.items() if name.startswith(f"{part}.")}
+            part_arrays = {
+                name.removeprefix(f"{part}."): a for name, a in arrays.items() if name.startswith(f"{part}.")
+            }
             with atomic_path(folder / f"{part}.safetensors") as temporary:
-                temporary.write_bytes(save({name: np.ascontiguousarray(a) for name, a in inside.items()}))
+                temporary.write_bytes(save({name: np.ascontiguousarray(a) for name, a in part_arrays.items()}))
         write_json(folder / FACTS, {"version": VERSION, **self.facts, "key": self.key, "settings": dict(settings)})
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> tuple[Self, dict[str, Any]]:
-        """What `save` wrote, and the settings. Raises `UserError` when the folder does not hold a whole fit."""
+        """What `save` wrote, and the settings. Raises `UserError` when the folder does not hold a complete fit."""
         folder = Path(folder)
         if not (folder / FACTS).is_file():
             raise UserError(f"{folder} holds no {FACTS}; pass the run folder of a finished `siftune select daar`")
@@ -112,13 +114,13 @@ class Learned:
                 raise UserError(f"{path} is missing or damaged ({error}); fit it again") from error
         learned = cls.from_arrays(arrays, facts)
         if learned.key != facts["key"]:
-            raise UserError(f"the files in {folder} are not of one fit; fit it again")
+            raise UserError(f"the files in {folder} are from different fits; fit it again")
         return learned, facts["settings"]
 
 
 def _probe(arrays: Mapping[str, NDArray[Any]], part: str) -> Probe:
     prefix = f"{part}."
-    # A copy: arrays that come out of a file are read-only.
+    # A copy: arrays from a file are read-only.
     tensors = {n.removeprefix(prefix): torch.from_numpy(a.copy()) for n, a in arrays.items() if n.startswith(prefix)}
     probe = Probe(len(tensors["input_mean"]), len(tensors["output_scale"]))
     probe.load_state_dict(tensors)

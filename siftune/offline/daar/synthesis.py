@@ -1,10 +1,10 @@
 """A model writes its own domain examples: DaaR without any seed row (arXiv 2502.04380, stages 1a to 1c).
 
-Per domain the generator is asked for a few rows from the domain's sentence alone, then, a few at a time, for one more
+Per domain the generator writes a few rows from the domain's sentence alone, then, a few requests at a time, one more
 row unlike three random rows of those kept; a row is kept while its largest cosine to them stays below tau. A domain
-that cannot reach its number within its attempts takes the least similar of the rows that tau kept out, and says so.
-Where no reply of a domain can be read, it is asked for single rows in plainer words from then on (ours; `plain.py`).
-Given the generator's replies and the seed, the result is determined; replies are journaled, so none is asked twice.
+that cannot reach its number within its attempts takes the least similar of the rows that tau rejected, with a note.
+Where no reply of a domain can be read, single rows are requested in plainer words from then on (siftune's; `plain.py`).
+Given the generator's replies and the seed, the result is determined; replies are journaled, so none is requested twice.
 Cost: about `attempts` replies per domain at most.
 
 Axes: `K` domains.
@@ -84,7 +84,7 @@ class Synthesis:
 
 
 class Writing:
-    """One run of the stage; `run` gives what was written, `rejected` holds the rest even when it raises.
+    """One run of the stage; `run` returns the written rows, `rejected` holds the rest even when it raises.
 
     >>> Writing(read_descriptions(), generator, embed, Synthesis(), seed=0).run().write("run")
     """
@@ -105,16 +105,16 @@ class Writing:
         self.kept = {domain.name: Kept(domain.threshold or how.threshold) for domain in descriptions.domains}
         self.rejected: list[Rejected] = []
         self._notes: dict[int, Rejected] = {}
-        """What was noted of rows that only tau kept out, by the candidate's identity."""
+        """Entries of rows that only tau rejected, by the candidate's identity."""
         self.attempts = dict.fromkeys(self.kept, 0)
         self.tries = dict.fromkeys(self.kept, 0)
         self.plain: dict[str, int] = {}
-        """Domains that are asked in plainer words, with the number of such requests."""
+        """Domains with requests in plainer words, and the number of such requests."""
         self.texts: dict[str, set[str]] = {name: set() for name in self.kept}
         """Replies that differ, per domain: a generator that does not sample repeats itself."""
 
     def run(self) -> Written:
-        """Write every domain's rows. Raises `UserError` when a domain gets none, or the generator fails for now."""
+        """Write every domain's rows. Raises `UserError` when a domain gets none, or the generator leaves requests without a reply."""
         total = self.how.rows * len(self.kept)
         if self.progress is not None:
             self.progress.start("writing domain rows", total)
@@ -233,30 +233,32 @@ class Writing:
         )
 
     def _ask(self, requests: Mapping[str, list[Request]]) -> dict[str, list[Reply]]:
-        """Replies by domain, in the order of the requests, whatever order they came in."""
-        flat = [request for some in requests.values() for request in some]
-        came = {reply.key: reply for reply in self.generator.replies(flat)}
-        failed = [reply for reply in came.values() if not reply.final]
+        """Replies by domain, in the order of the requests, whatever order they arrived in."""
+        all_requests = [request for domain_requests in requests.values() for request in domain_requests]
+        by_key = {reply.key: reply for reply in self.generator.replies(all_requests)}
+        failed = [reply for reply in by_key.values() if not reply.final]
         if failed:
             raise UserError(
-                f"the generator left {len(failed)} of {len(flat)} requests without a reply ({failed[0].key}: "
+                f"the generator left {len(failed)} of {len(all_requests)} requests without a reply ({failed[0].key}: "
                 f"{failed[0].error}); run the same command again, the replies received so far are kept"
             )
-        found = {name: [came[request.key] for request in some] for name, some in requests.items()}
-        for name, replies in found.items():
+        by_domain = {
+            name: [by_key[request.key] for request in domain_requests] for name, domain_requests in requests.items()
+        }
+        for name, replies in by_domain.items():
             self.texts[name].update(reply.text for reply in replies)
-        return found
+        return by_domain
 
     def _rows_of(self, domain: str, replies: Sequence[Reply]) -> list[tuple[dict[str, str], str]]:
-        """Every good row of the replies with its request's name; what is none is noted. A domain none of whose replies
-        can be read is asked in plainer words from then on."""
+        """Every good row of the replies with its request's name; the others are recorded. A domain none of whose replies
+        can be read gets requests in plainer words from then on."""
         rows: list[tuple[dict[str, str], str]] = []
         for reply in replies:
             if reply.error is not None:
                 self._reject(domain, reply.key, f"refused: {reply.error}", "")
                 continue
-            torn = reply.finish_reason in ("length", REPETITION)
-            for item in parse_rows(reply.text, cut=torn):
+            cut_off = reply.finish_reason in ("length", REPETITION)
+            for item in parse_rows(reply.text, cut=cut_off):
                 reason = item.reason
                 if reason is None and domain in self.plain and copies_the_form(item.row):
                     reason = "copy: the row is the one that showed the form"
@@ -278,12 +280,12 @@ class Writing:
         most: int | None = None,
     ) -> None:
         """Keep or reject rows, in order, until `most` are kept."""
-        kept, room = self.kept[domain], most
+        kept, remaining = self.kept[domain], most
         if not rows:
             return
         texts = [text_of(Row(0, "", row["instruction"], row["input"], row["output"])) for row, _ in rows]
         for (row, asked), text, unit in zip(rows, texts, units(self.embed(texts)), strict=True):
-            if room == 0:
+            if remaining == 0:
                 self._reject(domain, asked, "not needed: the domain has its rows", text, row)
                 continue
             candidate = Candidate(row, asked, how, unit)
@@ -291,7 +293,7 @@ class Writing:
             if reason is not None:
                 self._notes[id(candidate)] = self._reject(domain, asked, reason, text, row)
                 continue
-            room = None if room is None else room - 1
+            remaining = None if remaining is None else remaining - 1
             self._advance(1)
 
     def _reject(
@@ -336,11 +338,11 @@ class Writing:
 
 
 def _ended(reason: str, finish_reason: str) -> str:
-    """The parser's reason, with what really ended the reply."""
+    """The parser's reason, corrected by the reply's finish reason."""
     return "torn: the reply repeats itself" if finish_reason == REPETITION and reason.startswith("torn") else reason
 
 
 def _line(candidate: Candidate) -> dict[str, Any]:
-    """A kept row as it is written down; the first row of a domain has nothing to be similar to."""
+    """A kept row as it is stored; the first row of a domain has nothing to be similar to."""
     similarity = round(candidate.similarity, 4) if candidate.similarity >= -0.999999 else None
     return {**candidate.row, "how": candidate.how, "similarity": similarity}

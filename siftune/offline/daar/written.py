@@ -1,7 +1,7 @@
-"""What the writing stage leaves: a readable file per domain, one file of all for `--seeds`, and every rejected reply.
+"""The output of the writing stage: a readable file per domain, one file of all for `--seeds`, and every rejected reply.
 
 `domains/<domain>.jsonl` holds a domain's rows, each with `domain`, its fields, `how` it came (real, seed, further,
-relaxed) and its largest cosine to the rows before it; they may be edited and the folder given as `--seeds`.
+relaxed) and its largest cosine to the rows before it; they may be edited and the folder passed as `--seeds`.
 `seeds.jsonl` holds the same rows together, `rejected.jsonl` the rest with reasons. Cost: the files' size.
 """
 
@@ -22,7 +22,7 @@ REJECTED = "rejected.jsonl"
 FACTS = "written.json"
 FOLDER = "domains"
 REPEATS = 6
-"""Requests of a domain from which on it is worth telling that most replies were the same."""
+"""Requests of a domain from which on a note reports that most replies were the same."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Written:
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
     rejected: Sequence[Rejected]
     facts: Mapping[str, Mapping[str, Any]]
-    """Per domain: rows by origin, requests, tau asked for and tau used."""
+    """Per domain: rows by origin, requests, tau requested and tau used."""
 
     @property
     def info(self) -> dict[str, Any]:
@@ -61,32 +61,32 @@ class Written:
         return {"domains": domains, "rejected": reject_counts(self.rejected)}
 
     @property
-    def told(self) -> list[str]:
-        """What the user should know: one sentence for each domain that is short, or whose tau was relaxed."""
-        said = []
+    def notes(self) -> list[str]:
+        """Notes for the user: one sentence for each domain with too few rows, or whose tau was relaxed."""
+        sentences = []
         for name, facts in self.facts.items():
             if facts["relaxed"]:
-                said.append(
+                sentences.append(
                     f"{name}: {facts['rows'] - facts['relaxed']} rows stayed below the similarity {facts['threshold']:g} "
                     f"in {facts['requests']} requests; {facts['relaxed']} more were taken up to {facts['threshold_used']:.4f}"
                 )
             if facts["rows"] < facts["wanted"]:
                 reasons = ", ".join(f"{count} x {kind}" for kind, count in facts["rejected"].items())
-                said.append(
+                sentences.append(
                     f"{name}: {facts['rows']} rows instead of {facts['wanted']}, the generator wrote no others in "
                     f"{facts['requests']} requests (not used: {reasons or 'nothing'}); set generator to a larger model, "
                     "pass rows of this domain with --seeds, or lower rows in the settings of the domains file"
                 )
             if facts["requests"] >= REPEATS and 2 * facts["different_replies"] <= facts["requests"]:
-                said.append(
+                sentences.append(
                     f"{name}: {facts['different_replies']} different replies to {facts['requests']} requests, so the "
-                    "generator does not sample; switch sampling on (a server may want do_sample in the model's "
+                    "generator does not sample; enable sampling (a server may want do_sample in the model's "
                     "generation_config.json)"
                 )
-        return said
+        return sentences
 
     def write(self, folder: str | Path, *, counts: Mapping[str, int] | None = None) -> Path:
-        """Write all files into a folder, in place of those of their names; returns the seeds file, written last. `counts` says what asking cost.
+        """Write all files into a folder, in place of those of their names; returns the seeds file, written last. `counts` are the journal's.
 
         >>> DaaR(model=model, seeds=written.write("run"))
         """
@@ -97,13 +97,13 @@ class Written:
             _write(folder / FOLDER / f"{name}.jsonl", lines)
             everything += lines
         write_rejected(folder, self.rejected)
-        write_json(folder / FACTS, self.info | {"told": self.told, "replies": dict(counts or {})})
+        write_json(folder / FACTS, self.info | {"told": self.notes, "replies": dict(counts or {})})
         _write(folder / SEEDS, everything)
         return folder / SEEDS
 
 
 def write_rejected(folder: str | Path, rejected: Sequence[Rejected]) -> Path:
-    """The rejected replies alone: what is left to read when a domain got no row."""
+    """Write the rejected replies alone, for a domain without a row."""
     path = Path(folder) / REJECTED
     _write(
         path, [_line({name: value for name, value in asdict(item).items() if value is not None}) for item in rejected]
@@ -122,8 +122,8 @@ def _write(path: Path, lines: Sequence[str]) -> None:
 
 
 def copy_written(source: str | Path, folder: str | Path) -> list[Path]:
-    """Copy what was written into a run folder; files of a domain that are there already stay, for a user may have
-    edited them. Returns the files at the top. Raises `UserError` for a folder with files of these names that are the user's."""
+    """Copy the written files into a run folder; existing files of a domain are kept, because the user may have
+    edited them. Returns the files at the top. Raises `UserError` for a folder with the user's own files of these names."""
     source, folder = Path(source), Path(folder)
     refuse_foreign(folder, (SEEDS, REJECTED, FACTS), {FACTS: ("domains", "rejected", "told"), **RUN})
     for path in sorted((source / FOLDER).glob("*.jsonl")):
@@ -137,5 +137,5 @@ def copy_written(source: str | Path, folder: str | Path) -> list[Path]:
 
 
 def written_facts(folder: str | Path) -> dict[str, Any]:
-    """The facts that `Written.write` left: `domains`, `rejected`, `told`, `replies`."""
+    """The facts that `Written.write` stored: `domains`, `rejected`, `told`, `replies`."""
     return dict(read_json(Path(folder) / FACTS))
