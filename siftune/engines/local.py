@@ -48,7 +48,7 @@ class LocalEngine:
     def run(
         self, task: ShardTask, pool: Pool, shards: Sequence[Shard], *, label: str
     ) -> Iterator[tuple[Shard, ShardResult]]:
-        """Every shard with its result, in order. A shard is in the store before it is handed out.
+        """Every shard with its result, in order. A shard is in the store before it is yielded.
 
         A shard that fails is tried again, then its failing rows are left out with a reason (see `retry_policy`).
         """

@@ -89,13 +89,13 @@ class _Deadline:
         self._timer.daemon = True
 
     def trace(self, event: str, facts: dict[str, Any]) -> None:
-        """The client's own events; the one of interest hands over the connection."""
+        """The client's own events; a completed connection is recorded."""
         if not event.endswith((".connect_tcp.complete", ".connect_unix_socket.complete")):
             return
         opened = facts["return_value"].get_extra_info("socket")
         with self._lock:
             if isinstance(opened, socket.socket):
-                self._socket = opened.dup()  # TLS takes the original over
+                self._socket = opened.dup()  # TLS detaches the original
             if self.over:
                 self._shut()
 
@@ -106,7 +106,7 @@ class _Deadline:
 
     def _shut(self) -> None:
         if self._socket is not None:
-            with contextlib.suppress(OSError):  # the other side may have been first
+            with contextlib.suppress(OSError):  # the peer may have closed it already
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> None:

@@ -6,7 +6,7 @@ the right of a causal model, where no real token attends to it, and the means ar
 one truncated forward over the real tokens, plus the padding inside a batch of near-equal lengths.
 
 "Embedding" is what `get_input_embeddings()` returns; Gemma's includes the factor sqrt(D) (Gemma-2 only from
-transformers 5 on), which no cosine sees. "Hidden" is the truncated model's last state, final norm applied.
+transformers 5 on), which cancels in every cosine. "Hidden" is the truncated model's last state, final norm applied.
 
 Shapes: `B` rows (of the call, or of a batch), `T` tokens, `D` hidden width.
 """

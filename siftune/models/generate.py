@@ -143,7 +143,7 @@ def open_generator(spec: str, *, device: str = "auto", dtype: str = "auto", **se
     A server's model is named after `#` (`http://127.0.0.1:8000/v1#Qwen/Qwen2.5-7B-Instruct`), else it is the first of
     its `/v1/models`. `device` and `dtype` are for local models; `settings` are fields of the class. An API key comes
     from the environment variable OPENAI_API_KEY alone. Raises `UserError` for a name that cannot be used; a model is
-    loaded, and a server asked, on first use.
+    loaded, and a server contacted, on first use.
 
     >>> generator = open_generator("http://127.0.0.1:8000/v1")
     >>> [reply.text for reply in generator.replies([Request(key="a", messages=(("user", "Hello"),))])]

@@ -1,6 +1,6 @@
 """The final hidden states of a causal LM, without its logits: one forward pass, a hook on the decoder's output.
 
-The forward goes through the model as it is handed in (DDP, PEFT, autocast wrappers included), in eval mode, without
+The forward goes through the model as passed in (DDP, PEFT, autocast wrappers included), in eval mode, without
 gradients, keys and values, labels or more than one column of logits; the model's state is restored. The
 collator's tensors are forwarded unchanged: never padded again, never padded on the other side.
 Cost: one forward of the backbone. Sources: UDS (arXiv 2510.16882) for the use, `transformers` for the interfaces.

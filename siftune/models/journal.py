@@ -197,7 +197,7 @@ class Journaled:
                     # The content hash is the internal name: two callers may use one name for two requests.
                     yield Request(**{**_fields(request), "key": content})
 
-        for reply in counted("asking", self.generator.replies(missing()), unit="replies", done=self.counts.asked):
+        for reply in counted("requests", self.generator.replies(missing()), unit="replies", done=self.counts.asked):
             names = pending.pop(reply.key)
             self._keep(reply, names[0])
             yield from self._known(reusable)

@@ -59,7 +59,7 @@ class Store:
         return arrays, json.loads(metadata["meta"])
 
     def put(self, key: str, arrays: Arrays, meta: Mapping[str, Any]) -> None:
-        """Keep arrays (any numeric or bool type safetensors knows) and JSON-able metadata under `key`."""
+        """Keep arrays (any numeric or bool type that safetensors supports) and JSON-able metadata under `key`."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         packed = {name: np.ascontiguousarray(values) for name, values in arrays.items()}

@@ -96,8 +96,8 @@ def look_up(
 def labels_of(
     pool: Pool, shard: Shard, column: str, domains: Sequence[str] | None, labels_seen: set[str] | None = None
 ) -> tuple[NDArray[np.int16], dict[int, str]]:
-    """Index into `domains` of every row's label, int16 `(B,)`, -1 for rows that have none and why; `labels_seen` collects
-    the labels where `domains` is None. A label is text or a number; white space around it does not count."""
+    """Index into `domains` of every row's label, int16 `(B,)`, -1 for rows without one, and the reasons; `labels_seen` collects
+    the labels where `domains` is None. A label is text or a number; white space around it is ignored."""
     index = {name: number for number, name in enumerate(domains or ())}
     label_B = np.full(len(shard), -1, dtype=np.int16)
     reasons: dict[int, str] = {}
@@ -167,7 +167,7 @@ class Sums:
         self.count += columns["count"]
 
     def centroids(self, domains: tuple[str, ...]) -> LabelCentroids:
-        """C_k and the variance about it. Raises `UserError` for a domain none of whose rows has features."""
+        """C_k and the variance about it. Raises `UserError` for a domain without a row that has features."""
         for name, count in zip(domains, self.count.tolist(), strict=True):
             if not count:
                 raise UserError(f"no row of the domain {name!r} has features (empty text?); remove the domain")
@@ -178,7 +178,7 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class LabelCentroids:
-    """What `fit` learns: every domain's centroid, variance about it, and rows."""
+    """The result of `fit`: every domain's centroid, variance about it, and rows."""
 
     domains: tuple[str, ...]
     centroids: NDArray[np.float64]
@@ -204,7 +204,7 @@ class LabelCentroids:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write one safetensors file. Raises `UserError` for a file of that name that is not ours."""
+        """Write one safetensors file. Raises `UserError` for a file of that name that siftune did not write."""
         from safetensors.numpy import save
 
         if (Path(folder) / FILE).exists():
@@ -219,7 +219,7 @@ class LabelCentroids:
 
     @classmethod
     def load(cls, folder: str | Path) -> LabelCentroids:
-        """What `save` wrote. Raises `UserError` where there is none."""
+        """Read what `save` wrote. Raises `UserError` where it is absent."""
         from safetensors import SafetensorError, safe_open
 
         path = Path(folder) / FILE

@@ -261,7 +261,7 @@ def test_replies_of_earlier_rounds_are_counted(tmp_path: Path, lines: ProgressLi
         assert len(list(judge.replies(requests[:3]))) == 3
         last = judge.replies(requests[3:])
         next(last)
-        assert lines.line().endswith("asking: 3 replies")
+        assert lines.line().endswith("requests: 3 replies")
         last.close()
 
 
@@ -306,4 +306,4 @@ def test_a_judged_run_with_its_standard_error_in_a_file(tmp_path: Path) -> None:
     rows = re.findall(r"score > alpagasus: (\d+) of 40 rows", printed)
     assert len(rows) >= 3, shown
     assert rows == sorted(rows, key=int)
-    assert re.search(r"asking: \d+ replies, [\d.]+ replies/s", printed), shown
+    assert re.search(r"requests: \d+ replies, [\d.]+ replies/s", printed), shown

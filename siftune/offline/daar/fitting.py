@@ -100,7 +100,7 @@ def fit_probes(
 ) -> FittedProbes:
     """Both probes from features `(B, D)` float32 and pseudo-labels `(B,)`; deterministic in `seed`.
 
-    `present_K` says which of the K domains the probe set holds; the others get probability 0.
+    `present_K` marks the domains that the probe set holds; the others get probability 0.
 
     >>> fit_probes(torch.randn(64, 8), np.arange(64) % 2, np.array([True, True]), ProbeTraining(), seed=0).info
     """

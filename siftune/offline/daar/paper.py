@@ -1,8 +1,8 @@
 """The two quirks of the authors' DaaR code that change features, for compat="paper" (arXiv 2502.04380).
 
-Means run over `max_length` padded positions, padding included (the paper's text says nothing of it), and the probe set
+Means run over `max_length` padded positions, padding included (not mentioned in the paper's text), and the probe set
 is read with `Instruction:`, `Input:`, `Output:` labels that the scored pool does not get.
-Cost: `max_length` positions per row, whatever its length; that is what the authors' way costs.
+Cost: `max_length` positions per row, whatever its length; as in the authors' code.
 
 Axes: `B` rows of a batch, `T` padded positions, `D` width.
 """

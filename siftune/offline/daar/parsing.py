@@ -2,7 +2,7 @@
 
 Read are labelled rows (`Instruction:` ... `Output:`; numbered, bold, as headings, with `Question`/`Answer` and the like
 for labels, the input missing) and JSON (an array, an object, one a line, in a code fence, cut off at the end), with any
-chatter around them. What cannot be read is handed back with a reason; nothing is guessed. Cost: a few passes over the text.
+remarks around them. A part that cannot be read is returned with a reason; nothing is guessed. Cost: a few passes over the text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FAMILIES: tuple[dict[str, tuple[str, ...]], ...] = (
 )
 """Labels for each field; a family is tried where a text has no label of those before it for the instruction."""
 EMPTY = {"", "none", "n/a", "na", "nil", "null", "empty", "no input", "noinput", "-", "--", "—", '""', "''"}
-"""An input that says, in words, that there is none."""
+"""Texts of an input that mean that there is none."""
 PLACEHOLDERS = {"...", "…", "what is asked", "the complete, correct answer", "output", "answer", "your answer here"}
 CLOSING = re.compile(
     r"\n[^\S\n]*\n(?:let me know|i hope|hope (?:this|these)|feel free|would you like|if you(?:'d| would| need| want)|"
@@ -46,7 +46,7 @@ HEADING = re.compile(
     r"\n[ \t]*(?:[-=*_]{3,}|[#*_ \t]*(?:(?:training )?(?:example|sample|row|entry|triple|task|item)[ \t]*)?#?\(?\d+[.):]?[*_:. \t]*)[ \t]*\Z",
     re.IGNORECASE,
 )
-"""A number, an `Example 2` or a rule that stands before the next row."""
+"""A number, an `Example 2` or a rule before the next row."""
 
 
 _THOUGHT = re.compile(r"<(?P<closes>/?)think(?:ing)?>", re.IGNORECASE)

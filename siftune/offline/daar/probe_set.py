@@ -1,7 +1,7 @@
 """The probe set: the rows both probes are fitted on, drawn from the pool itself, and their features.
 
 The paper takes 5,000 rows of the pool's distribution that are not in the pool; here they are drawn from the pool and
-stay eligible, the reward targets being cross-fitted. Features come through the engine in chunks, so that a run that
+remain eligible, because the reward targets are cross-fitted. Features come through the engine in chunks, so that a run that
 is stopped loses one chunk. Cost: one truncated forward over the probe set.
 
 Axes: `B` rows of the probe set, `D` width.
@@ -31,7 +31,7 @@ FEWEST_ROWS = 256
 
 @dataclass(frozen=True, eq=False)
 class PickedRows:
-    """Some of a pool's rows, in an order of their own, as rows 0, 1, 2, ... of a smaller pool."""
+    """A subset of a pool's rows, in any order, as rows 0, 1, 2, ... of a smaller pool."""
 
     source: RowSource
     rows: NDArray[np.int64]
@@ -43,7 +43,7 @@ class PickedRows:
         return [int(self.rows[row]) for row in rows]
 
     def read(self, rows: Sequence[int]) -> list[Row]:
-        """The rows at these places; a row's number is its place here, so that no key hangs on the larger pool."""
+        """The rows at these positions; a row's number is its position here, so that no key depends on the larger pool."""
         read = self.source.read(self._outer(rows))
         return [
             Row(place, row.id, row.instruction, row.input, row.output, row.messages)

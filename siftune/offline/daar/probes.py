@@ -2,7 +2,7 @@
 
 A probe is the MLP d -> 2d -> d -> d/2 -> 256 -> outputs with ReLU: K logits for psi_dom (which pseudo-domain), one
 number for psi_div (predicted entropy of psi_dom, the reward: higher is more ambiguous, hence more diverse).
-An affine map stands on either side: the standardiser before the MLP; behind it 1/temperature and, for domains that
+An affine map is on either side: the standardiser before the MLP; behind it 1/temperature and, for domains that
 the probe set does not hold, -inf (psi_dom), or the target's spread and mean (psi_div).
 Cost: about 5 D^2 multiply-adds per row and probe.
 
@@ -25,7 +25,7 @@ FORWARD_ROWS = 1024
 class Probe(nn.Module):
     """scale * MLP((h - mean) / spread) + offset. All of it is in `state_dict`.
 
-    The weights are drawn from `generator` (uniform, He) and the global random state is left alone.
+    The weights are drawn from `generator` (uniform, He) and the global random state is unchanged.
 
     >>> probe = Probe(256, 4, generator=torch.Generator().manual_seed(0))
     >>> probe(torch.zeros(8, 256)).shape

@@ -166,12 +166,12 @@ class Writing:
         return self._request(domain, "seeds", attempt, messages, self.how.temperature, rows=self.how.seeds)
 
     def _missing_seeds(self, name: str) -> int:
-        """First rows still to be asked for; none where real rows fill the domain already."""
+        """Number of first rows still to be requested; none where real rows fill the domain already."""
         kept = self.kept[name].candidates
         return min(self.how.rows - len(kept), self.how.seeds - sum(candidate.how == "seed" for candidate in kept))
 
     def _further_rows(self) -> None:
-        """Ask for rows unlike some of those kept until each domain has its number or no attempt left (stage 1b)."""
+        """Request rows unlike some of those kept until each domain has its number or no attempt left (stage 1b)."""
         while True:
             requests: dict[str, list[Request]] = {}
             for domain in self.descriptions.domains:
@@ -196,14 +196,14 @@ class Writing:
         return self._request(domain, "further", attempt, messages, self.how.further_temperature, rows=1)
 
     def _relax(self) -> None:
-        """Where a domain is short, let the least similar of the rows in that only tau kept out."""
+        """Where a domain has too few rows, accept the least similar of those that only tau rejected."""
         for kept in self.kept.values():
-            let_in = kept.relax(self.how.rows)
-            back = [self._notes[id(candidate)] for candidate in let_in]
+            accepted = kept.relax(self.how.rows)
+            back = [self._notes[id(candidate)] for candidate in accepted]
             self.rejected = [note for note in self.rejected if not any(note is other for other in back)]
-            self._advance(len(let_in))
+            self._advance(len(accepted))
 
-    # --- asking and judging -------------------------------------------------------------------------------------------
+    # --- requests and acceptance --------------------------------------------------------------------------------------
 
     def _plain_request(self, domain: Domain, temperature: float) -> Request:
         attempt = self.plain[domain.name]
