@@ -28,7 +28,8 @@ LONGEST = 100
 
 @dataclass(frozen=True)
 class Amount:
-    """How much to keep, as the user wrote it: exactly one of `count` (rows) and `fraction` (of the rows, 0 < f <= 1)."""
+    """How much to keep, as the user wrote it: exactly one of `count` (rows) and `fraction` (of the rows, 0 < f <=
+    1)."""
 
     count: int | None = None
     fraction: float | None = None
@@ -95,7 +96,8 @@ def _unambiguous(value: float, keep: Keep) -> Amount:
 
 
 def share(value: float, keep: Keep | None = None) -> Amount:
-    """A fraction in (0, 1], 1 being all. Raises `UserError` for anything else, naming `keep` where the user wrote that."""
+    """A fraction in (0, 1], 1 being all. Raises `UserError` for anything else, naming `keep` where the user wrote
+    that."""
     if not 0 < value <= 1:
         raise UserError(
             f"keep={value if keep is None else keep!r} is not a fraction in (0, 1]; write a whole number for rows, or a share such as 20%"

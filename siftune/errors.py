@@ -33,8 +33,8 @@ class MissingExtra(UserError, ImportError):
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether `error` reports that something failed: any `Exception`, and the panic of a library written in Rust, which pyo3
-    derives from `BaseException`. KeyboardInterrupt, SystemExit and the like are not failures and must pass.
+    """Whether `error` reports that something failed: any `Exception`, and the panic of a library written in Rust, which
+    pyo3 derives from `BaseException`. KeyboardInterrupt, SystemExit and the like are not failures and must pass.
 
     >>> is_failure(ZeroDivisionError()), is_failure(KeyboardInterrupt())
     (True, False)

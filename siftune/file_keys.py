@@ -1,9 +1,10 @@
-"""Keys that no file may hold: those that name code to run, and secrets. Recipes, studies, suites, configurations and `--set` alike.
+"""Keys that no file may hold: those that name code to run, and secrets. Recipes, studies, suites, configurations and
+`--set` alike.
 
-A file may come from anyone, so it holds data alone: a key of trl, transformers, peft or accelerate that ends in importing
-or running what its value names (`trust_remote_code`, a class, a callback, a kernel of the hub) is refused, wherever it is
-nested, also inside a JSON text or a JSON file that the value names. Python callers may pass such keys. Secrets
-belong into the environment: the content of a file is copied into run folders and model cards.
+A file may come from anyone, so it holds data alone: a key of trl, transformers, peft or accelerate that ends in
+importing or running what its value names (`trust_remote_code`, a class, a callback, a kernel of the hub) is refused,
+wherever it is nested, also inside a JSON text or a JSON file that the value names. Python callers may pass such keys.
+Secrets belong into the environment: the content of a file is copied into run folders and model cards.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ VARIABLES = {
     "judge": "OPENAI_API_KEY", "generator": "OPENAI_API_KEY", "api": "OPENAI_API_KEY", "authorization": "OPENAI_API_KEY",
     "sft": "HF_TOKEN", "model_kwargs": "HF_TOKEN", "token": "HF_TOKEN", "hub": "HF_TOKEN",
 }  # fmt: skip
-"""The environment variable that the library behind a key reads its secret from, by a word of the key; the first counts."""
+"""The environment variable that the library behind a key reads its secret from, by a word of the key; the first
+counts."""
 
 
 def check_file_keys(content: Mapping[str, Any], where: str) -> None:
@@ -79,7 +81,8 @@ def check_file_keys(content: Mapping[str, Any], where: str) -> None:
 
 
 def check_texts(value: Any, name: str, where: str) -> None:
-    """Raise `UserError` for a text, at any depth, that holds a password or a key: an address, a header, a command's flag."""
+    """Raise `UserError` for a text, at any depth, that holds a password or a key: an address, a header, a command's
+    flag."""
     for text in _texts(value):
         if (shown := mask_patterns(text)) != text:
             raise UserError(

@@ -1,7 +1,7 @@
 """Everything that siftune prints: results on standard output; errors, notes and progress on standard error.
 
-A row, a domain's name, a file's name, an option's value or a server's reply may hold characters that retitle a terminal,
-clear its screen or reverse the reading direction. `visible` writes each of them as `[U+001B]`. `say`,
+A row, a domain's name, a file's name, an option's value or a server's reply may hold characters that retitle a
+terminal, clear its screen or reverse the reading direction. `visible` writes each of them as `[U+001B]`. `say`,
 `as_json` and the consoles of `siftune.screen` are the only ways out, and all of them go through it; a test checks that
 nothing else in the package prints. Cost: one pass over what is printed.
 """

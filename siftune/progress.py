@@ -156,7 +156,8 @@ os.register_at_fork(before=_printing.acquire, after_in_parent=_printing.release,
 
 
 def begin(command: str) -> None:
-    """Print lines from now until `end`. Raises `UserError` where the environment variable is not a number of seconds."""
+    """Print lines from now until `end`. Raises `UserError` where the environment variable is not a number of
+    seconds."""
     end()
     ProgressLines(command).__enter__()
 

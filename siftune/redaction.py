@@ -1,8 +1,8 @@
 """Masks secrets in everything that siftune writes or prints: the only definition of what a secret looks like.
 
-Three kinds: the value of a key that holds one (`hub_token`, `api_key`, `password`, ...), a password or a key inside a text
-(an address, a header, a command's flag), and the values of the environment's secret variables. What is masked becomes
-`***`; everything else is returned as it is. Cost: about a microsecond per text.
+Three kinds: the value of a key that holds one (`hub_token`, `api_key`, `password`, ...), a password or a key inside a
+text (an address, a header, a command's flag), and the values of the environment's secret variables. What is masked
+becomes `***`; everything else is returned as it is. Cost: about a microsecond per text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 MASK = "***"
 SHORTEST = 6
-"""Characters of an environment's secret at least: placeholders such as `none` and `EMPTY` are words of other texts too."""
+"""Characters of an environment's secret at least: placeholders such as `none` and `EMPTY` are words of other texts
+too."""
 
 _KEY = re.compile(
     r"(?:.*_)?(?:api_?key|access_?key|secret_?key|private_?key|signing_?key|password|passwd|passphrase|secret|credentials?"
@@ -81,7 +82,8 @@ def redact(value: Any) -> Any:
 
 
 def shortened(text: object, most: int) -> str:
-    """A library's message on one line of at most `most` characters, masked before it is cut: part of a key is a secret too."""
+    """A library's message on one line of at most `most` characters, masked before it is cut: part of a key is a secret
+    too."""
     return " ".join(redact_text(str(text)).split())[:most]
 
 

@@ -43,11 +43,11 @@ def parse_yaml(text: str, where: str) -> Any:
 def read_yaml(
     path: str | Path, *, what: str, write: str = "write one `key: value` a line", names: bool = False
 ) -> dict[str, Any]:
-    """The mapping that a YAML file holds; `{}` for an empty one. Raises `UserError` where it is missing or holds something else,
-    and for a key that names code or holds a secret (`file_keys`).
+    """The mapping that a YAML file holds; `{}` for an empty one. Raises `UserError` where it is missing or holds
+    something else, and for a key that names code or holds a secret (`file_keys`).
 
-    `what` names the kind of file, as in "the recipe"; `write` is the advice for a file that holds no keys; `names` is for
-    a file whose keys the author chooses.
+    `what` names the kind of file, as in "the recipe"; `write` is the advice for a file that holds no keys; `names` is
+    for a file whose keys the author chooses.
     """
     refuse_special(path)
     try:

@@ -1,7 +1,7 @@
 """Every row's id and reason, and the folder that keeps the rows (`siftune.data.store` reads it).
 
-An id is blake2b-128 of the canonical JSON of the row's original columns; where a row is not an object, of its bytes. Cost
-per row of 300 bytes: about 10 microseconds, most of it canonical JSON; 36 bytes of memory per row while it runs.
+An id is blake2b-128 of the canonical JSON of the row's original columns; where a row is not an object, of its bytes.
+Cost per row of 300 bytes: about 10 microseconds, most of it canonical JSON; 36 bytes of memory per row while it runs.
 
 Shapes: `n` rows of the pool.
 """
@@ -68,7 +68,8 @@ def _surrogate(value: Any) -> bool:
 
 
 def identify(chunk: Chunk, reading: Reading) -> Iterator[tuple[bytes, str | None, str | None]]:
-    """(id, reason, note) of every row of a chunk; a note marks a good row that may not be of the kind the user expects."""
+    """(id, reason, note) of every row of a chunk; a note marks a good row that may not be of the kind the user
+    expects."""
     for index, (row, reason) in enumerate(zip(chunk.rows, chunk.reasons, strict=True)):
         note = None
         if row is None:

@@ -1,9 +1,9 @@
 """Chat templates, rendered under limits: they are programs that come with a model, and must not end a run.
 
-A render is stopped between two operations of the template when it takes too much processor time or memory, in any thread
-and in any process; its result may be only so much longer than the row's messages. What the template raises, and a render
-that was stopped, becomes the row's reason. A single operation inside Python itself (such as one multiplication of enormous
-numbers) is not interrupted; the operator `**`, which produces them easily, is refused.
+A render is stopped between two operations of the template when it takes too much processor time or memory, in any
+thread and in any process; its result may be only so much longer than the row's messages. What the template raises, and
+a render that was stopped, becomes the row's reason. A single operation inside Python itself (such as one multiplication
+of enormous numbers) is not interrupted; the operator `**`, which produces them easily, is refused.
 Cost: some microseconds per render; one thread that checks ten times a second while templates are rendered.
 """
 
@@ -51,8 +51,8 @@ class Overrun(BadRow):
 def apply_template(tokenizer: Any, turns: Sequence[dict[str, str]], **options: Any) -> Any:
     """`tokenizer.apply_chat_template(turns, **options)` under the limits above.
 
-    Raises `Refusal` where the template refuses the row, another `BadRow` with the reason where it fails, and `UserError`
-    for a template that cannot be parsed or exceeded the limits more than `MOST_OVERRUNS` times.
+    Raises `Refusal` where the template refuses the row, another `BadRow` with the reason where it fails, and
+    `UserError` for a template that cannot be parsed or exceeded the limits more than `MOST_OVERRUNS` times.
 
     >>> apply_template(tokenizer, [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     """

@@ -1,7 +1,7 @@
 """Parquet files with damage detection: every page holds its checksum, and the metadata a hash of the columns.
 
-A file that was cut, or in which any bit was flipped, is reported in one sentence when it is read. Files of other origin are
-read as well, without these checks. Cost: a CRC-32 of every page.
+A file that was cut, or in which any bit was flipped, is reported in one sentence when it is read. Files of other origin
+are read as well, without these checks. Cost: a CRC-32 of every page.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Folders that siftune replaces atomically: an exported model, a merged adapter, the parts of a table.
 
-`.siftune-export.json` in such a folder lists its files with size and hash. A folder is replaced or removed only where it
-holds those files and nothing else; one that has no list, another file, or a changed file belongs to the user and is refused.
-The folder that is there is renamed aside, and removed once the new one has its name. Cost: one hash of every file.
+`.siftune-export.json` in such a folder lists its files with size and hash. A folder is replaced or removed only where
+it holds those files and nothing else; one that has no list, another file, or a changed file belongs to the user and is
+refused. The folder that is there is renamed aside, and removed once the new one has its name. Cost: one hash of every
+file.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def check_replaceable(folder: Path, flag: str = "") -> None:
 
 
 def check_export(flag: str, folder: Path) -> None:
-    """Raise `UserError` where an export cannot be placed at `folder`: also for the working folder and those above it."""
+    """Raise `UserError` where an export cannot be placed at `folder`: also for the working folder and those above
+    it."""
     here = Path.cwd()
     if folder.resolve() in (here, *here.parents):
         raise UserError(f"{flag} {folder} is the working folder or contains it; pass a separate folder")

@@ -79,7 +79,8 @@ class Reading:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self, original: Mapping[str, Any]) -> Parts:
-        """The row's parts, as every method reads them. Raises `BadRow` with the reason when it does not fit the format."""
+        """The row's parts, as every method reads them. Raises `BadRow` with the reason when it does not fit the
+        format."""
         try:
             return _READERS[self.format](original, self.columns)
         except BadRow as bad:
@@ -91,7 +92,8 @@ class Reading:
     def check(self, original: Mapping[str, Any]) -> str | None:
         """None for a row of the format's usual kind; a note for one that may be of another kind.
 
-        Raises `BadRow` as `parts` does, and for a row that must not be imitated, or whose answer is about more than text.
+        Raises `BadRow` as `parts` does, and for a row that must not be imitated, or whose answer is about more than
+        text.
         """
         parts = self.parts(original)
         used = {self.columns.get(field, field) for field in FIELDS[self.format]}
@@ -146,7 +148,8 @@ def recognise(original: Mapping[str, Any], columns: Mapping[str, str]) -> str | 
 
 
 def candidates(columns: Mapping[str, str]) -> list[str]:
-    """Formats that have every field of `columns`. Raises `UserError` for a field that no format has, or fields that no single format has."""
+    """Formats that have every field of `columns`. Raises `UserError` for a field that no format has, or fields that no
+    single format has."""
     known = [name for fields in FIELDS.values() for name in fields]
     unknown = [name for name in columns if name not in known]
     if unknown:
@@ -291,7 +294,8 @@ def text_of(row: Row, tokenizer: ChatTokenizer | None = None) -> str:
     """The text of a row, the same for every feature: instruction, input and output, the non-empty ones, on lines.
 
     A chat row goes through the tokenizer's chat template where it has one; without one, or where the template refuses
-    the row (some know no system role), its contents are put on separate lines. Raises `BadRow` where the template fails.
+    the row (some know no system role), its contents are put on separate lines. Raises `BadRow` where the template
+    fails.
 
     >>> text_of(Row(0, "", "Add.", "1 + 1", "2"))
     'Add.\\n1 + 1\\n2'

@@ -1,10 +1,10 @@
 """`load_pool`: files, folders, hub ids and datasets become a `Pool` of checked rows.
 
 One streaming pass checks every row and stores it in the cache folder (`pools/<key>/`, see `siftune.data.store`); the
-key of files is their content, so that the next load of the same bytes costs one hash, a check of the stored bytes and no
-parsing; stored rows that are damaged are stored again. Two processes may
-load the same pool at once: each writes a temporary folder, and the first to finish renames it. Memory does not grow with
-the pool but for 36 bytes per row while the pass runs. Cost: about 15 microseconds per row of 300 bytes.
+key of files is their content, so that the next load of the same bytes costs one hash, a check of the stored bytes and
+no parsing; stored rows that are damaged are stored again. Two processes may
+load the same pool at once: each writes a temporary folder, and the first to finish renames it. Memory does not grow
+with the pool but for 36 bytes per row while the pass runs. Cost: about 15 microseconds per row of 300 bytes.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def load_pool(
 ) -> Pool:
     """Read a pool of rows: every row is checked, none is lost, and the user's columns are kept for writing.
 
-    `source` is a path (`.jsonl`, `.json`, `.csv`, each also `.gz` or `.zst`, or `.parquet`), a folder or glob of them, a
-    hub id (`owner/name` or `owner/name:split`), a `datasets.Dataset`, or a list of these. `columns` says which of
+    `source` is a path (`.jsonl`, `.json`, `.csv`, each also `.gz` or `.zst`, or `.parquet`), a folder or glob of them,
+    a hub id (`owner/name` or `owner/name:split`), a `datasets.Dataset`, or a list of these. `columns` says which of
     the user's columns holds a field (`{"instruction": "question", "output": "answer"}`). `format` is detected when it
     is not set: `messages`, `alpaca`, `prompt-completion` or `text`. `on_bad_row="skip"` keeps bad rows as positions
     with a reason; `duplicates="drop"` gives a reason to each later row with the same content. `cache` is the folder for

@@ -221,8 +221,8 @@ class _ArrayText:
         return self.count_lines(start + lead), element.strip()
 
     def rest(self) -> tuple[str, int, int]:
-        """What follows the last element, which is white space in a valid file: its start (a piece at most, without white
-        space around it), how many characters it has and how many lines."""
+        """What follows the last element, which is white space in a valid file: its start (a piece at most, without
+        white space around it), how many characters it has and how many lines."""
         while not self.ended and not self.text.strip():
             self.drop(len(self.text))
             self.refill()

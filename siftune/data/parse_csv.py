@@ -54,7 +54,8 @@ class _Lines:
 
 
 def csv_rows(stream: IO[bytes], name: str, *, longest: int = LONGEST_ROW) -> Iterator[Entry]:
-    """The rows of a CSV file called `name`. Raises `UserError` where its first row, which names the columns, is invalid."""
+    """The rows of a CSV file called `name`. Raises `UserError` where its first row, which names the columns, is
+    invalid."""
     csv.field_size_limit(sys.maxsize)
     lines = _Lines(stream, longest)
     reader = csv.reader(lines, strict=True)

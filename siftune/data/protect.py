@@ -50,8 +50,9 @@ Identity = tuple[int, int]
 def refuse_overlap(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     """Raise `UserError` where an output is an input (the same file by any link), is inside one, or contains one.
 
-    Both map a name for the message to a path, or None. An input may also be a glob, a list, or a hub id (which is no path
-    here); an adapter's folder brings its base along. A run folder's own config.yaml may be read into that run again.
+    Both map a name for the message to a path, or None. An input may also be a glob, a list, or a hub id (which is no
+    path here); an adapter's folder brings its base along. A run folder's own config.yaml may be read into that run
+    again.
 
     >>> refuse_overlap({"--out": "chosen.jsonl"}, {"the pool": ["pool.jsonl"], "--model": "./model"})
     """
@@ -145,14 +146,16 @@ def setting_inputs(settings: Mapping[str, Any], form: str = "{}") -> dict[str, A
 
 
 def foreign_name(folder: Path, known: tuple[str, ...] = ()) -> str | None:
-    """The first name in a folder that is neither a lock, nor a temporary of siftune, nor `known`; None where all are."""
+    """The first name in a folder that is neither a lock, nor a temporary of siftune, nor `known`; None where all
+    are."""
     with plain_errors(folder):
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     return next((name for name in names if name not in (*LOCKS, *known) and not is_temporary(name)), None)
 
 
 def claim(folder: Path, kind: str, *, flag: str = "--run") -> None:
-    """Take a new or empty folder for `kind` (a loop, a demo), or one that the same kind took before. Raises `UserError`.
+    """Take a new or empty folder for `kind` (a loop, a demo), or one that the same kind took before. Raises
+    `UserError`.
 
     >>> claim(Path("runs/loop"), "loop")
     """

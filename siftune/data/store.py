@@ -1,10 +1,11 @@
 """Rows on disk: every row of a pool once, with id, location and reason, at random access and in constant memory.
 
 One folder per pool content: `lines.bin` (rows of text files, their own bytes), `table-*.arrow` (rows of Parquet files
-and datasets, in their own types), `ids.npy`, `lines.npy`, `offsets.npy`, `sums.npy`, `duplicates.npy`, `reasons.json` and
-`meta.json`. Every file is checked by its sum when a pool is loaded, every text row again when it is read. Text rows keep their bytes, not an Arrow struct, so that a JSON row is returned as it was: key order, number
-spelling, absent against null. Files are read by position (`pread`), not mapped: what was read does not stay resident.
-Written once, under a temporary name, then renamed; a `StoredRows` pickles as its folder and opens the files again elsewhere.
+and datasets, in their own types), `ids.npy`, `lines.npy`, `offsets.npy`, `sums.npy`, `duplicates.npy`, `reasons.json`
+and `meta.json`. Every file is checked by its sum when a pool is loaded, every text row again when it is read. Text rows
+keep their bytes, not an Arrow struct, so that a JSON row is returned as it was: key order, number spelling, absent
+against null. Files are read by position (`pread`), not mapped: what was read does not stay resident. Written once,
+under a temporary name, then renamed; a `StoredRows` pickles as its folder and opens the files again elsewhere.
 
 Shapes: `n` rows of the pool.
 """
@@ -84,7 +85,8 @@ class StoredRows:
         return [(self.files[part], int(self._lines[int(row)])) for part, row in zip(parts.tolist(), rows, strict=True)]
 
     def write(self, rows: Sequence[int], path: Path) -> None:
-        """Write the user's own rows, in this order (see `siftune.data.write`). Raises `UserError` for a path that was read."""
+        """Write the user's own rows, in this order (see `siftune.data.write`). Raises `UserError` for a path that was
+        read."""
         refuse_overlap({"the output": path}, {"the pool": self.sources})
         write.write_rows(self, rows, path)
 

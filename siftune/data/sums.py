@@ -1,4 +1,5 @@
-"""Checksums of a folder's files, so that a file that was truncated, damaged or replaced is detected when it is read again.
+"""Checksums of a folder's files, so that a file that was truncated, damaged or replaced is detected when it is read
+again.
 
 CRC-32 detects every damaged stretch of up to 32 bits and misses one in 4 billion of all others; it does not protect
 against forged files. Cost: about 0.4 s per GB.

@@ -1,9 +1,9 @@
 """The same shards on a Ray cluster: an existing one by its address, or one that is started on this machine.
 
 Workers are plain actors, each with its own model and its share of CPUs and GPUs. A shard goes to whichever worker is
-free; results come back in order; a worker that is killed is replaced and its shard is retried (see `retry_policy`). Finished
-shards are stored in the cache folder, which every node must reach under the same path, and are never computed twice.
-Cost beyond the local engine: some seconds to start, and every result crosses the network once.
+free; results come back in order; a worker that is killed is replaced and its shard is retried (see `retry_policy`).
+Finished shards are stored in the cache folder, which every node must reach under the same path, and are never computed
+twice. Cost beyond the local engine: some seconds to start, and every result crosses the network once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def check_ray() -> None:
 class RayEngine(LocalEngine):
     """Runs shards on a Ray cluster, with the local engine's results.
 
-    Raises `MissingExtra` without Ray, `UserError` for a cluster that cannot be reached or has too few resources for a worker.
+    Raises `MissingExtra` without Ray, `UserError` for a cluster that cannot be reached or has too few resources for a
+    worker.
 
     >>> engine = RayEngine(Store("/shared/cache/shards"), address="auto", workers=8, worker_gpus=1)
     >>> method.engine = engine

@@ -2,9 +2,9 @@
 
 A shard that raises or kills its worker is retried. If it still fails, it is halved until single rows are left that fail
 alone; they get a reason, and the shard is computed as if they had been bad rows from the start, so that every other row
-has the score that it would have had without them. A row-independent failure (bad input, full disk, a GPU without memory) is
-raised as it is, and memory that runs out whichever rows are left out is one sentence. The policy is the same in one
-process and on a cluster, so a failing row has the same reason everywhere.
+has the score that it would have had without them. A row-independent failure (bad input, full disk, a GPU without
+memory) is raised as it is, and memory that runs out whichever rows are left out is one sentence. The policy is the same
+in one process and on a cluster, so a failing row has the same reason everywhere.
 Cost: nothing for a shard that succeeds; about two shards and 2 * log2(rows) calls per failing row.
 """
 

@@ -79,7 +79,8 @@ def unpacked(chunks: Iterable[bytes], encoding: str = "") -> bytes:
 
 
 class _Deadline:
-    """Closes the connection of one request at its deadline, and reports that instead of the resulting connection error."""
+    """Closes the connection of one request at its deadline, and reports that instead of the resulting connection
+    error."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.over = seconds, False

@@ -1,7 +1,7 @@
 """A complete causal language model: logits at some positions of a text, mean losses of spans.
 
-Sequences are sorted by length and batched by a token budget; padding is on the right, where no real token attends to it.
-The head is applied to the requested positions only, in blocks, so no array of batch x tokens x vocabulary exists.
+Sequences are sorted by length and batched by a token budget; padding is on the right, where no real token attends to
+it. The head is applied to the requested positions only, in blocks, so no array of batch x tokens x vocabulary exists.
 Cost: one forward of the decoder over the real tokens (plus the padding among near-equal lengths), and V*D products per
 requested position. Memory beyond the weights: one batch of states, one block of logits.
 
@@ -136,7 +136,8 @@ class CausalLM:
 
     @property
     def key(self) -> str:
-        """Content hash of weights, configuration, tokenizer, types and lengths: everything that determines its results."""
+        """Content hash of weights, configuration, tokenizer, types and lengths: everything that determines its
+        results."""
         if "key" not in self._cached:
             content = ["causal-lm", 1, chat.content_key(self.files), self.length, self.token_budget]
             self._cached["key"] = hash_json(content)
@@ -199,7 +200,8 @@ class CausalLM:
             torch.cuda.empty_cache()
 
     def formula_holds(self, states: torch.Tensor, logits: torch.Tensor | None) -> bool:
-        """Whether head(states), with multiplier and soft cap, equals the model's own logits. Checked once, warned once."""
+        """Whether head(states), with multiplier and soft cap, equals the model's own logits. Checked once, warned
+        once."""
         if "trusted" not in self._cached:
             self._cached["trusted"] = read_head(self.parts) is not None and _agree(self.parts, states, logits)
             if not self._cached["trusted"]:

@@ -2,8 +2,8 @@
 
 DaaR (arXiv 2502.04380, stages 2 and 4), both from one pass. The authors run rows one at a time, padded to 1,024, and
 average over the padding; here length-sorted rows fill batches by a token budget and padding has no effect: it is on
-the right of a causal model, where no real token attends to it, and the means are taken over real tokens, in float32. Cost:
-one truncated forward over the real tokens, plus the padding inside a batch of near-equal lengths.
+the right of a causal model, where no real token attends to it, and the means are taken over real tokens, in float32.
+Cost: one truncated forward over the real tokens, plus the padding inside a batch of near-equal lengths.
 
 "Embedding" is what `get_input_embeddings()` returns; Gemma's includes the factor sqrt(D) (Gemma-2 only from
 transformers 5 on), which cancels in every cosine. "Hidden" is the truncated model's last state, final norm applied.

@@ -1,8 +1,8 @@
 """Requests to a chat model and their replies, from a local model or any OpenAI-compatible server.
 
 A reply depends on its request alone: sampling is seeded per request, so neither the batch nor the order changes it.
-Nothing heavy is imported here; `siftune.models.sampling` runs a local model, `siftune.models.server` sends requests to a server,
-`siftune.models.journal` makes either resumable.
+Nothing heavy is imported here; `siftune.models.sampling` runs a local model, `siftune.models.server` sends requests to
+a server, `siftune.models.journal` makes either resumable.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Request:
     stop: tuple[str, ...] = ()
     """Strings that end the reply; not part of it. Servers take four at most."""
     end_rule: EndRule | None = field(default=None, compare=False, repr=False)
-    """Ends a local model's reply early. Not sent to a server, so a reply must be usable without it; not part of the content."""
+    """Ends a local model's reply early. Not sent to a server, so a reply must be usable without it; not part of the
+    content."""
 
     def __post_init__(self) -> None:
         assert self.messages, "a request without messages"
@@ -73,8 +74,8 @@ class Reply:
     """The reply to one request: a text, or the reason why there is none.
 
     `finish_reason` is `stop`, `length`, `repetition` (an end rule's), or a server's own value; `refused` where this one
-    request can never be answered (it is too long, a filter removed it), `error` where no reply was received in this run. The last two
-    come with `error` and without text.
+    request can never be answered (it is too long, a filter removed it), `error` where no reply was received in this
+    run. The last two come with `error` and without text.
     """
 
     key: str

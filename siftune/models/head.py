@@ -1,4 +1,5 @@
-"""The LM head as a linear map, and its Gram matrix as a packed triangular factor (UDS, arXiv 2510.16882, without logits).
+"""The LM head as a linear map, and its Gram matrix as a packed triangular factor (UDS, arXiv 2510.16882, without
+logits).
 
     logits = cap(m * (H Wᵀ + 1 bᵀ))          W with every active LoRA update, b the bias, m the multiplier
     G = [W b]ᵀ [W b] = C Cᵀ                  C lower triangular, so ‖H Wᵀ‖ = ‖[H 1] C‖ in every unitary norm
@@ -28,7 +29,8 @@ BLOCK = 4_000_000
 PANEL = 128
 """Rows of a triangular panel: small enough that a diagonal block wastes little, large enough for fast products."""
 FLOAT64_PRODUCTS = 4e11
-"""A frozen head of up to so many products V*D*D has G formed in float64 on a CPU (seconds, once); beyond, in float32."""
+"""A frozen head of up to so many products V*D*D has G formed in float64 on a CPU (seconds, once); beyond, in
+float32."""
 NOISE = 1e-5
 """Share of a diagonal entry below which a pivot of a float32 G may be rounding: G is then formed again in float64."""
 
@@ -139,7 +141,8 @@ class Head:
         return (base + lora @ update[1].double() if update else base), base
 
     def agrees(self, states: torch.Tensor, logits: torch.Tensor | None) -> bool | None:
-        """Whether this reading reproduces the model's own logits `(R, V)` at `states` `(R, D)`; None where that is unknown.
+        """Whether this reading reproduces the model's own logits `(R, V)` at `states` `(R, D)`; None where that is
+        unknown.
 
         Decided from at most 8 states that are finite and not zero. Logits that bf16 or fp16 can hold exactly were
         rounded to it, and may differ by 2 % of their norm; others by 0.1 %.

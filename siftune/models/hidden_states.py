@@ -57,7 +57,8 @@ class Chunk:
     probe_states: torch.Tensor
     """`(R, D)`: the states of the last column ..."""
     probe_logits: torch.Tensor | None
-    """... and `(R, V)`: the model's own logits there, to check a head formula against. None where the model returns none."""
+    """... and `(R, V)`: the model's own logits there, to check a head formula against. None where the model returns
+    none."""
 
 
 # --- unwrapping a model ---------------------------------------------------------------------------------------------
@@ -66,7 +67,8 @@ class Chunk:
 def unwrap_model(model: nn.Module) -> ModelParts:
     """Find decoder and head inside any nesting of DDP, FSDP, PEFT and `torch.compile`.
 
-    Raises `UserError` for encoder-decoders, for models without output embeddings and for anything that is not a language model.
+    Raises `UserError` for encoder-decoders, for models without output embeddings and for anything that is not a
+    language model.
 
     >>> parts = unwrap_model(peft_model)
     >>> parts.head.weight.shape, parts.config.vocab_size
@@ -200,8 +202,8 @@ def _idle(parts: ModelParts, batch: Batch) -> torch.Tensor:
 def iter_logits(
     parts: ModelParts, batch: Batch, positions: torch.Tensor, *, passes: Passes | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """The model's own logits `(N, V)` at `positions`, one line at a time, where the head is not a linear map. Candidates
-    without a position are left out; `passes` as in `iter_hidden_states`."""
+    """The model's own logits `(N, V)` at `positions`, one line at a time, where the head is not a linear map.
+    Candidates without a position are left out; `passes` as in `iter_hidden_states`."""
     lines = _scored_lines(batch, positions)
     extra_passes = 0 if passes is None else passes(len(lines)) - len(lines)
     for line in lines:
@@ -237,8 +239,9 @@ def _scored_lines(batch: Batch, positions: torch.Tensor) -> list[int]:
 def chunks(batch: Batch, positions: torch.Tensor, score_tokens: int | None) -> Iterator[tuple[list[int], int]]:
     """Lines of each chunk, and the columns it needs: trailing columns that are padding in all its lines are dropped.
 
-    Only when the batch is split into chunks, and only where the mask is 2-D (or absent) and no tensor has an ambiguous axis. Columns on the left are never dropped: learned positions would move. A batch whose keys list
-    its segments' lengths is one chunk.
+    Only when the batch is split into chunks, and only where the mask is 2-D (or absent) and no tensor has an ambiguous
+    axis. Columns on the left are never dropped: learned positions would move. A batch whose keys list its segments'
+    lengths is one chunk.
     """
     rows, columns = batch["input_ids"].shape
     scored_lines = torch.tensor(_scored_lines(batch, positions), dtype=torch.int64)

@@ -179,7 +179,8 @@ class Journaled:
         return self.generator.key
 
     def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Replies of the journal as their requests are read, the others as they arrive; equal requests are sent once."""
+        """Replies of the journal as their requests are read, the others as they arrive; equal requests are sent
+        once."""
         pending: dict[str, list[str]] = {}
         reusable: list[tuple[str, str]] = []
 

@@ -238,7 +238,8 @@ def _tile(name: str, lengths: Sequence[int], batch: Batch) -> list[Span]:
 
 
 def _check_uncovered(name: str, spans: Sequence[Span], batch: Batch) -> None:
-    """Raises `UserError` where a token outside all segments has a label or is marked by the mask: it has to be padding."""
+    """Raises `UserError` where a token outside all segments has a label or is marked by the mask: it has to be
+    padding."""
     ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
     rows, width = ids.shape
     outside_BT = torch.ones(ids.shape, dtype=torch.bool)

@@ -46,7 +46,8 @@ def file_stamp(path: Path) -> list[str | int]:
 
 
 def find_folder(model: str, revision: str | None) -> Path:
-    """The folder, or the hub id's folder in the hub's cache, downloaded if need be (safetensors and text files only)."""
+    """The folder, or the hub id's folder in the hub's cache, downloaded if need be (safetensors and text files
+    only)."""
     path = Path(model).expanduser()
     if path.is_dir():
         with plain_errors(path):
@@ -96,7 +97,8 @@ def _check_adapter(folder: Path, model: str) -> None:
 
 
 def _check_kernels(folder: Path, where: str) -> None:
-    """Raise `UserError` for a configuration that names a repository of the hub as its attention: its code would be run."""
+    """Raise `UserError` for a configuration that names a repository of the hub as its attention: its code would be
+    run."""
     stored = read_json(folder / "config.json")
     parts = [stored, *stored.values()] if isinstance(stored, dict) else []
     for part in (part for part in parts if isinstance(part, dict)):
@@ -109,7 +111,8 @@ def _check_kernels(folder: Path, where: str) -> None:
 
 
 def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool) -> Any:
-    """The configuration as stored; `UserError` unless it is a decoder-only language model of at least `layer` layers."""
+    """The configuration as stored; `UserError` unless it is a decoder-only language model of at least `layer`
+    layers."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
     model_name = f"model={model!r}"
@@ -180,7 +183,8 @@ def truncated_config(config: Any, layer: int) -> Any:
 def read_network(
     folder: Path, config: Any, *, model: str, layer: int, dtype: torch.dtype, trust_remote_code: bool
 ) -> torch.nn.Module:
-    """The first `layer` layers of the model, in eval mode, on the CPU; `UserError` where a tensor of theirs is absent."""
+    """The first `layer` layers of the model, in eval mode, on the CPU; `UserError` where a tensor of theirs is
+    absent."""
     from transformers import AutoModel
 
     cut = truncated_config(config, layer)
@@ -214,8 +218,8 @@ def read_network(
 def loading(what: str, load: Callable[[], Result]) -> Result:
     """`load()` without transformers' tables and bars; any failure becomes one sentence that starts with `what`.
 
-    A file that was downloaded in part fails with an error of its library's own (`SafetensorError`), a damaged one may end
-    in a panic, a large one in `MemoryError`: so no list of types is complete.
+    A file that was downloaded in part fails with an error of its library's own (`SafetensorError`), a damaged one may
+    end in a panic, a large one in `MemoryError`: so no list of types is complete.
     """
     try:
         with quiet():

@@ -1,10 +1,11 @@
 """Segments of packed batches, extracted and joined again into a packed batch of the same kind.
 
-Kept segments follow each other in order of place. A batch of one line stays one line, as long as its segments; a batch of
-several lines keeps its line length, filled segment by segment, and drops the columns that no line needs. Token ids,
-labels and positions of a segment are unchanged, but for the label of its first token: nothing in its own row predicts that
-token, so it is masked. Every key that locates segments (`siftune.models.layout`) is rebuilt; any other key with one
-entry per token or per segment is cut alike, and a key of another length is an error that names it. Cost: one index per tensor.
+Kept segments follow each other in order of place. A batch of one line stays one line, as long as its segments; a batch
+of several lines keeps its line length, filled segment by segment, and drops the columns that no line needs. Token ids,
+labels and positions of a segment are unchanged, but for the label of its first token: nothing in its own row predicts
+that token, so it is masked. Every key that locates segments (`siftune.models.layout`) is rebuilt; any other key with
+one entry per token or per segment is cut alike, and a key of another length is an error that names it. Cost: one index
+per tensor.
 
 Shapes: `B` lines, `T` columns, `S` segments.
 """
@@ -34,8 +35,8 @@ def cut_segments(batch: Batch, kept: torch.Tensor, *, pad_token: int = 0) -> Lai
 
 
 def join_segments(pieces: Sequence[Piece], *, like: Batch, pad_token: int = 0, one_line: bool = False) -> LaidOut:
-    """Segments of one or several packed batches as one batch with the keys of `like`, on its device. At least one piece. `one_line`
-    joins them in one line, whatever the lines of `like`.
+    """Segments of one or several packed batches as one batch with the keys of `like`, on its device. At least one
+    piece. `one_line` joins them in one line, whatever the lines of `like`.
 
     Raises `UserError` for a key whose entries belong neither to tokens nor to segments.
 

@@ -1,10 +1,10 @@
 """Replies from a local chat model through `transformers`: batched, left-padded, sampled by each request's own seed.
 
 Every request draws its uniform numbers from a generator of its own, one per token, and a token is the point where the
-cumulative probability (float64, likeliest first, cut at top-p) passes its number. So a reply depends on its request, not
-on its batch, up to the rounding of the model's own arithmetic (about 1e-6 in float32; in bfloat16 a near-tie may fall
-otherwise). The decoding loop and the cache of keys and values are `generate`'s; a row whose reply has ended leaves the
-batch and its reply is yielded at once. Cost: one forward per token and batch.
+cumulative probability (float64, likeliest first, cut at top-p) passes its number. So a reply depends on its request,
+not on its batch, up to the rounding of the model's own arithmetic (about 1e-6 in float32; in bfloat16 a near-tie may
+fall otherwise). The decoding loop and the cache of keys and values are `generate`'s; a row whose reply has ended leaves
+the batch and its reply is yielded at once. Cost: one forward per token and batch.
 
 Shapes: `B` requests of a batch, `T` tokens, `V` vocabulary.
 """
@@ -45,7 +45,8 @@ REQUESTS_AT_ONCE = 2048
 class TransformersGenerator:
     """A chat model in a folder or on the hub; a model without a chat template continues the plain text.
 
-    Raises `UserError`, on first use, for everything that `Backbone` refuses: no folder, no safetensors, no causal language model.
+    Raises `UserError`, on first use, for everything that `Backbone` refuses: no folder, no safetensors, no causal
+    language model.
 
     >>> replies = TransformersGenerator("Qwen/Qwen2.5-0.5B-Instruct").replies(requests)
     """
@@ -102,7 +103,8 @@ class TransformersGenerator:
     # --- replies ------------------------------------------------------------------------------------------------------
 
     def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Replies batch by batch, longest prompts first, each as it ends. A prompt that leaves no tokens for a reply is refused."""
+        """Replies batch by batch, longest prompts first, each as it ends. A prompt that leaves no tokens for a reply is
+        refused."""
         source = iter(requests)
         while chunk := list(islice(source, REQUESTS_AT_ONCE)):
             prompts, failed = self._prompts(chunk)
@@ -132,7 +134,8 @@ class TransformersGenerator:
         return prompts, failed
 
     def prompt(self, request: Request) -> list[int]:
-        """Token ids of a request's conversation, ready for the reply. Raises `BadRow` where template or tokenizer fail."""
+        """Token ids of a request's conversation, ready for the reply. Raises `BadRow` where template or tokenizer
+        fail."""
         tokenizer = self._named(lambda: self.files.tokenizer)
         turns = [{"role": role, "content": content} for role, content in request.messages]
         with quiet(), row_failures("tokenizer fails"):

@@ -1,9 +1,9 @@
 """Replies from any OpenAI-compatible server, several requests at a time with retries, through the `openai` client.
 
-Retried with exponential back-off and jitter, at most `attempts` times: 408, 409, 429, 5xx, time-outs, dropped connections,
-replies that are not chat completions or exceed the bounds (see `bounded_http`). `Retry-After` delays every thread, not
-only the one that received it. A request that the server refuses permanently (400, 413, 422) gets a reply with that reason; a wrong
-key, an unknown model or a redirect ends the run.
+Retried with exponential back-off and jitter, at most `attempts` times: 408, 409, 429, 5xx, time-outs, dropped
+connections, replies that are not chat completions or exceed the bounds (see `bounded_http`). `Retry-After` delays every
+thread, not only the one that received it. A request that the server refuses permanently (400, 413, 422) gets a reply
+with that reason; a wrong key, an unknown model or a redirect ends the run.
 The API key comes from OPENAI_API_KEY alone and is in no message, no cache key and no file.
 """
 
@@ -109,7 +109,8 @@ class OpenAIGenerator:
     def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """Replies as they arrive. Requests are read as they can be sent, so a long list need not be in memory.
 
-        When one reply shows that no request can succeed, those in progress are still yielded before `UserError` is raised.
+        When one reply shows that no request can succeed, those in progress are still yielded before `UserError` is
+        raised.
         """
         self._client()
         assert self.model

@@ -2,7 +2,8 @@
 
 A forward pass of such a model gathers weights from all processes, so all have to make equally many passes, also those
 with fewer candidates. The head is gathered as for a forward pass (of FSDP the unit it belongs to, of ZeRO-3 its own
-weights), and is copied. Cost: that gathering and a copy of V*D elements, once for a frozen head, once per optimiser step for a trained one.
+weights), and is copied. Cost: that gathering and a copy of V*D elements, once for a frozen head, once per optimiser
+step for a trained one.
 
 Axes: `V` vocabulary, `D` hidden width.
 """
@@ -22,7 +23,8 @@ from .hidden_states import ModelParts
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a module of the model is an FSDP unit, or a weight is partitioned by ZeRO-3. False without a process group."""
+    """Whether a module of the model is an FSDP unit, or a weight is partitioned by ZeRO-3. False without a process
+    group."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     first, second = _kinds()

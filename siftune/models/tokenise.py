@@ -60,8 +60,8 @@ def in_isolation(
 ) -> list[Result]:
     """`tokenize` of every text, some hundreds at a time, in order; `failed(reason)` for the others.
 
-    Where `tokenize` raises anything, the panic of a tokenizer written in Rust included, the texts are halved until those
-    that fail alone are left, so that every other text has the result that it has without them. `UserError` and
+    Where `tokenize` raises anything, the panic of a tokenizer written in Rust included, the texts are halved until
+    those that fail alone are left, so that every other text has the result that it has without them. `UserError` and
     interruptions pass.
 
     >>> in_isolation(lambda some: [len(text) for text in some], ["one", BadRow("no text")], lambda bad: -1)

@@ -1,10 +1,10 @@
 """A row as token ids and labels: the only conversion from text to tokens, for training and for held-out loss alike.
 
-Two forms. `chat`: the tokenizer's chat template; rows without messages become one user turn and its answer. `prompt`: the
-question and a newline, the answer, the end-of-text token; no template. Labels are the ids of the label tokens and -100
-elsewhere. Label tokens in a chat: every assistant turn where the template marks them (`{% generation %}`), else the last
-answer with the token that ends it; in a prompt: the answer and the end; of plain text: all of it. The first token is never
-a label token, since nothing precedes it, and nothing follows the last label token.
+Two forms. `chat`: the tokenizer's chat template; rows without messages become one user turn and its answer. `prompt`:
+the question and a newline, the answer, the end-of-text token; no template. Labels are the ids of the label tokens and
+-100 elsewhere. Label tokens in a chat: every assistant turn where the template marks them (`{% generation %}`), else
+the last answer with the token that ends it; in a prompt: the answer and the end; of plain text: all of it. The first
+token is never a label token, since nothing precedes it, and nothing follows the last label token.
 
 The tokens before an answer are those of the prompt in generation, so training and generation agree to the token.
 Cost: one template and two tokenizer calls a row; `Encoder` inspects the tokenizer once, `answer_tokens` each time.
@@ -83,7 +83,8 @@ def answer_tokens(row: Row, tokenizer: Any, *, text: str, max_length: int) -> tu
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """`answer_tokens` for many rows: `Encoder(tokenizer, "auto", 512)(row)` is the row's `Tokens`, or raises `BadRow`."""
+    """`answer_tokens` for many rows: `Encoder(tokenizer, "auto", 512)(row)` is the row's `Tokens`, or raises
+    `BadRow`."""
 
     tokenizer: Any
     text: str

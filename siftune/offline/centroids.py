@@ -96,8 +96,8 @@ def look_up(
 def labels_of(
     pool: Pool, shard: Shard, column: str, domains: Sequence[str] | None, labels_seen: set[str] | None = None
 ) -> tuple[NDArray[np.int16], dict[int, str]]:
-    """Index into `domains` of every row's label, int16 `(B,)`, -1 for rows without one, and the reasons; `labels_seen` collects
-    the labels where `domains` is None. A label is text or a number; white space around it is ignored."""
+    """Index into `domains` of every row's label, int16 `(B,)`, -1 for rows without one, and the reasons; `labels_seen`
+    collects the labels where `domains` is None. A label is text or a number; white space around it is ignored."""
     index = {name: number for number, name in enumerate(domains or ())}
     label_B = np.full(len(shard), -1, dtype=np.int16)
     reasons: dict[int, str] = {}

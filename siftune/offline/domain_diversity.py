@@ -107,7 +107,8 @@ class _Labelled(OfflineMethod):
         return Embedder(cached[settings], layer=self.layer, token_budget=self.token_budget)
 
     def labels(self, pool: Pool) -> tuple[str, ...]:
-        """The pool's domains, sorted; read once per pool. Raises `UserError` for a column that holds none, or too few."""
+        """The pool's domains, sorted; read once per pool. Raises `UserError` for a column that holds none, or too
+        few."""
         read: dict[tuple[str, str], tuple[str, ...]] = self.__dict__.setdefault("_labels", {})
         settings = (pool.fingerprint, self.label_column)
         if settings not in read:

@@ -1,7 +1,7 @@
 """Seeded draws that depend on a row's content, not on its position (shared by the random method and the probe set).
 
-A row's number is blake2b-64 of (seed, purpose, row id), so a permuted pool permutes its numbers, and the numbers are the same
-for every engine, worker and interruption. Copies of one row share a number; `nth` separates them.
+A row's number is blake2b-64 of (seed, purpose, row id), so a permuted pool permutes its numbers, and the numbers are
+the same for every engine, worker and interruption. Copies of one row share a number; `nth` separates them.
 Cost: one hash per row.
 """
 

@@ -2,8 +2,8 @@
 
 The definition walks the rows again and again, in order of tag count: a pass begins with no tag covered and takes every
 row left that adds a tag, until all rows are taken. A tag that is covered in a pass is covered in all passes before it,
-so one counter per tag determines the pass in which a row adds something: the least counter of its tags. Cost: one look at each
-tag of each row, where the definition looks at every row left in every pass.
+so one counter per tag determines the pass in which a row adds something: the least counter of its tags. Cost: one look
+at each tag of each row, where the definition looks at every row left in every pass.
 
 Shapes: `n` rows in the order of the walk, `T` tags of a row at most.
 """

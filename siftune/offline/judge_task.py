@@ -2,8 +2,8 @@
 
 The prompt and the reading of a reply are a `Form`; the rest is the same for every judge. A row's text is put between
 marks that are derived from that text, so it cannot close them, and a request holds one row alone, so it cannot change
-another row's score. A request whose reply cannot be read is repeated with another seed; after the last attempt the row has no
-score, and the reply is part of its reason. Cost: a chat model's reply per row.
+another row's score. A request whose reply cannot be read is repeated with another seed; after the last attempt the row
+has no score, and the reply is part of its reason. Cost: a chat model's reply per row.
 
 Shapes: `n` rows of a shard.
 """
@@ -36,7 +36,8 @@ RETRY_TEMPERATURE = 0.7
 SHOWN = 300
 """Characters of an unreadable reply that a row's reason shows; the journal has all of it."""
 LONGEST_REPLY = 20_000
-"""Characters of a reply, reasoning left out; a longer one is neither a rating nor a list of tags, and slow to search."""
+"""Characters of a reply, reasoning left out; a longer one is neither a rating nor a list of tags, and slow to
+search."""
 ROWS_AT_ONCE = 64
 FENCE = "{fence}"
 COUNTS = ("requests", "prompt_tokens", "completion_tokens")
@@ -129,7 +130,8 @@ class JudgeTask:
     counts: Counts = field(default_factory=Counts)
     """The requests and replies of this process."""
     report_rows: Callable[[int], Any] | None = None
-    """Receives the number of rows with a first reply; a finished shard subtracts its rows, because engines report them."""
+    """Receives the number of rows with a first reply; a finished shard subtracts its rows, because engines report
+    them."""
     one_process: ClassVar[bool] = True
     """Engines run it in their own process: the journal has one writer, and requests are already concurrent."""
     _cached: dict[str, Generator] = field(default_factory=dict, repr=False)

@@ -1,8 +1,8 @@
 """The methods that need no model: a seeded uniform draw, and the length of the question or of the answer in words.
 
 Random is the reference every other method is compared with at equal budget. Its score is uniform on [0, 1), higher is
-kept; it depends on the seed and the row's content (see `draw`), so permuting a pool permutes its scores. Lengths are the
-baseline of DaaR (arXiv 2502.04380). Cost: one hash, or one split, per row.
+kept; it depends on the seed and the row's content (see `draw`), so permuting a pool permutes its scores. Lengths are
+the baseline of DaaR (arXiv 2502.04380). Cost: one hash, or one split, per row.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class WordsTask:
 
 @dataclass(kw_only=True, eq=False)
 class Length(OfflineMethod):
-    """The longest questions first: words in `instruction` and `input` (of a chat, in every turn before the last answer).
+    """The longest questions first: words in `instruction` and `input` (of a chat, in every turn before the last
+    answer).
 
     >>> siftune.offline.simple.Length().score(pool).keep(fraction=0.2)
     """

@@ -1,7 +1,8 @@
-"""Acceptance of written rows: kept are those unlike every row kept before, `max_x cos(e(x'), e(x)) < tau` (DaaR, stage 1b).
+"""Acceptance of written rows: kept are those unlike every row kept before, `max_x cos(e(x'), e(x)) < tau` (DaaR, stage
+1b).
 
-`e` is the mean over tokens of the base model's last layer, where the authors' code tuned tau, or of its embedding layer,
-as the paper's text says. Cost: one forward per written row, and as many products as rows are kept.
+`e` is the mean over tokens of the base model's last layer, where the authors' code tuned tau, or of its embedding
+layer, as the paper's text says. Cost: one forward per written row, and as many products as rows are kept.
 
 Axes: `S` rows kept of one domain, `N` rows of a call, `D` width.
 """

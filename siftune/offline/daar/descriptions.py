@@ -1,7 +1,7 @@
 """The descriptions of the domains, and the prompts that request rows of them (DaaR, arXiv 2502.04380, stage 1).
 
-Read from YAML: `domains.yaml` beside this file holds descriptions of the paper's four domains and the default prompts; a
-user's file names other domains. Reading is strict: an unknown key names the nearest known one. Cost: a small file.
+Read from YAML: `domains.yaml` beside this file holds descriptions of the paper's four domains and the default prompts;
+a user's file names other domains. Reading is strict: an unknown key names the nearest known one. Cost: a small file.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def fill(template: str, words: Mapping[str, str]) -> str:
 def read_descriptions(source: DomainSource | None = None) -> Descriptions:
     """Domains and wording from a YAML file or a mapping; None gives the paper's four domains.
 
-    The mapping is `{name: sentence}`, or has any of the keys `domains`, `prompts` and `settings`; a domain is a sentence or
-    `{"description": ..., "threshold": ...}`. Raises `UserError` by file and key.
+    The mapping is `{name: sentence}`, or has any of the keys `domains`, `prompts` and `settings`; a domain is a
+    sentence or `{"description": ..., "threshold": ...}`. Raises `UserError` by file and key.
 
     >>> read_descriptions({"law": "Questions of law.", "music": "Musical notation."}).names
     ('law', 'music')

@@ -3,8 +3,8 @@
 psi_dom learns the pseudo-labels by cross-entropy; the entropy of its prediction is the reward; psi_div learns that
 reward by mean squared error. Each row's target comes from a fold of psi_dom that never saw the row, because a probe
 is surer of the rows it was fitted to, and psi_div would learn that over-fitting.
-Cost: about 30 D^2 floating-point operations per row, probe and epoch; psi_dom is trained 1 + repeats * (folds - 1) times
-over.
+Cost: about 30 D^2 floating-point operations per row, probe and epoch; psi_dom is trained 1 + repeats * (folds - 1)
+times over.
 
 Axes: `B` rows of the probe set, `D` width, `K` domains.
 """

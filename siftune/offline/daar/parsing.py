@@ -2,7 +2,8 @@
 
 Read are labelled rows (`Instruction:` ... `Output:`; numbered, bold, as headings, with `Question`/`Answer` and the like
 for labels, the input missing) and JSON (an array, an object, one a line, in a code fence, cut off at the end), with any
-remarks around them. A part that cannot be read is returned with a reason; nothing is guessed. Cost: a few passes over the text.
+remarks around them. A part that cannot be read is returned with a reason; nothing is guessed. Cost: a few passes over
+the text.
 """
 
 from __future__ import annotations
@@ -187,7 +188,8 @@ def _looks_like_json(text: str) -> bool:
 
 
 def _json_rows(text: str) -> Iterator[tuple[ParsedRow, int]]:
-    """Every object with an instruction, wherever it is, and where it ends; a broken one does not hide those after it."""
+    """Every object with an instruction, wherever it is, and where it ends; a broken one does not hide those after
+    it."""
     decoder, place = json.JSONDecoder(strict=False, parse_float=_finite, parse_constant=_finite), 0
     while (place := text.find("{", place)) >= 0:
         try:
@@ -207,7 +209,8 @@ def _json_rows(text: str) -> Iterator[tuple[ParsedRow, int]]:
 
 
 def _finite(number: str) -> float:
-    """A JSON number; `ValueError` for one that overflows, for NaN and for Infinity: as a field's text it would be wrong."""
+    """A JSON number; `ValueError` for one that overflows, for NaN and for Infinity: as a field's text it would be
+    wrong."""
     value = float(number)
     if not math.isfinite(value):
         raise ValueError(f"{number[:20]} is not a JSON number")
@@ -244,7 +247,8 @@ def _text(value: Any) -> str:
 
 
 def _labels(text: str, family: Mapping[str, tuple[str, ...]]) -> list[re.Match[str]]:
-    """Labels at the start of a line, or after a number or `Example 2:` there: before a colon, or decorated and alone."""
+    """Labels at the start of a line, or after a number or `Example 2:` there: before a colon, or decorated and
+    alone."""
     words = "|".join(sorted((word for field in family.values() for word in field), key=len, reverse=True))
     pattern = rf"""
         ^[ \t]*(?:[-•>+]\s+)?                                                                # a list's dot

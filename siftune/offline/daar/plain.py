@@ -1,7 +1,8 @@
 """The request for one row in the plainest words, for a model that cannot keep to the form of the usual requests.
 
 Two finished turns about fields that are no domain of the run show the form; a model of 0.1 B parameters, which answers
-the usual request for five rows with remarks on it, then writes a usable row more often than not. Cost: about 200 tokens.
+the usual request for five rows with remarks on it, then writes a usable row more often than not. Cost: about 200
+tokens.
 """
 
 from __future__ import annotations

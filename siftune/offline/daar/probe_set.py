@@ -1,8 +1,8 @@
 """The probe set: the rows both probes are fitted on, drawn from the pool itself, and their features.
 
 The paper takes 5,000 rows of the pool's distribution that are not in the pool; here they are drawn from the pool and
-remain eligible, because the reward targets are cross-fitted. Features come through the engine in chunks, so that a run that
-is stopped loses one chunk. Cost: one truncated forward over the probe set.
+remain eligible, because the reward targets are cross-fitted. Features come through the engine in chunks, so that a run
+that is stopped loses one chunk. Cost: one truncated forward over the probe set.
 
 Axes: `B` rows of the probe set, `D` width.
 """
@@ -43,7 +43,8 @@ class PickedRows:
         return [int(self.rows[row]) for row in rows]
 
     def read(self, rows: Sequence[int]) -> list[Row]:
-        """The rows at these positions; a row's number is its position here, so that no key depends on the larger pool."""
+        """The rows at these positions; a row's number is its position here, so that no key depends on the larger
+        pool."""
         read = self.source.read(self._outer(rows))
         return [
             Row(place, row.id, row.instruction, row.input, row.output, row.messages)

@@ -81,7 +81,8 @@ class Learned:
         return {"domains": list(self.domains), "info": dict(self.info)}
 
     def save(self, folder: str | Path, settings: Mapping[str, Any]) -> Path:
-        """Write the folder; `settings` are the method's own, for `load`. Raises `UserError` for the user's own files there."""
+        """Write the folder; `settings` are the method's own, for `load`. Raises `UserError` for the user's own files
+        there."""
         folder = Path(folder)
         names = [FACTS, *(f"{part}.safetensors" for part in PARTS)]
         refuse_foreign(folder, names, {FACTS: ("version", "key", "settings"), **RUN})

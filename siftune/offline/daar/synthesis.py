@@ -47,8 +47,8 @@ class Synthesis:
     threshold: float = THRESHOLD
     """tau, for domains that give none of their own (paper: 0.85, mathematics 0.90)."""
     space: Space = "last-layer"
-    """Where cosines are measured: the base model's `last-layer`, where tau was tuned, or its `embedding` (paper's text).
-    `last-layer` loads the whole base model while rows are written."""
+    """Where cosines are measured: the base model's `last-layer`, where tau was tuned, or its `embedding` (paper's
+    text). `last-layer` loads the whole base model while rows are written."""
     attempts: int = 120
     """Requests for further rows of a domain at most; then tau is relaxed over what was written."""
     at_once: int = 4
@@ -114,7 +114,8 @@ class Writing:
         """Replies that differ, per domain: a generator that does not sample repeats itself."""
 
     def run(self) -> Written:
-        """Write every domain's rows. Raises `UserError` when a domain gets none, or the generator leaves requests without a reply."""
+        """Write every domain's rows. Raises `UserError` when a domain gets none, or the generator leaves requests
+        without a reply."""
         total = self.how.rows * len(self.kept)
         if self.progress is not None:
             self.progress.start("writing domain rows", total)
@@ -250,8 +251,8 @@ class Writing:
         return by_domain
 
     def _rows_of(self, domain: str, replies: Sequence[Reply]) -> list[tuple[dict[str, str], str]]:
-        """Every good row of the replies with its request's name; the others are recorded. A domain none of whose replies
-        can be read gets requests in plainer words from then on."""
+        """Every good row of the replies with its request's name; the others are recorded. A domain none of whose
+        replies can be read gets requests in plainer words from then on."""
         rows: list[tuple[dict[str, str], str]] = []
         for reply in replies:
             if reply.error is not None:

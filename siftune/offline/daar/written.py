@@ -86,7 +86,8 @@ class Written:
         return sentences
 
     def write(self, folder: str | Path, *, counts: Mapping[str, int] | None = None) -> Path:
-        """Write all files into a folder, in place of those of their names; returns the seeds file, written last. `counts` are the journal's.
+        """Write all files into a folder, in place of those of their names; returns the seeds file, written last.
+        `counts` are the journal's.
 
         >>> DaaR(model=model, seeds=written.write("run"))
         """
@@ -123,7 +124,8 @@ def _write(path: Path, lines: Sequence[str]) -> None:
 
 def copy_written(source: str | Path, folder: str | Path) -> list[Path]:
     """Copy the written files into a run folder; existing files of a domain are kept, because the user may have
-    edited them. Returns the files at the top. Raises `UserError` for a folder with the user's own files of these names."""
+    edited them. Returns the files at the top. Raises `UserError` for a folder with the user's own files of these
+    names."""
     source, folder = Path(source), Path(folder)
     refuse_foreign(folder, (SEEDS, REJECTED, FACTS), {FACTS: ("domains", "rejected", "told"), **RUN})
     for path in sorted((source / FOLDER).glob("*.jsonl")):
