@@ -313,9 +313,9 @@ def test_gpus_are_dealt_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("said", "match"),
     [
-        ({"workers": 0}, "--workers 0"),
-        ({"worker_cpus": -1.0}, "--worker-cpus -1"),
-        ({"worker_gpus": float("nan")}, "--worker-gpus nan"),
+        ({"workers": 0}, "--workers must be >= 1, got 0"),
+        ({"worker_cpus": -1.0}, "--worker-cpus must be >= 0, got -1"),
+        ({"worker_gpus": float("nan")}, "--worker-gpus must be >= 0, got nan"),
         ({"ray_address": "auto"}, "needs --engine ray"),
     ],
 )
