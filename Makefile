@@ -21,7 +21,7 @@ test-oldest:
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints-oldest.txt)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile tests/unit/test_attach*.py tests/laws/test_attach*.py tests/laws/test_resume.py \
-		tests/unit/test_train.py tests/unit/test_score_reference.py tests/laws/test_train_kill.py
+		tests/integration/test_train.py tests/integration/test_score_reference.py tests/laws/test_train_kill.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -261,7 +261,7 @@ def kill_marked(mark: str) -> None:
 
 def test_the_reason_is_in_the_questions_sample_and_the_others_are_graded(tmp_path: Path) -> None:
     from tests import evaluation_data
-    from tests.unit.test_evaluate import oracle
+    from tests.integration.test_evaluate import oracle
 
     folder = tmp_path / "data"
     evaluation_data.write(folder)
