@@ -36,6 +36,8 @@ ABSENT = (
 )
 """Modules that only an extra brings (jinja2, of the page, comes with torch)."""
 ROWS = 200
+OUTSIDE = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+"""The environment's variables, without those that lead back to the checkout."""
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +104,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-deps",
         "--no-index",
     ]
-    subprocess.run([*command, "--disable-pip-version-check", str(wheel)], check=True)
+    subprocess.run([*command, "--disable-pip-version-check", str(wheel)], cwd=folder.parent, env=OUTSIDE, check=True)
     (packages,) = (folder / "lib").glob("python*/site-packages")
     (facts,) = packages.glob("siftune-*.dist-info")
     requirements = metadata.Distribution.at(facts).requires
@@ -117,8 +119,7 @@ class Environment:
 
     def __init__(self, python: Path, folder: Path) -> None:
         self.python, self.folder = python, folder
-        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        self.environment = {**kept, "SIFTUNE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        self.environment = {**OUTSIDE, "SIFTUNE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
 
     def run(self, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         """One command; fails unless it ends with `code` and without a traceback."""
