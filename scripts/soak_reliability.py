@@ -24,8 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SERVERS = ("server", "judged", "cli_judged", "cli_generator", "daar_stage_one")
-SUITE = ("tests/faults", "tests/laws/test_kill.py", *(f"tests/unit/test_{name}.py" for name in SERVERS))
+SERVERS = ("unit/test_server", "unit/test_judged", "unit/test_daar_stage_one")
+COMMANDS = ("integration/test_cli_judged", "integration/test_cli_generator")
+SUITE = ("tests/faults", "tests/laws/test_kill.py", *(f"tests/{name}.py" for name in (*SERVERS, *COMMANDS)))
 SECONDS = "seconds of the file"
 NOTHING_RAN = 5  # pytest's exit code
 CHANGED = ("changed inputs", "second commands")
@@ -61,7 +62,8 @@ GROUPS = (
 HEAD = """# Reliability
 
 What was done to siftune, and held. The counts are those of the tests that ran (`tests/faults`, `tests/laws/test_kill.py`,
-and those of `tests/unit` that meet a server); every one of these tests passed, or this page would not have been written.
+and those of `tests/unit` and `tests/integration` that meet a server). Every one of these tests passed; otherwise this
+page would not have been written.
 
 """
 MEANING = """

@@ -167,7 +167,7 @@ def hidden_labels(subset: Subset) -> NDArray[Any]:
 def online_facts(selected: Path, held_out: Path, folder: Path, *, steps: int, seed: int) -> dict[str, Any]:
     """A short fine-tuning of the embedded model on the chosen rows, with and without UDS; a reason where none ran."""
     if find_spec("accelerate") is None:
-        return {"left_out": "fine-tuning needs accelerate, which is not installed; run: pip install 'siftune[train]'"}
+        return {"left_out": "fine-tuning needs accelerate, which is not installed; run: pip install 'siftune[demo]'"}
     from . import tuning
 
     return tuning.compare(

@@ -141,6 +141,7 @@ class OpenAIGenerator:
 
     def _reply(self, request: Request, stopped: threading.Event) -> Reply:
         """One request, tried until it has a reply, a refusal, or no attempt left."""
+        self._client()  # raises where openai is not installed
         from openai import APIError, APIStatusError, APITimeoutError
 
         jitter, message = random.Random(request.seed), ""
@@ -236,11 +237,12 @@ class OpenAIGenerator:
             return self._cached["client"]
 
     def _first_model(self) -> str:
+        client = self._client()  # raises where openai is not installed
         from openai import OpenAIError
 
         server = f"generator={self.address!r}"
         try:
-            client = self._client().with_options(max_retries=2, timeout=min(30.0, self.timeout))
+            client = client.with_options(max_retries=2, timeout=min(30.0, self.timeout))
             names = read_models(client.models.with_raw_response.list().http_response.content)
         except (OpenAIError, ValueError, BadReply) as error:
             self._refuse_redirect(error)

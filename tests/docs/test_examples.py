@@ -39,6 +39,7 @@ def run(script: str, *arguments: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_trl_with_and_without_the_added_line(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     common = ("--model", str(model), "--steps", "2", "--candidates", "16")
@@ -50,6 +51,7 @@ def test_trl_with_and_without_the_added_line(model: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "plain" / "siftune").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["loop_torch.py", "loop_accelerate.py"])
 def test_loops(script: str, model: Path, tmp_path: Path) -> None:
     said = run(script, "--model", str(model), "--steps", "3", "--candidates", "16", folder=tmp_path)
@@ -117,6 +119,7 @@ def test_combined_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert shared["0.5"][1] > shared["1"][1], "IFD has its say"
 
 
+@pytest.mark.slow
 def test_hub_data_set(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import load_from_disk
 

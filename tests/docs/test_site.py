@@ -42,12 +42,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_builds_with_warnings_as_errors(site: Path) -> None:
     assert "fit(pool" in re.sub(r"<[^>]+>", "", (site / "api" / "offline.html").read_text(encoding="utf-8"))
     examples = (site / "api" / "online.html").read_text(encoding="utf-8")
     assert "&gt;&gt;&gt;" not in examples, "an example of a docstring is no code block"
 
 
+@pytest.mark.slow
 def test_looking_at_the_site_fetches_nothing(site: Path) -> None:
     for page in site.rglob("*.html"):
         html = page.read_text(encoding="utf-8")

@@ -78,6 +78,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [4_000, pytest.param(30_000, marks=pytest.mark.soak)])
 def test_a_file_that_may_not_grow_is_one_sentence(folder: Path, tmp_path: Path, limit: int) -> None:
     words = inter(folder, tmp_path / "run", tmp_path / "cache")
@@ -249,6 +250,7 @@ def test_inputs_that_changed_between_runs_are_named(folder: Path, tmp_path: Path
     count("changed inputs", 3)
 
 
+@pytest.mark.slow
 def test_a_second_command_on_a_run_folder_is_refused_while_the_first_works(folder: Path, tmp_path: Path) -> None:
     words = inter(folder, tmp_path / "run", tmp_path / "cache")
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as the tests' own process has it

@@ -108,6 +108,7 @@ def test_processes_and_threads_are_bounded() -> None:
     assert time.monotonic() - started < 15
 
 
+@pytest.mark.slow
 def test_an_ordinary_user_is_bounded_by_the_kernel(tmp_path: Path) -> None:
     """Root has no RLIMIT_NPROC; as root this runs as another user, with a Python that such a user may read."""
     python = sys.executable
@@ -226,6 +227,7 @@ def test_any_text_is_a_program(program: str) -> None:
     assert failure(program) == (None if program in ("", "x = '\udcff'") else NOT_REACHED)
 
 
+@pytest.mark.slow
 def test_a_program_does_not_outlive_a_killed_evaluation(place: Path) -> None:
     mark = f"outlives-{os.urandom(6).hex()}"
     child = f"import sys, subprocess; subprocess.run([sys.executable, '-c', 'import time; time.sleep(20) # {mark}'])"
@@ -261,7 +263,7 @@ def kill_marked(mark: str) -> None:
 
 def test_the_reason_is_in_the_questions_sample_and_the_others_are_graded(tmp_path: Path) -> None:
     from tests import evaluation_data
-    from tests.unit.test_evaluate import oracle
+    from tests.integration.test_evaluate import oracle
 
     folder = tmp_path / "data"
     evaluation_data.write(folder)

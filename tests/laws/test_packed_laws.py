@@ -215,6 +215,7 @@ def sft(folder: Path, **options: Any) -> Any:
 TRL: dict[str, dict[str, Any]] = {"padding-free": {"padding_free": True}, "packing": {"packing": True}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", TRL.values(), ids=TRL)
 @pytest.mark.parametrize(
     "make", [lambda: UDS(keep="1/4"), lambda: MaxLoss(keep="1/4", window="step")], ids=["uds", "maxloss-step"]

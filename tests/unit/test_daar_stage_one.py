@@ -105,6 +105,7 @@ def test_a_server_writes_the_rows_bad_manners_included(tmp_path: Path) -> None:
     assert sum(server.tries.values()) == served + 5
 
 
+@pytest.mark.slow
 def test_killed_while_writing_it_pays_for_nothing_twice(tmp_path: Path) -> None:
     code = (
         "import sys, json, pathlib; sys.path.insert(0, sys.argv[3])\n"

@@ -44,6 +44,7 @@ def without(pool: Pool, rows: list[int], folder: Path) -> tuple[Any, Any]:
     return run(SerialEngine(), fresh(folder), smaller)
 
 
+@pytest.mark.slow
 def test_workers_give_the_serial_result_and_reuse_what_is_finished(tmp_path: Path) -> None:
     pool = pool_of(COUNT, reasons=REASONS)
     serial = run(SerialEngine(), fresh(tmp_path / "serial"), pool)
@@ -115,6 +116,7 @@ def test_memory_that_no_row_explains_is_one_sentence(word: str) -> None:
         run(LocalEngine(), short, pool_of(64))
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_its_worker_gets_a_reason(tmp_path: Path) -> None:
     pool, shards = pool_of(64, {40: "die"}), [Shard(0, 0, 32), Shard(1, 32, 64)]
     left_out = Pool(pool.source, pool.format, pool.fingerprint, {40: "bad"})
@@ -127,6 +129,7 @@ def test_a_row_that_kills_its_worker_gets_a_reason(tmp_path: Path) -> None:
     assert np.isnan(columns["score"]).sum() == 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
     pool = pool_of(COUNT, {5000: "die:once", 9000: "die:another"}, REASONS)
     task = fresh(tmp_path / "killed")
@@ -163,6 +166,7 @@ def test_a_task_that_always_fails_raises_and_does_not_blame_rows(tmp_path: Path)
     assert len(calls) == 3, "twice as it is, once without any row"
 
 
+@pytest.mark.slow
 def test_too_many_poisoned_rows_are_no_matter_of_rows(tmp_path: Path) -> None:
     words = dict.fromkeys(range(0, 200, 20), "raise")
     assert len(words) > MAX_FAILING_ROWS
@@ -235,6 +239,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(ORPHANS)

@@ -280,6 +280,7 @@ def test_pieces_of_a_study_count(jobs: int, clock: Clock, pushed: list[str], lin
     assert pushed == ["study 2 pieces"] + ["a None rows", "b None rows"] * (jobs == 1)
 
 
+@pytest.mark.slow
 def test_a_judged_run_with_its_standard_error_in_a_file(tmp_path: Path) -> None:
     pytest.importorskip("openai")
     write_pool(tmp_path / "pool.jsonl", 40)

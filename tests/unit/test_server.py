@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from siftune.errors import UserError
+from siftune.errors import MissingExtra, UserError
 from siftune.models.generate import Reply, Request, open_generator
 from siftune.models.journal import Journal, Journaled
 from siftune.models.server import OpenAIGenerator, read_address
@@ -186,3 +187,15 @@ def test_nothing_is_paid_twice_over_crashes_and_bad_manners(tmp_path: Path) -> N
     assert found == {text: f"<{text}>" for text in texts}
     assert all(server.paid[text] == 1 for text in texts[:4])
     assert sum(server.paid.values()) <= 12 + 1  # one may have been under way when it was closed
+
+
+@pytest.mark.parametrize("model", ["", "#chat"])
+def test_without_openai_a_server_is_refused_with_the_extra_to_install(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    generator = OpenAIGenerator("http://127.0.0.1:9/v1" + model)
+    with pytest.raises(
+        MissingExtra, match=r"needs openai, which is not installed; run: pip install 'siftune\[generate\]'"
+    ):
+        list(generator.replies([Request(key="one", messages=(("user", "?"),))]))

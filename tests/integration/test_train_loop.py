@@ -35,6 +35,7 @@ def words(*more: str) -> list[str]:
     return [*said, "--probe-rows", "60", "--run", "run", "--recipe", "recipe.yaml", *more]
 
 
+@pytest.mark.slow
 def test_rounds_tune_in_process_and_merge_adapters(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words("--json")) == 0
     rounds = json.loads(capsys.readouterr().out)["rounds"]

@@ -92,6 +92,7 @@ def test_the_model_has_learnt_the_corpus(model: Any, tokenizer: Any) -> None:
     assert log["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_asked_for_rows_it_writes_rows_in_the_stated_form(model: Any, tokenizer: Any) -> None:
     request = [{"role": "user", "content": prompts.seed_request(prompts.DESCRIPTIONS["reasoning"][0])}]
     asked = tokenizer.apply_chat_template(request, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -117,6 +118,7 @@ def jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_at_least_nine_replies_in_ten_can_be_read(written: Path) -> None:
     facts = json.loads((written / "written.json").read_text())
     asked = sum(domain["requests"] for domain in facts["domains"].values())
@@ -128,6 +130,7 @@ def test_at_least_nine_replies_in_ten_can_be_read(written: Path) -> None:
     assert all(domain["rows"] == domain["wanted"] for domain in facts["domains"].values())
 
 
+@pytest.mark.slow
 def test_the_model_writes_rows_of_the_domain_it_is_asked_for(written: Path) -> None:
     known = corpus.rows(2000, seed=3)
     words = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+"), LogisticRegression(C=30))
@@ -190,6 +193,7 @@ def select(pool: Path, *, run: Path, keep: str, seed: int, cache: str | None, se
     return pipeline_select("daar", options, settings)
 
 
+@pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = torch.get_rng_state()
     facts = story.run(tmp_path / "demo", select=select, count=400, steps=2)
@@ -217,6 +221,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(math.isfinite(run["loss"]) for run in runs.values())
 
 
+@pytest.mark.slow
 def test_quiet_prints_the_path_and_json_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = story.run(tmp_path / "demo", select=select, count=200, steps=0, quiet=True)
     assert capsys.readouterr().out == facts["selected"] + "\n"

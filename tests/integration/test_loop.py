@@ -71,6 +71,7 @@ def test_each_round_probes_the_model_that_was_tuned_last(prepared: Path, capsys:
     assert [item["rows"]["usable"] for item in facts] == [240, 200, 160]
 
 
+@pytest.mark.slow
 def test_a_rerun_repeats_no_round(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (prepared / "fail").touch()
     assert main(words()) == 2

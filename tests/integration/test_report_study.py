@@ -72,6 +72,7 @@ def test_damaged_tables_are_one_sentence(study: Path) -> None:
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_chart_of_every_page_is_drawn_twice_and_the_same_way(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

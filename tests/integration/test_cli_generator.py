@@ -60,6 +60,7 @@ def words(server: Hostile, *more: str) -> list[str]:
     return [*said, "--keep", "20%", "--probe-rows", "100", *more]
 
 
+@pytest.mark.slow
 def test_from_a_sentence_per_domain_to_chosen_rows(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with hostile({}, answer) as server:
         assert main(words(server, "--dry-run")) == 0

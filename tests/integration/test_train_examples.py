@@ -29,6 +29,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_demo_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus.write(tmp_path / "demo" / "data", count=200, per_domain=3, held=20)
     os.symlink(ROOT / "siftune", "siftune")
@@ -52,6 +53,7 @@ def test_every_example_is_a_recipe(path: Path) -> None:
     assert selector.count(size) < size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", presets())
 def test_presets_train(name: str) -> None:
     save_tiny(Path("model"), layers=2, width=16)

@@ -41,6 +41,7 @@ def test_rows_are_counted_and_tokens_estimated(pool: Path, tmp_path: Path) -> No
     assert found["writing"] is None
 
 
+@pytest.mark.slow
 def test_a_generators_requests_are_bounded_and_the_real_ones_lie_within(tmp_path: Path) -> None:
     told = {"a": "Sums.", "b": "Capitals."}
     said = tmp_path / "domains.yaml"

@@ -270,6 +270,7 @@ def choices(path: Path) -> Path:
     return suite(path, "tasks: {hellaswag: null, scienceqa: null, mmlu: {shots: 1, average: false}}")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_gives_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,6 +439,7 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "_manager", lambda: TaskManager(include_path=str(tmp_path), include_defaults=False))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("theirs")
 def test_a_task_of_the_harness_runs_by_name_with_its_parts_pooled(tmp_path: Path) -> None:
     said = suite(tmp_path / "s.yaml", "tasks: {pair: {shots: 1, metric: acc_norm}}")
@@ -518,6 +520,7 @@ def test_names_become_files_of_their_own() -> None:
     assert not file_name("..").startswith(".")
 
 
+@pytest.mark.slow
 def test_the_suite_and_the_task_of_the_documentation_run(folder: Path, tmp_path: Path) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
     blocks = [block.split("```")[0] for block in page.split("```yaml\n")[1:]]
