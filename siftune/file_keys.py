@@ -52,7 +52,10 @@ CHOSEN_NAMES = (
     *("pool", "eval", "held_out", "tasks", "fields", "columns", "quota", "target_mix", "price", "hub_rows", "shots"),
 )
 """Sections whose keys are names that the file's author chose: domains, tasks, the columns of rows."""
-PROSE = ("about", "prompt", "opening", "shown", "delimiter", "stop", "name")
+PROSE = (
+    *("about", "prompt", "opening", "shown", "delimiter", "stop", "name"),
+    *("doc_to_text", "doc_to_target", "doc_to_choice", "description", "gen_prefix", "until"),  # lm-evaluation-harness
+)
 """Keys whose text is for people or models; a text there that looks like a header is not one."""
 VARIABLES = {
     "proxies": "HTTPS_PROXY", "wandb": "WANDB_API_KEY", "comet": "COMET_API_KEY", "aws": "AWS_SECRET_ACCESS_KEY",

@@ -3,7 +3,7 @@
 A file is written under a temporary name beside its place, flushed to the disk and renamed, so that a process killed at
 any moment leaves the old file or the new one. Temporary names carry host and process, so that a later run can tell
 those of dead processes and remove them. Errors that the user can fix (full disk, no permission) become one sentence.
-POSIX only: `flock` and atomic rename. Cost: one pass over the bytes.
+Cost: one pass over the bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import base64
 import datetime
 import decimal
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -28,7 +27,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from .errors import UserError
 from .redaction import redact
@@ -309,8 +310,29 @@ def cache_folder(explicit: str | Path | None = None) -> Path:
     return Path(chosen).expanduser().absolute()
 
 
+def lock_file(path: str | Path, *, wait: bool = False) -> FileLock | None:
+    """The lock of a file that exists for nothing else, acquired; None when it is held elsewhere and `wait` is false.
+
+    The system frees it at any death. Raises `UserError` where the file cannot be opened, or on a file system without locks
+    (filelock's substitute there would outlive a killed process).
+    """
+    lock = FileLock(path, thread_local=False)  # whichever thread releases it
+    try:
+        with plain_errors(path):
+            lock.acquire(blocking=wait, poll_interval=0.1)
+        native = isinstance(lock, FileLock)
+    except Timeout:
+        return None
+    except NotImplementedError:  # filelock before it had a substitute
+        native = False
+    if not native:
+        lock.release()
+        raise UserError(f"{path}: this file system has no file locks; choose a folder on another one")
+    return lock
+
+
 class FolderLock:
-    """One process at a time in a folder: an exclusive `flock` on `<folder>/.lock`, freed by the system at any death.
+    """One process at a time in a folder: an exclusive lock on `<folder>/.lock`, freed by the system at any death.
 
     Entering creates the folder and raises `UserError` when another process (or another lock of this one) holds it.
 
@@ -320,26 +342,20 @@ class FolderLock:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._handle: IO[bytes] | None = None
+        self._lock: FileLock | None = None
 
     def __enter__(self) -> Self:
-        assert self._handle is None, "this lock is already held"
+        assert self._lock is None, "this lock is already held"
         with plain_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = open(self.folder / ".lock", "ab")  # held until __exit__
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.close()
-            raise UserError(
-                f"{self.folder} is in use by another siftune process; wait for it or choose another folder"
-            ) from error
-        self._handle = handle
+        self._lock = lock_file(self.folder / ".lock")
+        if self._lock is None:
+            raise UserError(f"{self.folder} is in use by another siftune process; wait for it or choose another folder")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._handle is not None
-        self._handle.close()
-        self._handle = None
+        assert self._lock is not None
+        self._lock.release()
+        self._lock = None

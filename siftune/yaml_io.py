@@ -22,6 +22,10 @@ def _loader() -> Any:
     class Loader(yaml.SafeLoader):
         pass
 
+    def refuse_function(loader: Any, node: Any) -> None:
+        raise UserError("the tag !function names code to run, which no file may; leave it out")
+
+    Loader.add_constructor("!function", refuse_function)  # lm-evaluation-harness's
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
     return Loader
 
@@ -36,6 +40,8 @@ def parse_yaml(text: str, where: str) -> Any:
 
     try:
         return yaml.load(text, _loader())
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deeply, huge numbers
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from ..errors import MissingExtra, UserError, did_you_mean
 from ..redaction import shortened
+from .draw import draw
 
 PLAIN_FILTER = "none"
 """The harness's name for no filter; left out of a metric's name."""
@@ -59,6 +60,8 @@ class Built:
     samples: Mapping[str, list[int]] | None = None
     reasons: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """Per part, why the answer to a question has the grade 0, filled in as answers are graded."""
+    content: str | None = None
+    """Hash of the task's file and of its rows; None for a task that the harness has by name."""
 
 
 def require(needed_for: str) -> None:
@@ -92,7 +95,14 @@ def _close(name: str, known: Sequence[str]) -> str:
 
 
 def build_hub(
-    name: str, *, title: str, shots: int | None, limit: int | None, seed: int, needs: str | None = None
+    name: str,
+    *,
+    title: str,
+    shots: int | None,
+    limit: int | None,
+    share: float | None = None,
+    seed: int,
+    needs: str | None = None,
 ) -> Built:
     """A task of the harness by its name there, its data from the hub. Raises `UserError` where that cannot be had."""
     try:
@@ -100,18 +110,18 @@ def build_hub(
             tasks: dict[str, Any] = _manager().load([name])["tasks"]
     except Exception as error:
         missing = f"; run: pip install '{needs}'" if needs and isinstance(error, ImportError) else ""
-        reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
         raise UserError(
-            f"task {title}: lm-eval's {name} cannot be had ({reason}){missing or '; give --data FOLDER'}"
+            f"task {title}: lm-eval's {name} cannot be had ({short_reason(error)}){missing or '; give --data FOLDER'}"
         ) from error
     for task in tasks.values():
         usual = task.get_config("num_fewshot")
         task.set_config(key="num_fewshot", value=usual or 0 if shots is None or usual == 0 else shots)
         task.set_fewshot_seed(seed=seed)
     sizes = [len(task.eval_docs) for task in tasks.values()]
-    if limit is None or limit >= sum(sizes):
+    chosen = draw(sum(sizes), limit, share, seed)
+    if chosen is None:
         return Built(tasks)
-    drawn = np.sort(np.random.default_rng(seed).permutation(sum(sizes))[:limit])
+    drawn = np.asarray(chosen)
     starts = np.cumsum([0, *sizes])
     samples = {
         part: (drawn[(drawn >= begin) & (drawn < end)] - begin).tolist()
@@ -119,6 +129,28 @@ def build_hub(
     }
     kept = {part: rows for part, rows in samples.items() if rows}
     return Built({part: tasks[part] for part in kept}, kept)
+
+
+def short_reason(error: BaseException) -> str:
+    """The first line of an error, or its type where it says nothing."""
+    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
+
+
+@contextlib.contextmanager
+def sandboxed() -> Iterator[None]:
+    """Inside, the harness fills templates without access to Python's insides: a task file may come from anyone."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    plain = utils.env
+    sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters.update(plain.filters)
+    utils.env = sandbox
+    try:
+        yield
+    finally:
+        utils.env = plain
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -143,7 +175,7 @@ def ask(model: Any, built: Built, *, chat: bool, allow_code: bool, bars: bool) -
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     try:
-        with silent(bars=bars):
+        with silent(bars=bars), sandboxed():
             found: Any = evaluate(
                 lm=model,
                 task_dict={"tasks": dict(built.tasks)},

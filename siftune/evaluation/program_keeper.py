@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import runpy
 import signal
 import sys
@@ -78,6 +77,8 @@ def _own_namespace() -> str:
 
 
 def _limit(options: dict[str, Any], *, own_count: bool) -> None:
+    import resource  # absent on Windows, where `programs` imports this module and runs nothing
+
     limits = {
         resource.RLIMIT_CPU: options["cpu"],
         resource.RLIMIT_AS: options["memory"],

@@ -4,7 +4,8 @@
     tasks: {gsm8k: {shots: 5, limit: 500}, mine: {task: mine.yaml}, arc_challenge: {shots: 25, metric: acc_norm}}
     held_out: {mathematics: held.jsonl}
 
-A task is one of siftune's (`tasks/`), one of a YAML file of the user's, or any of lm-evaluation-harness by its name there.
+A task is one of siftune's (`tasks/`), one of a YAML file of the user's (in siftune's keys or in those of
+lm-evaluation-harness), or any of lm-evaluation-harness by its name there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 from ..errors import UserError, check_keys, did_you_mean
 from ..yaml_io import read_yaml
+from .harness_file import HarnessFile, is_harness_file, read_harness_file
 from .tasks import TaskSpec, own_tasks, read_task
 
 SUITES = Path(__file__).parent / "suites"
@@ -33,12 +35,16 @@ class SuiteTask:
     """Worked examples in front of every question; None is the task's own habit (0 for siftune's)."""
     limit: int | None = None
     """Questions at most; more are cut by a seeded draw."""
+    share: float | None = None
+    """Share of the questions that is asked at most, over 0 and below 1, drawn likewise."""
     metric: str | None = None
     """The number that stands for the task; None is the task's own."""
     average: bool = True
     """Counts in the suite's average."""
     spec: TaskSpec | None = None
     """What siftune knows of it; None for a task of the harness alone."""
+    file: HarnessFile | None = None
+    """The user's file of a task of the harness."""
 
 
 def suite_file(suite: str | None) -> str | None:
@@ -70,6 +76,9 @@ class Suite:
         if str(said) not in shipped and path.suffix not in (".yaml", ".yml"):
             known = [*sorted(shipped), HELD_OUT]
             raise UserError(f"suite {said} is not known; {did_you_mean(str(said), known)}, or the path of a .yaml file")
+        if str(said) not in shipped and is_harness_file(path, what="suite"):
+            task = read_harness_file(path)
+            return cls(name=path.stem, tasks=(SuiteTask(name=task.name, file=task),))
         made = read_yaml(path, what="suite")
         where = f"suite {path.stem}"
         check_keys(made, ("name", "about", "tasks", "held_out"), where)
@@ -90,13 +99,17 @@ class Suite:
                 raise UserError(f"suite {self.name} has no task {name} to skip; {did_you_mean(name, known)}")
         return replace(self, tasks=tuple(task for task in self.tasks if task.name not in names))
 
-    def limited(self, limit: int | None) -> Self:
-        """At most `limit` questions of every task."""
+    def limited(self, limit: float | None) -> Self:
+        """At most `limit` questions of every task, or that share of them where it is below 1."""
         if limit is None:
             return self
-        if limit < 1:
-            raise UserError(f"limit={limit} asks nothing; give at least 1")
-        return replace(self, tasks=tuple(replace(task, limit=min(limit, task.limit or limit)) for task in self.tasks))
+        if (wrong := _not_a_limit(limit)) is not None:
+            raise UserError(f"limit={limit} {wrong}")
+        if isinstance(limit, int):
+            tasks = [replace(task, limit=min(limit, task.limit or limit)) for task in self.tasks]
+        else:
+            tasks = [replace(task, share=min(limit, task.share or limit)) for task in self.tasks]
+        return replace(self, tasks=tuple(tasks))
 
     def check_code(self, allowed: bool) -> None:
         """Raise `UserError` where a task would run code that the model wrote and nobody allowed it."""
@@ -106,6 +119,14 @@ class Suite:
                 f"{' and '.join(running)} of suite {self.name} run code that the model writes, in no sandbox; give "
                 f"--allow-code (best inside a container), or --skip {','.join(running)}"
             )
+
+
+def _not_a_limit(limit: Any) -> str | None:
+    """What is wrong with a number of questions or a share of them; None where nothing is."""
+    number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+    if number and (0 < limit < 1 or (isinstance(limit, int) and limit >= 1)):
+        return None
+    return "is no number of questions; give a whole number of at least 1, or a share over 0 and below 1"
 
 
 def _beside(path: Path, source: Any) -> str | list[str]:
@@ -129,13 +150,19 @@ def _task(name: str, options: Any, path: Path, where: str) -> SuiteTask:
     if not isinstance(options, dict):
         raise UserError(f"{where}: {options!r} is no mapping; write {{shots: 5, limit: 100}}")
     check_keys(options, ("shots", "limit", "metric", "average", "task"), where)
-    for key, least in (("shots", 0), ("limit", 1)):
-        value = options.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise UserError(f"{where}: {key}: {value} is no number of {key}; give a whole number of at least {least}")
+    shots, limit = options.get("shots"), options.get("limit")
+    if shots is not None and (not isinstance(shots, int) or isinstance(shots, bool) or shots < 0):
+        raise UserError(f"{where}: shots: {shots} is no number of shots; give a whole number of at least 0")
+    if limit is not None and (wrong := _not_a_limit(limit)) is not None:
+        raise UserError(f"{where}: limit: {limit} {wrong}")
     if not isinstance(options.get("average", True), bool):
         raise UserError(f"{where}: average: {options['average']} is not known; give true or false")
     given = {key: value for key, value in options.items() if key != "task"}
-    own = own_tasks()
-    spec = read_task(path.parent / str(options["task"])) if "task" in options else own.get(name)
-    return SuiteTask(name=name, spec=spec, **given)
+    if isinstance(limit, float):
+        given["share"] = given.pop("limit")
+    if "task" not in options:
+        return SuiteTask(name=name, spec=own_tasks().get(name), **given)
+    file = path.parent / str(options["task"])
+    if is_harness_file(file):
+        return SuiteTask(name=name, file=read_harness_file(file), **given)
+    return SuiteTask(name=name, spec=read_task(file), **given)

@@ -18,12 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from ..errors import UserError, check_keys
 from ..files import hash_file, hash_json, refuse_special
 from ..redaction import shortened
 from ..yaml_io import read_yaml
+from .draw import draw
 from .grading import GRADES, RUN_PROGRAMS
 
 TASKS = Path(__file__).parent / "tasks"
@@ -171,11 +170,12 @@ class Questions:
             yield value, rows, self.shots.get(value, [])
 
 
-def questions(spec: TaskSpec, folder: Path | None, *, shots: int, limit: int | None, seed: int) -> Questions:
+def questions(
+    spec: TaskSpec, folder: Path | None, *, shots: int, limit: int | None, share: float | None = None, seed: int
+) -> Questions:
     """The rows that a task asks, from the data folder, or from the hub where that is None.
 
-    Where there are more than `limit`, they are drawn by `seed`; a smaller limit draws a part of the same. Raises
-    `UserError` for a missing file, a row that lacks a field, or too few worked examples.
+    Where there are more than `limit` or than the `share` of them, they are drawn by `seed` (`draw`). Raises `UserError` for a missing file, a row that lacks a field, or too few worked examples.
     """
     if folder is None and spec.hub_rows is not None:
         rows, examples, source = _from_hub(spec, shots)
@@ -188,8 +188,8 @@ def questions(spec: TaskSpec, folder: Path | None, *, shots: int, limit: int | N
             other = find_file(spec, folder, spec.shots_file)
             examples, content = read_rows(spec, other), hash_json([content, hash_file(other)])
     held = len(rows)
-    if limit is not None and limit < held:
-        drawn = np.sort(np.random.default_rng(seed).permutation(held)[:limit])
+    if (drawn := draw(held, limit, share, seed)) is not None:
+        limit = len(drawn)
         rows = [rows[index] for index in drawn]
     chosen = _examples(spec, rows, examples, shots)
     return Questions(spec, rows, chosen, held, source, hash_json([content, shots, limit, seed]))

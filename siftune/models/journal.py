@@ -8,7 +8,6 @@ Cost: one flush per reply; in memory 100 bytes per line, the texts remain on the
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -17,8 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from filelock import FileLock
+
 from ..errors import UserError
-from ..files import hash_json, plain_errors
+from ..files import hash_json, lock_file, plain_errors
 from ..progress import counted
 from .generate import Generator, Reply, Request, request_key
 
@@ -29,7 +30,7 @@ FIELDS = ("text", "prompt_tokens", "completion_tokens", "finish_reason", "error"
 
 
 class Journal:
-    """A journal file, locked while it is open.
+    """A journal file, locked while it is open by `.NAME.lock` beside it.
 
     Entering raises `UserError` when another process has it open, or when the file is not a journal.
 
@@ -42,32 +43,37 @@ class Journal:
         self.damaged = 0
         """Complete lines that could not be read; their content is requested again."""
         self._file: IO[bytes] | None = None
+        self._lock: FileLock | None = None
         self._places: dict[bytes, int] = {}
 
     def __enter__(self) -> Self:
         assert self._file is None, "this journal is already open"
         with plain_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "a+b")  # held until __exit__
+            place = Path(os.path.realpath(self.path))
+        self._lock = lock_file(place.with_name(f".{place.name}.lock"))
+        if self._lock is None:
+            raise UserError(f"{self.path} is being written by another siftune process; wait for it")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file = file
+            with plain_errors(self.path):
+                self._file = open(self.path, "a+b")  # held until __exit__
             self._read()
-        except BlockingIOError as error:
-            file.close()
-            raise UserError(f"{self.path} is being written by another siftune process; wait for it") from error
         except BaseException:
-            self._file = None
-            file.close()
+            self._close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
-        self._file.close()
-        self._file = None
+        self._close()
+
+    def _close(self) -> None:
+        assert self._lock is not None
+        if self._file is not None:
+            self._file.close()
+        self._lock.release()
+        self._file = self._lock = None
 
     def __len__(self) -> int:
         return len(self._places)

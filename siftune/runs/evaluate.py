@@ -40,11 +40,11 @@ class EvaluateOptions(Everywhere):
     adapter: str | None = None
     """PEFT adapter (folder or hub id), merged into the model before anything is measured."""
     suite: str | None = None
-    """daar, uds, held-out, or a YAML file; held-out when only --held-out is given."""
+    """daar, uds, held-out, or a YAML file (a suite, or a task of lm-eval's); held-out when only --held-out is given."""
     data: str | None = None
     """Folder with the tasks' rows as JSON Lines (docs/evaluate.md); left out, they come from the hub."""
-    limit: int | None = None
-    """Questions of a task at most, drawn by --seed; a smaller number draws a part of the same."""
+    limit: int | float | None = None
+    """Questions of a task at most, or a share of them below 1 (0.1), drawn by --seed; a smaller one draws a part of the same."""
     skip: str | None = None
     """Tasks of the suite to leave out: humaneval,mbpp."""
     held_out: dict[str, str] | None = None
@@ -113,7 +113,7 @@ class Job:
         if self.suite.tasks:
             harness.require("a suite of tasks")
             for task in self.suite.tasks:
-                if task.spec is None:
+                if task.spec is None and task.file is None:
                     harness.check_known(task.name, own=list(_own()))
         if not options.model:
             raise UserError("siftune evaluate needs a model: siftune evaluate MODEL --suite daar")
@@ -160,6 +160,7 @@ class Job:
                 own,
                 *(getattr(task, name) for name in OF_THE_RESULT),
                 getattr(self.asked[task.name], "content", None),
+                *([task.share] if task.share is not None else []),
             ]
             found[f"task {task.name}"] = hash_json(said)
         return found | {f"held-out {name}": hash_json(encoded.rows) for name, encoded in self.encoded.items()}
@@ -194,15 +195,17 @@ def _own() -> Iterable[str]:
 def _questions(task: SuiteTask, options: EvaluateOptions) -> Any:
     """The task's questions: our own (`Questions`), or the harness's (`Built`)."""
     from ..evaluation import harness
+    from ..evaluation.harness_file import build_file
     from ..evaluation.tasks import questions
 
     spec, folder = task.spec, None if options.data is None else Path(options.data)
+    how: dict[str, Any] = {"limit": task.limit, "share": task.share, "seed": options.seed}
+    if task.file is not None:
+        return build_file(task.file, title=task.name, shots=task.shots, **how)
     if spec is not None and (folder is not None or spec.hub is None):
-        return questions(spec, folder, shots=task.shots or 0, limit=task.limit, seed=options.seed)
+        return questions(spec, folder, shots=task.shots or 0, **how)
     name, needs = (spec.hub, spec.hub_needs) if spec is not None else (task.name, None)
-    return harness.build_hub(
-        str(name), title=task.name, shots=task.shots, limit=task.limit, seed=options.seed, needs=needs
-    )
+    return harness.build_hub(str(name), title=task.name, shots=task.shots, needs=needs, **how)
 
 
 def _about(task: SuiteTask, asked: Any) -> dict[str, Any]:
@@ -212,7 +215,7 @@ def _about(task: SuiteTask, asked: Any) -> dict[str, Any]:
         "questions": len(asked.rows) if own else None,
         "held": asked.held if own else None,
         "shots": task.shots if task.shots is not None or not own else 0,
-        "source": asked.source if own else f"lm-eval {task.spec.hub if task.spec else task.name}",
+        "source": asked.source if own else f"lm-eval {task.spec.hub if task.spec else task.file or task.name}",
         "metric": standing(task, own=own),
     }
 

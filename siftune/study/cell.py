@@ -7,7 +7,6 @@ Each piece of work is a plain record that another process can be handed. A finis
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 from ..data.exports import discard
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import lock_file, read_json, write_json
 from .cells import Cell
 from .data import Data, model_folder
 from .plan import plan_arm
@@ -45,9 +44,12 @@ def alone(folder: Path, name: str) -> Iterator[None]:
     """One process at a time at this piece of work; others wait. The system frees the lock at any death."""
     path = folder / ".locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    lock = lock_file(path, wait=True)
+    assert lock is not None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 # --- the three pieces that tests replace --------------------------------------------------------------------------------

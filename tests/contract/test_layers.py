@@ -80,3 +80,26 @@ def test_import_siftune_pulls_in_no_heavy_library_and_is_quick() -> None:
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
     assert all(run.stdout.split(" ", 1)[1].strip() == "[]" for run in runs), runs[0].stdout
     assert min(float(run.stdout.split()[0]) for run in runs) < 0.3
+
+
+POSIX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_needs_a_module_of_posix_to_be_imported(path: Path) -> None:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        needed = [name for name in names if name in POSIX_ONLY]
+        assert not needed, f"{path.name} imports {needed[0]}, which Windows lacks; import it where it is used"
+
+
+def test_the_python_interface_imports_without_fcntl_and_resource() -> None:
+    code = (
+        "import sys, torch, datasets, sklearn\n"
+        "from transformers import Trainer, TrainerCallback\n"  # these try such modules themselves
+        "sys.modules |= {'fcntl': None, 'resource': None}\n"
+        "import siftune.files, siftune.models.journal, siftune.study.cell, siftune.evaluation.grading\n"
+        "from siftune import DaaR, attach, load_pool\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

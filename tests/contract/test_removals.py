@@ -57,8 +57,6 @@ LISTED: dict[tuple[str, str, str], tuple[int, str]] = {
     ("models/journal.py", "Journal.__enter__", "open"): (1, "unit/test_journal.py"),
     ("models/journal.py", "Journal._read", "os.ftruncate"): (1, "unit/test_journal.py"),
     # run folders, and what is beside a table
-    ("files.py", "FolderLock.__enter__", "open"): (1, "unit/test_data_files.py"),
-    ("study/cell.py", "alone", "open"): (1, "laws/test_study_resume.py"),
     ("study/cell.py", "_drop_model", "discard"): (
         1,
         "unit/test_user_files.py::test_weights_of_a_measured_cell_go_without_the_users_files",

@@ -19,6 +19,7 @@ from siftune.demo.embedded import model_folder
 from siftune.errors import UserError
 from siftune.evaluation import harness
 from siftune.evaluation import target as target_module
+from siftune.evaluation.harness_file import build_file
 from siftune.evaluation.own import build_own, rendered
 from siftune.evaluation.results import averaged
 from siftune.evaluation.suite import Suite
@@ -376,7 +377,7 @@ def test_chat_puts_the_question_into_the_models_template(folder: Path, tmp_path:
     [
         (["--suite", "daar"], "mbpp and humaneval of suite daar run code"),
         (["--suite", "dar"], "did you mean daar"),
-        (["--suite", "uds", "--skip", "humaneval", "--limit", "0"], "limit=0 asks nothing"),
+        (["--suite", "uds", "--skip", "humaneval", "--limit", "0"], "limit=0 is no number of questions"),
         (["--suite", "uds", "--skip", "humaneval", "--data", "/nowhere"], "data='/nowhere' is not a folder"),
         (["--suite", "uds", "--skip", "human"], "did you mean humaneval"),
         ([], "needs --suite daar, uds or a YAML file"),
@@ -524,7 +525,7 @@ def test_names_become_files_of_their_own() -> None:
 def test_the_suite_and_the_task_of_the_documentation_run(folder: Path, tmp_path: Path) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
     blocks = [block.split("```")[0] for block in page.split("```yaml\n")[1:]]
-    for name, text in zip(("suite.yaml", "capitals.yaml"), blocks, strict=True):
+    for name, text in zip(("suite.yaml", "capitals.yaml", "rivers.yaml"), blocks, strict=True):
         assert text.startswith(f"# {name}")
         (tmp_path / name).write_text(text, encoding="utf-8")
     rows = [{"country": "Italy", "answers": ["Rome"]}, {"country": "Peru", "answers": ["Lima"]}]
@@ -549,6 +550,12 @@ def test_the_suite_and_the_task_of_the_documentation_run(folder: Path, tmp_path:
     assert found.held_out["mathematics"]["rows"] == 1
     sample = json.loads((tmp_path / "run" / "samples" / "capitals.jsonl").read_text().splitlines()[0])
     assert sample["prompt"] == "The capital of Austria is Vienna.\n\nThe capital of Italy is"
+    rivers = [{"city": "Vienna", "rivers": ["the Danube", "the Seine"], "answer": 0}]
+    (tmp_path / "rivers.jsonl").write_text("\n".join(map(json.dumps, rivers)), encoding="utf-8")
+    (task,) = Suite.read(tmp_path / "rivers.yaml").tasks
+    assert task.file is not None
+    built = build_file(task.file, title="rivers", shots=None, limit=None, share=None, seed=0)
+    assert built.tasks["rivers"].doc_to_text(built.tasks["rivers"].eval_docs[0]) == "Which river flows through Vienna?"
 
 
 def test_the_documentation_names_every_file_and_field_of_every_task() -> None:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import warnings
 from decimal import Decimal
 from pathlib import Path
 
@@ -136,6 +137,32 @@ def test_the_lock_is_held_by_one_and_freed_by_death(tmp_path: Path) -> None:
     killed = "import os, sys; from siftune.files import FolderLock\nFolderLock(sys.argv[1]).__enter__(); os._exit(1)"
     subprocess.run([sys.executable, "-c", killed, str(folder)], check=False)
     with files.FolderLock(folder):
+        pass
+
+
+def test_a_lock_that_waits_gets_it_when_it_is_free(tmp_path: Path) -> None:
+    first = files.lock_file(tmp_path / "lock")
+    assert first is not None
+    assert files.lock_file(tmp_path / "lock") is None
+    script = "import sys; from siftune.files import lock_file; print(lock_file(sys.argv[1], wait=True).is_locked)"
+    command = [sys.executable, "-c", script, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(1)
+        first.release()
+        assert other.communicate()[0].strip() == "True"
+
+
+def test_a_file_system_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with (
+        pytest.raises(UserError, match="this file system has no file locks; choose a folder on another one"),
+        warnings.catch_warnings(action="ignore"),
+        files.FolderLock(tmp_path / "run"),
+    ):
         pass
 
 

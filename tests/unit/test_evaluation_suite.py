@@ -75,8 +75,8 @@ def test_a_suite_of_the_users_holds_tasks_of_three_kinds_and_files(tmp_path: Pat
     [
         ("tasks: {gsm8k: {shot: 5}}", "has an unknown key 'shot'; did you mean shots"),
         ("tasks: {gsm8k: {shots: -1}}", "shots: -1 is no number of shots"),
-        ("tasks: {gsm8k: {limit: 0}}", "limit: 0 is no number of limit"),
-        ("tasks: {gsm8k: {limit: true}}", "limit: True"),
+        ("tasks: {gsm8k: {limit: 0}}", "limit: 0 is no number of questions"),
+        ("tasks: {gsm8k: {limit: true}}", "limit: True is no number of questions"),
         ("tasks: {gsm8k: {average: 3}}", "average: 3 is not known"),
         ("tasks: {gsm8k: 5}", "5 is no mapping"),
         ("tasks: 5", "tasks is a int"),
@@ -96,7 +96,7 @@ def test_a_suite_that_makes_no_sense_is_one_sentence(tmp_path: Path, text: str, 
 def test_names_that_are_not_known_name_the_nearest() -> None:
     with pytest.raises(UserError, match="suite dar is not known; did you mean daar"):
         Suite.read("dar")
-    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"suite nowhere\.yaml cannot be read"):
         Suite.read("nowhere.yaml")
     with pytest.raises(UserError, match="no task humanval to skip; did you mean humaneval"):
         Suite.read("uds").without(["humanval"])

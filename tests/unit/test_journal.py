@@ -193,6 +193,9 @@ def test_two_processes_cannot_write_one_journal(tmp_path: Path) -> None:
     code = "import sys; from siftune.models.journal import Journal; Journal(sys.argv[1]).__enter__()"
     with Journal(path):
         done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+        (tmp_path / "link.jsonl").symlink_to(path)
+        with pytest.raises(UserError, match="being written by another"), Journal(tmp_path / "link.jsonl"):
+            pass
     assert done.returncode != 0
     assert "being written by another siftune process" in done.stderr
     with Journal(path):
