@@ -71,7 +71,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("..", "--out .. is the working folder or contains it"),
         ("model/export", "--out model/export lies inside"),
         ("run", "--out run is the same as the run folder"),
-        ("run/model", "--out run/model lies inside the run folder"),
+        ("run/model", "--out run/model is inside the run folder"),
         ("pool.jsonl", "--out pool.jsonl is the same as train"),
         ("recipe.yaml", "--out recipe.yaml is the same as the recipe"),
         ("to-model", "--out to-model is the same as"),
@@ -160,7 +160,7 @@ def test_select_never_replaces_what_it_reads(work: Path) -> None:
     assert "--seeds (seeds.jsonl)" in untouched(work, [*daar, "--out", "seeds.jsonl"])
     assert "--model (model)" in untouched(work, [*daar, "--out", "model/chosen.jsonl"])
     assert "contains" in untouched(work, [*random, "rows/one.jsonl", "--run", "rows"])
-    assert "lies inside the run folder" in untouched(work, [*random, "pool.jsonl", "--out", "run/rows.parquet"])
+    assert "is inside the run folder" in untouched(work, [*random, "pool.jsonl", "--out", "run/rows.parquet"])
 
 
 def test_select_may_replace_an_ordinary_file(work: Path) -> None:
@@ -176,7 +176,7 @@ def test_keep_replaces_neither_the_pool_nor_the_run(work: Path) -> None:
     keep = ["keep", "run", "--keep", "5"]
     assert "the run's pool (pool.jsonl)" in untouched(work, [*keep, "--out", "pool.jsonl"])
     untouched(work, [*keep, "--out", "hard.jsonl"])
-    assert "lies inside the run folder run" in untouched(work, [*keep, "--out", "run/selected.jsonl"])
+    assert "is inside the run folder run" in untouched(work, [*keep, "--out", "run/selected.jsonl"])
     assert siftune([*keep, "--out", "five.jsonl", "--quiet"]).code == 0
 
 
@@ -265,7 +265,7 @@ def test_report_replaces_only_pages(work: Path) -> None:
     assert siftune(["select", "random", "pool.jsonl", "--keep", "10%", "--run", "run", "--quiet"]).code == 0
     words = ["report", "run", "--map-rows", "0"]
     for out in ("pool.jsonl", "run/manifest.json", "project/main.py"):
-        assert "is no page; give a path that ends in .html" in untouched(work, [*words, "--out", out])
+        assert "is not an HTML file; pass a path that ends in .html" in untouched(work, [*words, "--out", out])
     Path("run/report.html").write_text("<html>my own page of this run</html>")
     assert "run/report.html was not written by siftune report" in untouched(work, words)
     Path("run/report.html").unlink()
@@ -283,7 +283,7 @@ def test_demo_takes_no_folder_of_the_users(work: Path) -> None:
     Path("mine/data/pool.jsonl").write_text("mine")
     words = ["demo", "--rows", "100", "--steps", "0", "--run", "mine"]
     assert "--run mine holds data" in untouched(work, words)
-    assert "lies inside the run folder" in untouched(work, [*words, "--out", "mine/data/pool.jsonl"])
+    assert "is inside the run folder" in untouched(work, [*words, "--out", "mine/data/pool.jsonl"])
 
 
 Save = Callable[[Path], object]

@@ -131,7 +131,7 @@ def test_the_command(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None
         (["score-reference", "recipe.yaml"], "needs --reference"),
         (["score-reference", "--reference", "./reference"], "needs a recipe"),
         ([*words, "--out", "t.csv"], "--out t.csv must end in .parquet or .safetensors"),
-        ([*words, "--score-tokens", "0"], "--score-tokens 0 reads nothing"),
+        ([*words, "--score-tokens", "0"], "--score-tokens must be >= 1, got 0"),
         (["score-reference", "recipe.yaml", "--reference", "./none"], "model='./none' is not a folder here"),
     ):
         assert main(more) == 2
