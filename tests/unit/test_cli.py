@@ -262,6 +262,6 @@ def test_a_page_that_cannot_be_made_does_not_fail_the_run(
     monkeypatch.setattr("siftune.reports.report.write", missing)
     code, out, _ = said(capsys, "select", "length", "pool.jsonl", "--run", "r")
     assert code == 0
-    assert "siftune report r   a page to look at (siftune report needs plotly" in " ".join(out.split(" "))
+    assert "siftune report r   the page of this run (siftune report needs plotly" in " ".join(out.split(" "))
     assert "pip install 'siftune[report]'" in out
     assert (here / "r" / "selected.jsonl").is_file()

@@ -125,7 +125,7 @@ def test_a_pool_that_is_gone_leaves_the_chosen_rows_readable(pool: Path, run: Pa
     rows = {row["row"]: row for view in data_of(done)["rows-to-read"]["views"] for row in view["rows"]}
     originals = rows_of(90)
     for row in rows.values():
-        wanted = originals[row["row"]]["instruction"] if row["kept"] else "The text of this row is not at hand."
+        wanted = originals[row["row"]]["instruction"] if row["kept"] else "The text of this row is not available."
         assert row["question"] == wanted
 
 
@@ -218,7 +218,7 @@ def test_without_the_cache_the_page_says_so(daar: Path, tmp_path: Path) -> None:
     done = report.write(daar, tmp_path / "out.html", map_rows=0, cache=tmp_path / "empty")
     text = done.read_text(encoding="utf-8")
     assert "The probe" in sections(done)
-    assert "not in the cache any more" in text
+    assert "no longer in the cache" in text
     assert "calibration" not in data_of(done)
     whole = report.write(daar, tmp_path / "out.html", map_rows=0, cache=daar.parent / "cache")
     assert "calibration" in data_of(whole)
@@ -260,8 +260,8 @@ def test_a_ledger_in_parts_and_unnamed_rows(tmp_path: Path) -> None:
     (out / "siftune" / "selection.parquet").unlink()
     done = report.write(out, cache=tmp_path / "cache")
     text = done.read_text(encoding="utf-8")
-    assert "Training has not come to its end." in text
-    assert "name the file of the training rows with --rows" in text
+    assert "Training is not finished." in text
+    assert "pass the file of the training rows with --rows" in text
     assert read_training(out).training_rows is None
 
 
