@@ -138,7 +138,7 @@ def written(folder: Path, manifest: dict[str, Any], shown: int = 3) -> str:
         reasons = ", ".join(f"{count} {kind}" for kind, count in domain["rejected"].items())
         numbers = [domain["rows"], domain["requests"], domain["plain_requests"], domain["relaxed"]]
         lines.append([name, *map(str, numbers), f"{domain['threshold_used']:.3f}", reasons or "-"])
-    head = ["domain", "rows", "requests", "in plain words", "relaxed", "similarity up to", "not used"]
+    head = ["domain", "rows", "requests", "with the simpler prompt", "relaxed", "similarity up to", "not used"]
     parts = [table(head, lines), "\n".join(f"- {sentence}" for sentence in facts["told"])]
     for name in facts["domains"]:
         with open(folder / "run-daar" / "domains" / f"{name}.jsonl", encoding="utf-8") as handle:
@@ -187,19 +187,19 @@ def page(folder: Path, done: dict[str, Done], settings: str, recipe: str, option
     command += f" --attempts {options.attempts} --steps {options.steps}"
     return f"""# With a real pretrained model
 
-Written by `python scripts/real_model.py {command}`. Nothing here is typed by hand.
+Written by `python scripts/real_model.py {command}`. All figures are measured by the script.
 
-{machine.describe()}
+{machine.describe()}{chr(10) + chr(10) + options.note if options.note else ""}
 
 Model: [SmolLM2-135M-Instruct](https://huggingface.co/{HUB}), 135 M weights (here dequantised from 4 bit, so a little worse
 than the original), as base model and as generator. Pool: {rows["read"]:,} rows, {options.per_domain} of each of four public pools,
-shuffled; their domains are hidden from the methods. Of each pair of commands, the first is what ran, the second takes the
-same model from the hub. Every command started from an empty cache, except that `ifd` and the training come after DaaR.
+shuffled; their domains are hidden from the methods. Of each pair of commands, the first was run, the second uses the
+same model from the hub. Every command started from an empty cache, except that `ifd` and the training ran after DaaR.
 
 ## DaaR, from one sentence per domain
 
-`domains.yaml` holds one line, `{settings}`, so the four shipped sentences are used; a domain that is short
-after its requests takes the least similar of the rows that were too similar.
+`domains.yaml` holds one line, `{settings}`, so the four shipped sentences are used; a domain with too few
+rows after its requests accepts the least similar of the rows that were too similar.
 
 {done["daar"].commands}
 
@@ -209,19 +209,19 @@ after its requests takes the least similar of the rows that were too similar.
 
 {agreement(folder)}
 
-## What the model wrote
+## Rows written by the model
 
 {written(folder, done["daar"].manifest)}
 
-A model this small writes the form more reliably than the facts: read the rows before you rely on them, and use a larger
-generator where you can. DaaR needs them only to place the domains.
+A model this small follows the form more reliably than the facts: read the rows before you rely on them, and use a larger
+generator where possible. DaaR needs them only to locate the domains.
 {others(folder, done)}{few_steps(done, recipe)}"""
 
 
 def others(folder: Path, done: dict[str, Done]) -> str:
     """What the other offline methods cost, and what they share with DaaR."""
     parts = [
-        f"{done[name].commands}\n\n{done[name].cost}. Rows that DaaR chose, too: "
+        f"{done[name].commands}\n\n{done[name].cost}. Rows that DaaR also chose: "
         f"{shared_rows(folder, f'run-{name}', 'run-daar')}.\n"
         for name in ("length", "ifd")
         if name in done
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--attempts", type=int, default=32, help="requests for further rows of a domain at most")
     parser.add_argument("--steps", type=int, default=4, help="steps of training")
     parser.add_argument("--only", nargs="+", choices=list(commands()), help="run these commands alone; daar is needed")
+    parser.add_argument("--note", default="", help="a sentence for the page, such as what ran beside it")
     parser.add_argument("--reuse", action="store_true", help="keep what an earlier call computed")
     options = parser.parse_args()
     folder = options.work.resolve()

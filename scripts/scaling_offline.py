@@ -112,7 +112,7 @@ def plan(took: dict[str, float], rows: int) -> str:
         f"{POOL_ROWS / GPUS / TOKENISED / 60:.0f} min |",
         f"| shards of 4,096 rows, the unit of work and of loss | {-(-POOL_ROWS // 4096):,} |",
         f"| results over the network: {a_row} bytes a row with {DOMAINS} domains | {a_row * POOL_ROWS / 1e6:.0f} MB |",
-        f"| the driver's part on one core, all told | {sum(driver.values()) * POOL_ROWS / 6e7:.0f} min |",
+        f"| the driver's part on one core, in total | {sum(driver.values()) * POOL_ROWS / 6e7:.0f} min |",
     ]
     return "\n".join(lines)
 

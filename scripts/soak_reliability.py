@@ -49,7 +49,7 @@ GROUPS = (
         ),
     ),
     (
-        "Generators and judges behind a server that misbehaves: what passes is asked again, no reply is paid twice",
+        "Generators and judges behind a server that misbehaves: temporary errors are retried, no reply is paid twice",
         ("server",),
     ),
     ("Fuzzed input: never a traceback, no row lost, counts add up", ("fuzzed",)),
@@ -61,64 +61,63 @@ GROUPS = (
 
 HEAD = """# Reliability
 
-What was done to siftune, and held. The counts are those of the tests that ran (`tests/faults`, `tests/laws/test_kill.py`,
-and those of `tests/unit` and `tests/integration` that meet a server). Every one of these tests passed; otherwise this
-page would not have been written.
+The faults that siftune is tested against. The counts are those of the tests that ran (`tests/faults`, `tests/laws/test_kill.py`,
+and those of `tests/unit` and `tests/integration` with a server); this page is written only when all of these tests pass.
 
 """
 MEANING = """
-## What is promised
+## Guarantees
 
-- A command that is killed, at any moment, and run again ends with the bytes of an undisturbed run. Finished stages are not
+- A command that is killed, at any moment, and run again ends with the bytes of an uninterrupted run. Finished stages are not
   repeated; inside a scoring stage, finished shards (4,096 rows) are not.
-- A file has its final name only when it is whole. Temporaries of dead processes are removed by the next run.
+- A file has its final name only when it is complete. Temporaries of dead processes are removed by the next run.
 - The cache may be deleted, and files in it cut, emptied or flipped: stored rows, tokenised rows, scores, features and
-  remembered hashes are checked by content when they are read, and what is unsound is computed again. A text row that is
-  damaged after its pool was loaded ends the command with one sentence; the same command, run again, stores it anew. A
+  remembered hashes are checked by content when they are read, and damaged entries are computed again. A text row that is
+  damaged after its pool was loaded ends the command with an error; the same command, run again, stores it again. A
   journaled reply that is damaged is requested again.
-- Files of a run that nothing else can replace (the parts of a ledger, a checkpoint's selection state and counts,
+- Files of a run that cannot be recomputed (the parts of a ledger, a checkpoint's selection state and counts,
   `rows.parquet` under `siftune report`, the scores under `siftune keep`) are checked by content when they are read, and a
-  damaged one is one sentence with the way out.
-- Weights that are rewritten in place are noticed, also where their size and time of modification are as before: a
+  damaged one is reported with a way to continue.
+- Weights that are rewritten in place are detected, also where their size and time of modification are as before: a
   remembered hash holds for a file's size, inode, time of modification and time of change.
-- A server's reply has at most 8 MiB after unpacking, and a try ends after its timeout however slowly bytes come. A
-  redirect is refused in one sentence, and neither a row nor the key is sent to its target.
-- A reply that is nested too deeply, whose numbers are none, or whose fields have other types is refused with a reason and
-  tried again; it is not journaled, so that the next run requests it again, and the other rows are judged.
-- A worker process or Ray actor that dies is replaced and its shard tried again. Where a shard keeps failing, the rows that
-  are to blame are found and left out with a reason; every other row has the number it would have had without them.
-- No input is ever an output: `--out`, `--run` and the figures beside a page are refused where they are the same file as (by any
-  link), lie inside, or contain a pool, seeds, target, prompt, domains, recipe, study, model, adapter, an adapter's base or
+- A server's reply has at most 8 MiB after unpacking, and a try ends after its timeout however slowly bytes arrive. A
+  redirect is refused, and neither a row nor the key is sent to its target.
+- A reply that is nested too deeply, with invalid numbers or wrong types is refused with a reason and
+  retried; it is not journaled, so that the next run requests it again, and the other rows are judged.
+- A worker process or Ray actor that dies is replaced and its shard retried. Where a shard fails repeatedly, the failing
+  rows are located and left out with a reason; the scores of all other rows are not affected.
+- An input is never an output: `--out`, `--run` and the figures beside a page are refused where they are the same file as (by any
+  link), are inside, or contain a pool, seeds, target, prompt, domains, recipe, study, model, adapter, an adapter's base or
   another file that the command reads; `Subset.write` refuses the files that its pool was read from.
-- Nothing of the user's is deleted. A folder is replaced only where siftune wrote it and it is as it was written:
+- Files of the user are never deleted. A folder is replaced only where siftune wrote it and it is unchanged:
   `.siftune-export.json` in it lists its files with size and hash. One with another file or a changed one, the working folder, and
   those above it are refused; the old export is renamed aside and removed once the new one has its name.
-- A run folder is new, empty, or has siftune's own mark (`manifest.json`, `study.json`, `.siftune-folder.json`, each checked by
-  what it holds). Inside it, and in the cache, siftune writes its own files again where they are damaged, and leaves others alone.
-- A file named by `--out` replaces an ordinary file of that name, as in every command line, and the figures of a page those of
-  theirs; a table of `score-reference` and the `report.html` of a run replace only what siftune wrote.
-- A chat template that raises anything or does not end, a tokenizer that raises or panics, and memory that runs out over one
-  row cost that row alone, with a reason, in `plan`, `select` (with any number of workers), `train`, `score-reference` and
-  held-out evaluation (the limits of a template: [data](data.md#formats)). A model's file that is incomplete is one sentence.
-- What a user can mend is one sentence and exit code 2. Every row that drops out has a reason, and the counts add up.
-- Nothing that siftune reads can run code: no pickle is opened, YAML is read safely, arrays hold no objects. A recipe,
+- A run folder is new, empty, or has siftune's marker (`manifest.json`, `study.json`, `.siftune-folder.json`, each checked by
+  its content). Inside it, and in the cache, siftune writes its own files again where they are damaged, and does not change others.
+- A file named by `--out` replaces an ordinary file of that name, as in other command lines, and the figures of a page replace
+  earlier ones; a table of `score-reference` and the `report.html` of a run replace only what siftune wrote.
+- A chat template that raises anything or does not end, a tokenizer that raises or panics, and memory that is exhausted by one
+  row affect only that row, which gets a reason, in `plan`, `select` (with any number of workers), `train`, `score-reference` and
+  held-out evaluation (the limits of a template: [data](data.md#formats)). An incomplete file of a model is refused.
+- An error in user input gives one sentence and exit code 2. Every row that is left out has a reason, and the counts add up.
+- Files that siftune reads cannot run code: no pickle is opened, YAML is read safely, arrays hold no objects. A recipe,
   study, suite, configuration or `--set` that names code (`trust_remote_code`, a class, a callback, a kernel of the hub, a
   command for `--tune`) is refused, however deep it is nested and also in a JSON file that the recipe names. Code of a
   model's or an adapter's own folder never runs unless Python passes `trust_remote_code=True`. The one exception is
-  `allow_code`, which runs programs that a model writes: [what bounds them](evaluate.md#code-that-a-model-writes).
+  `allow_code`, which runs programs that a model writes: [their limits](evaluate.md#code-that-a-model-writes).
 - No secret is written. A file or an option that holds one (`hub_token`, `api_key`, a header, a password or a key in an
-  address) is refused, and the sentence names the environment variable to use. What Python passes under such a key, and the
+  address) is refused, and the error names the environment variable to use. What Python passes under such a key, and the
   values of the environment's variables for keys, tokens, secrets and passwords (6 characters or more), are masked in
   configurations, manifests, model cards, results, replies of servers and messages, before a message is cut. Rows are the
-  user's own data and are written as they are, and so is the log of a `--tune` command.
+  user's own data and are written unchanged, as is the log of a `--tune` command.
 
-## What is not
+## Limits
 
-- Checksums of stored rows, tables and checkpoints are CRC-32: they notice damage, not a forger.
-- A single operation inside a chat template on enormous values (a product of numbers of millions of digits) is not
+- Checksums of stored rows, tables and checkpoints are CRC-32: they detect damage, not manipulation.
+- A single operation inside a chat template on very large values (a product of numbers of millions of digits) is not
   interrupted, and one that asks for more memory than the machine has may end the process.
-- A row that crashes the process itself (a fault in a native library) stops `--workers 1`; with 2 workers or more it is
-  found and left out.
+- A row that crashes the process itself (an error in a native library) stops `--workers 1`; with 2 workers or more it is
+  located and left out.
 - A file system that loses what was flushed to it, or whose `rename` is not atomic, is not tested.
 """
 

@@ -1,4 +1,4 @@
-"""What the commands share: options read, methods named, JSON printed."""
+"""Functions that the commands share: read options, look up methods, print JSON."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..file_keys import check_texts
 from ..output import as_json, say
 from ..progress import begin
 from ..runs.options import PARTS, Option, options_of, read_config
-from .parser import Command, HelpWanted
+from .parser import Command, HelpRequested
 
 SEEDS = 2**32
-"""Seeds below it are sound for every library underneath."""
+"""Exclusive upper bound of seeds that every underlying library accepts."""
 
 
 def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
-    """The options' values; None when help was asked for and printed."""
+    """The options' values; None when the help was printed."""
     try:
         values = command.read(words)
-    except HelpWanted:
+    except HelpRequested:
         say(command.help(), multiline=True, end="")
         return None
     for name, value in values.items():
@@ -34,8 +34,8 @@ def read(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
         begin(command.name)
     seed = values.get("seed")
     if seed is not None and not 0 <= seed < SEEDS:
-        raise UserError(f"--seed {str(seed)[:20]} is not from 0 to {SEEDS - 1}; give another")
-    if values.get("cache"):  # also for what has no argument of its own
+        raise UserError(f"--seed {str(seed)[:20]} is not from 0 to {SEEDS - 1}; choose another")
+    if values.get("cache"):  # also for code that takes no cache argument
         os.environ["SIFTUNE_CACHE"] = str(Path(values["cache"]).expanduser().absolute())
     return values
 
@@ -46,13 +46,13 @@ def print_json(value: Any) -> None:
 
 
 def own_options(method: str) -> list[Option]:
-    """The options of a method's own: the fields of its dataclass."""
+    """The options of one method: the fields of its dataclass."""
     cls = registry.find("offline", method).load()
     return options_of(cls, group=f"The method {method}", skip=(*PARTS, "seed"))
 
 
 def which_method(words: list[str], command: str = "select") -> tuple[str | None, list[str]]:
-    """The method's name, first of the words or in the configuration file, and the words without it."""
+    """The method's name, from the first word or the configuration file, and the remaining words."""
     if words and not words[0].startswith("-"):
         return registry.find("offline", words[0]).name, words[1:]
     if any(word in ("-h", "--help") for word in words):
@@ -63,23 +63,23 @@ def which_method(words: list[str], command: str = "select") -> tuple[str | None,
     if named is None:
         known = ", ".join(entry.name for entry in registry.methods("offline"))
         raise UserError(
-            f"siftune {command} needs a method before its options: one of {known}; see siftune {command} --help"
+            f"siftune {command} needs a method as its first argument: one of {known}; see siftune {command} --help"
         )
     return registry.find("offline", str(named)).name, words
 
 
 def split_set(words: Sequence[str], *, example: str) -> tuple[list[str], dict[str, str]]:
-    """The words without `--set KEY=VALUE`, of which there may be many, and what they set, as text.
+    """The words without every `--set KEY=VALUE`, and the settings as text.
 
-    Values may hold commas and brackets, so they are no list of the command line. Raises `UserError`.
+    Values may hold commas and brackets, so they cannot be parsed as a comma-separated list. Raises `UserError`.
     """
     rest: list[str] = []
-    said: dict[str, str] = {}
-    left = list(words)
-    while left:
-        word = left.pop(0)
+    settings: dict[str, str] = {}
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
         if word == "--set":
-            pair = left.pop(0) if left and not left[0].startswith("--") else ""
+            pair = remaining.pop(0) if remaining and not remaining[0].startswith("--") else ""
         elif word.startswith("--set="):
             pair = word.removeprefix("--set=")
         else:
@@ -87,24 +87,24 @@ def split_set(words: Sequence[str], *, example: str) -> tuple[list[str], dict[st
             continue
         key, separator, value = pair.partition("=")
         if not separator or not key.strip():
-            raise UserError(f"--set {pair or '(nothing)'} is no KEY=VALUE; write --set {example}")
-        said[key.strip()] = value
-    return rest, said
+            raise UserError(f"--set {pair or '(nothing)'} is not KEY=VALUE; write --set {example}")
+        settings[key.strip()] = value
+    return rest, settings
 
 
 MAP_ROWS = 5000
-"""Rows of the map on the page that a command writes at its end: seconds, whatever the pool's size."""
+"""Rows of the map on the page that a command writes at its end; keeps it to seconds for any pool size."""
 
 
 def page_line(run: str | Path, *, cache: str | None = None, seed: int = 0) -> str:
-    """Write the page of a finished run into its folder, and say so in a line for "next"; or say why there is none.
+    """Write the page of a finished run into its folder; returns a line for "next", with the reason where no page was written.
 
-    The run is finished whatever becomes of its page, so nothing that goes wrong here ends the command.
+    The run is already finished, so an error here does not end the command.
     """
     from ..reports import report
 
     try:
         path = report.write(run, map_rows=MAP_ROWS, cache=cache, seed=seed)
     except UserError as error:
-        return f"siftune report {run}   a page to look at ({error})"
+        return f"siftune report {run}   the page of this run ({error})"
     return f"{path}   the page of this run, to open in a browser"

@@ -27,15 +27,15 @@ class CompareOptions(Everywhere):
     study: str | None = None
     """The study's YAML file."""
     set: dict[str, str] = field(default_factory=dict)
-    """Variables and keys of the study (data=./pools,seeds=[0],recipe.sft.learning_rate=1e-4); may be given several times."""
+    """Variables and keys of the study (data=./pools,seeds=[0],recipe.sft.learning_rate=1e-4); repeatable."""
     jobs: int | None = None
-    """Processes at once; left out, as the study says."""
+    """Number of processes; default: the study's value."""
     threads: int | None = None
-    """Threads of each process; left out, as the study says."""
+    """Threads of each process; default: the study's value."""
     part: str | None = None
-    """Run only part i of n of the cells (2/8), on a folder that all parts share."""
+    """Run only part i of n of the cells (2/8), in a folder that all parts share."""
     dry_run: bool = False
-    """Check everything, list the cells and what they cost, and stop."""
+    """Check everything, list the cells and their cost, and stop."""
 
 
 def command() -> Command:
@@ -58,7 +58,7 @@ def command() -> Command:
 
 
 def run(words: list[str]) -> int:
-    words, said = split_set(words, example="data=./pools")
+    words, overrides = split_set(words, example="data=./pools")
     values = read(command(), words)
     if values is None:
         return 0
@@ -66,16 +66,16 @@ def run(words: list[str]) -> int:
     if options.study is None:
         raise UserError("siftune compare needs a study: siftune compare STUDY.yaml; examples/study-demo.yaml is one")
     if options.out is not None and not options.out.endswith(".md"):
-        raise UserError(f"--out {options.out} is a Markdown page; give a path that ends in .md")
+        raise UserError(f"--out {options.out} is not a Markdown file; pass a path that ends in .md")
     from ..data.protect import refuse_overlap
     from ..study.compare import compare
     from ..study.spec import read_study
 
-    study = _adjusted(read_study(options.study, {**_parsed(options.set), **_parsed(said)}), options)
+    study = _adjusted(read_study(options.study, {**_parsed(options.set), **_parsed(overrides)}), options)
     refuse_overlap(
         {"--out": options.out, "--run": options.run}, {"the study": options.study, "--config": options.config}
     )
-    speaks = not (options.quiet or options.json)
+    verbose = not (options.quiet or options.json)
     done = compare(
         study,
         run=options.run,
@@ -83,12 +83,12 @@ def run(words: list[str]) -> int:
         part=options.part,
         cache=options.cache,
         dry_run=options.dry_run,
-        command=_shown(options, said),
-        told=_tell if speaks else lambda name, share: None,
+        command=_shown(options, overrides),
+        told=_print_share if verbose else lambda name, share: None,
     )
     if options.json:
         print_json(_facts(done, dry_run=options.dry_run))
-    elif options.dry_run and speaks:
+    elif options.dry_run and verbose:
         _show_plan(study, done)
     elif options.quiet:
         say(done.page or done.folder)
@@ -97,11 +97,11 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _parsed(said: Mapping[str, str]) -> dict[str, Any]:
+def _parsed(settings: Mapping[str, str]) -> dict[str, Any]:
     """Values as YAML reads them."""
     from ..yaml_io import set_value
 
-    return {name: set_value(name, value) for name, value in said.items()}
+    return {name: set_value(name, value) for name, value in settings.items()}
 
 
 def _adjusted(study: Study, options: CompareOptions) -> Study:
@@ -109,15 +109,15 @@ def _adjusted(study: Study, options: CompareOptions) -> Study:
         value = getattr(options, name)
         if value is not None:
             if value < 1:
-                raise UserError(f"--{name} {value} runs nothing; give at least 1")
+                raise UserError(f"--{name} must be >= 1, got {value}")
             study = replace(study, **{name: value})
     return study
 
 
-def _shown(options: CompareOptions, said: Mapping[str, str]) -> str:
-    """The command for the page, files and folders by their last part: a published page tells nothing of a machine."""
+def _shown(options: CompareOptions, overrides: Mapping[str, str]) -> str:
+    """The command for the page, with files and folders by name only: a published page holds no paths of a machine."""
     words = ["siftune", "compare", Path(str(options.study)).name]
-    for name, value in {**options.set, **said}.items():
+    for name, value in {**options.set, **overrides}.items():
         place = os.path.isabs(value) or os.path.exists(value)  # Path.exists raises for a long list
         words += ["--set", f"{name}={Path(value).name if place else value}"]
     words += [
@@ -129,7 +129,7 @@ def _shown(options: CompareOptions, said: Mapping[str, str]) -> str:
     return shlex.join(words)
 
 
-def _tell(name: str, share: float) -> None:
+def _print_share(name: str, share: float) -> None:
     say(f"siftune: {share:4.0%} {name}", error=True)
 
 
@@ -170,8 +170,8 @@ def _show_plan(study: Study, done: Outcome) -> None:
     trained = sum(plan.trained_tokens for plan in done.plans.values()) * seeds
     forward = sum(plan.forward_tokens for plan in done.plans.values()) * seeds
     say(
-        f"per seed, of {seeds}; in all about {trained:,} tokens trained and {forward:,} forward, besides the selections' "
-        "scoring (rows are exact, tokens estimated from the pool's mean)"
+        f"per seed, of {seeds} seeds; in total about {trained:,} tokens trained and {forward:,} forward, without the "
+        "selections' scoring (rows are exact, tokens are estimated from the pool's mean)"
     )
     say("dry run: nothing was trained")
     say(f"next: siftune compare {study.name}.yaml   (folder {done.folder})")
@@ -185,8 +185,8 @@ def _show(study: Study, done: Outcome) -> None:
     from .terminal import table
 
     if done.frame is None or done.page is None:
-        say(f"{done.ran} cells ran, {len(done.cells)} in this part; results are in {done.folder}/cells")
-        say("next: the other parts; then the same command without --part writes tables and figures")
+        say(f"{done.ran} of this part's {len(done.cells)} cells were trained now; results are in {done.folder}/cells")
+        say("next: run the other parts, then the same command without --part to write tables and figures")
         return
     frame = done.frame
     value = main_value(frame.names)
@@ -206,8 +206,8 @@ def _show(study: Study, done: Outcome) -> None:
             f"difference to {study.baseline} [95 %]",
         )
         console().print(table(f"{study.name} {group}".strip(), columns, lines, numbers=range(1, 5)))
-    say(f"{done.ran} cells ran now, {len(frame.done)} are finished -> {done.page}")
+    say(f"{done.ran} cells trained now, {len(frame.done)} finished in total -> {done.page}")
     say(f"  {done.folder}/table.md, figures/   the tables; differences by method and domain, tokens against loss")
     say(f"  {done.folder}/cells.parquet, differences.parquet   every number")
     say(f"  {page_line(done.folder)}")
-    say(f"next: read {done.page}; more seeds join with --run {done.folder} --set seeds=[...]")
+    say(f"next: read {done.page}; to add seeds, pass --run {done.folder} --set seeds=[...]")

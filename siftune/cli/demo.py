@@ -1,4 +1,4 @@
-"""`siftune demo`: the whole story on embedded data and an embedded model."""
+"""`siftune demo`: selection and fine-tuning on embedded data with an embedded model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run(words: list[str]) -> int:
     command = Command(
         "demo",
         "siftune demo [options]",
-        "The whole story on embedded data and an embedded tiny model: offline, on a CPU, in under three minutes.",
+        "Selection and fine-tuning on embedded data with an embedded tiny model: offline, on a CPU, in under three minutes.",
         options_of(DemoOptions),
         examples=("siftune demo", "siftune demo --run my-demo --quiet", "siftune demo --rows 1000 --steps 0"),
     )
@@ -26,7 +26,7 @@ def run(words: list[str]) -> int:
     options = DemoOptions(**values)
     for flag, least in (("rows", 100), ("steps", 0)):
         if getattr(options, flag) < least:
-            raise UserError(f"--{flag} {getattr(options, flag)} is too few; give at least {least}")
+            raise UserError(f"--{flag} must be >= {least}, got {getattr(options, flag)}")
     from ..data.protect import refuse_overlap
     from ..demo import story
     from ..runs.cut import check_out, copy_file, refuse_inside
@@ -38,7 +38,7 @@ def run(words: list[str]) -> int:
     folder = Path(options.run or RUNS / f"demo-{options.rows}-{options.seed}")
     refuse_inside(options.out, folder)
     refuse_overlap({"--out": options.out, "--run": options.run}, {"--config": options.config})
-    bars = progress(wanted=not (options.quiet or options.json))
+    bars = progress(enabled=not (options.quiet or options.json))
 
     def select_daar(pool: Path, *, run: Path, keep: str, seed: int, cache: str | None, settings: Any) -> Any:
         chosen = SelectOptions(pool=[str(pool)], run=str(run), keep=keep, seed=seed, cache=cache)

@@ -36,16 +36,16 @@ def run(words: list[str]) -> int:
     from ..screen import console
     from .terminal import Bars, progress, show_stages, table
 
-    speaks = not (options.quiet or options.json)
+    verbose = not (options.quiet or options.json)
     shown = console()
     job = Job(options)
     done = run_job(
         job,
-        told=shown.line if speaks else lambda line: None,
-        bars=isinstance(progress(wanted=speaks), Bars),
+        told=shown.line if verbose else lambda line: None,
+        bars=isinstance(progress(enabled=verbose), Bars),
     )
     if done.folder is None:
-        _show_plan(job.plan, as_json=options.json, speaks=speaks)
+        _show_plan(job.plan, as_json=options.json, verbose=verbose)
     elif options.json:
         print_json({"run": str(done.folder), **facts(done)})
     elif options.quiet:
@@ -56,16 +56,16 @@ def run(words: list[str]) -> int:
                 shown.print(table("", columns, rows, numbers=range(1, len(columns) - 1)))
         show_stages(shown, done.manifest)
         say()
-        say(f"{done.folder}/{TABLE}, {RESULTS}, samples/   the same, and every question with its answer")
+        say(f"{done.folder}/{TABLE}, {RESULTS}, samples/   the same results, and every question with its answer")
     return 0
 
 
-def _show_plan(plan: Mapping[str, Any], *, as_json: bool, speaks: bool) -> None:
-    """What a dry run found."""
+def _show_plan(plan: Mapping[str, Any], *, as_json: bool, verbose: bool) -> None:
+    """Print the plan of a dry run."""
     if as_json:
         print_json(plan)
-    elif speaks:
-        say("dry run: model, tasks and files are valid; no question was put to the model")
+    elif verbose:
+        say("dry run: model, tasks and files are valid; no question was sent to the model")
         for name, about in plan["tasks"].items():
             count = "all" if about["questions"] is None else f"{about['questions']:,}"
             say(f"  {name}: {count} questions, {about['shots']} worked examples, from {about['source']}")

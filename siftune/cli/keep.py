@@ -1,4 +1,4 @@
-"""`siftune keep RUN`: cut stored scores at another budget."""
+"""`siftune keep RUN`: cut a run's stored scores at another budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def run(words: list[str]) -> int:
     command = Command(
         "keep",
         "siftune keep RUN [options]",
-        "Cut the scores that a run stored at another budget, without the model.",
+        "Cut a run's stored scores at another budget, without the model.",
         [option for cls in (Cutting, Everywhere) for option in options_of(cls)],
         positional="run",
         examples=(

@@ -1,4 +1,4 @@
-"""`siftune loop METHOD POOL...`: choose, tune by a recipe or a command of the user's, choose again."""
+"""`siftune loop METHOD POOL...`: choose, tune by a recipe or by the user's command, choose again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run(words: list[str]) -> int:
     command = Command(
         f"loop {method}",
         f"siftune loop {method} POOL... --model MODEL --recipe FILE | --tune COMMAND [options]",
-        f"Choose rows with {method}, tune the model on them (a recipe, or a command of yours), choose the next with the tuned model.",
+        f"Choose rows with {method}, tune the model on them (by a recipe or your command), choose again with the tuned model.",
         [*own, *options_of(LoopOptions)],
         positional="pool",
         examples=(
@@ -33,20 +33,20 @@ def run(words: list[str]) -> int:
     from ..screen import console
     from .terminal import progress, show_rounds
 
-    speaks = not (options.quiet or options.json)
+    verbose = not (options.quiet or options.json)
     shown = console()
     done = loop(
         str(method),
         options,
         settings,
-        progress=progress(wanted=speaks),
-        told=shown.line if speaks else lambda line: None,
+        progress=progress(enabled=verbose),
+        told=shown.line if verbose else lambda line: None,
     )
     facts = [item.facts for item in done]
     if options.json:
         print_json({"rounds": facts})
-    elif options.dry_run and speaks:
-        say("dry run: rows, options, budget and the tuning are sound; nothing was computed")
+    elif options.dry_run and verbose:
+        say("dry run: rows, options, budget and tuning are valid; nothing was computed")
     elif options.quiet:
         say("".join(item["tuned"] for item in facts[-1:]))
     else:

@@ -1,6 +1,6 @@
 """The command line: `siftune COMMAND ...`, the same as `python -m siftune`.
 
-Exit codes: 0 done, 2 bad input or usage (one sentence on standard error), 1 our fault (with a hint). Results go to
+Exit codes: 0 done, 2 bad input or usage (one sentence on standard error), 1 internal error (with a hint). Results go to
 standard output. Nothing here imports torch before a command needs it, so help and `siftune methods` are quick.
 """
 
@@ -23,21 +23,21 @@ from ..runs.options import unknown
 
 OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fine-tuned on.
 
-  siftune demo                          the whole story on embedded data and a tiny model, offline, on a CPU
-  siftune plan POOL... --model MODEL    before anything runs: rows, bad rows, tokens, time, memory
+  siftune demo                          selection and fine-tuning on embedded data, offline, on a CPU
+  siftune plan POOL... --model MODEL    before a selection runs: rows, bad rows, tokens, time, memory
   siftune select METHOD POOL...         score a pool and keep the best rows
   siftune keep RUN --keep 10% --out F   cut a run's stored scores at another budget, without the model
-  siftune train RECIPE.yaml             fine-tune (trl, peft), sifting every batch where the recipe says so
-  siftune score-reference RECIPE.yaml   every row's loss under a reference model, once: what rho-loss subtracts
+  siftune train RECIPE.yaml             fine-tune (trl, peft), selecting in every batch with an online method
+  siftune score-reference RECIPE.yaml   every row's loss under a reference model, for rho-loss
   siftune evaluate MODEL --suite NAME   the papers' tasks, any of lm-evaluation-harness's, held-out loss
-  siftune loop METHOD POOL...           choose, tune by a command of yours, choose again with the tuned model
+  siftune loop METHOD POOL...           choose, tune by a recipe or command, choose again with the tuned model
   siftune compare STUDY.yaml            methods x seeds at equal budget: table, intervals, figures
-  siftune report RUN                    one HTML page of a run: what was chosen, what was not, and rows to read
+  siftune report RUN                    one HTML page of a run: chosen rows, other rows, and texts to read
   siftune methods                       every method: one line, its paper, what it needs
-  siftune version                       versions of siftune and of what it stands on
+  siftune version                       versions of siftune and of its dependencies
 
 Every command: --run DIR --out FILE --seed INT --quiet --json --config FILE --cache DIR
-Help on one: siftune COMMAND --help, and siftune select METHOD --help for a method's own options.
+Help: siftune COMMAND --help, and siftune select METHOD --help for a method's options.
 Exit codes: 0 done, 2 bad input or usage, 1 an internal error."""
 
 
@@ -55,7 +55,7 @@ COMMANDS = (
     "methods",
     "version",
 )
-"""Every command; `cli/NAME.py` holds it, a dash being an underscore there."""
+"""Every command; it is defined in `cli/NAME.py`, with underscores for dashes."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     try:
         with warnings.catch_warnings():
-            _tell_warnings()
+            _print_warnings()
             return _dispatch(words)
     except UserError as error:
         say(f"siftune: {' '.join(str(error).split())}", error=True)
@@ -75,35 +75,37 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError as error:
-        say(f"siftune: memory ran out ({one_line(error)}); use a machine with more, or smaller inputs", error=True)
+        say(
+            f"siftune: out of memory ({one_line(error)}); use a machine with more memory, or smaller inputs", error=True
+        )
         return 2
     except BaseException as error:
         if not is_failure(error):
             raise
-        return _our_fault(error)
+        return _internal_error(error)
     finally:
         end()
 
 
-def _tell_warnings() -> None:
-    """Our own warnings as one line on standard error; other packages' are for their developers."""
+def _print_warnings() -> None:
+    """Print siftune's warnings as one line each on standard error; warnings of other packages are not shown."""
 
-    def tell(message: Warning | str, *_: Any, **__: Any) -> None:
+    def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
         say(f"siftune: note: {' '.join(redact_text(str(message)).split())}", error=True)
 
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", category=UserWarning, module=r"siftune\b")
-    warnings.showwarning = tell  # type: ignore[assignment]
+    warnings.showwarning = print_warning  # type: ignore[assignment]
 
 
-def _our_fault(error: BaseException) -> int:
+def _internal_error(error: BaseException) -> int:
     if os.environ.get("SIFTUNE_TRACEBACK"):
         say(redact_text(traceback.format_exc()), multiline=True, error=True, end="")
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     message = " ".join(redact_text(str(error)).split())
     say(f"siftune: internal error: {type(error).__name__}{where}: {message}", error=True)
-    say("hint: run again with SIFTUNE_TRACEBACK=1 in the environment and report what it prints", error=True)
+    say("hint: run again with SIFTUNE_TRACEBACK=1 in the environment and report the output", error=True)
     return 1
 
 

@@ -1,4 +1,4 @@
-"""`siftune methods`: every method, its paper, what it needs."""
+"""`siftune methods`: every method, its paper, its requirements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def run(words: list[str]) -> int:
     command = Command(
         "methods",
         "siftune methods [options]",
-        "Every method: one line, its paper, what it needs.",
+        "Every method: one line, its paper, its requirements.",
         options_of(Everywhere),
         examples=("siftune methods", "siftune methods --json"),
     )

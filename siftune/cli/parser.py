@@ -1,7 +1,7 @@
-"""From words on a command line and keys in a YAML file to checked values, strictly, with `jsonargparse` for the types.
+"""Parse the words of a command line and the keys of a YAML file into checked values, with `jsonargparse` for the types.
 
-Order of precedence: command line, then `--config`, then the field's default. Every mistake is a `UserError` of one
-sentence that repeats what was said. No torch here.
+Order of precedence: command line, then `--config`, then the field's default. Every invalid input is a `UserError` of
+one sentence that repeats the input. Does not import torch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..errors import UserError
 from ..runs.options import Option, pairs, read_config, unknown
 
 
-class HelpWanted(Exception):
+class HelpRequested(Exception):
     """`--help` was among the words."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What one command can be told."""
+    """The options of one command."""
 
     name: str
     """With the method where there is one: `select daar`."""
@@ -33,7 +33,7 @@ class Command:
     positional: str | None = None
     """The option that takes the words without dashes: `pool`, `run`."""
     fixed: Sequence[str] = ("command", "method")
-    """Keys that a configuration file may hold beside the options: they are read before."""
+    """Keys that a configuration file may hold besides the options; they are read earlier."""
     examples: Sequence[str] = ()
 
     @property
@@ -42,35 +42,35 @@ class Command:
         return f"siftune {self.name}"
 
     def help(self) -> str:
-        """The page of `--help`: usage, every option in its group with its default, examples."""
+        """The text of `--help`: usage, every option in its group with its default, examples."""
         return str(self._parser().format_help())
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
-        """The value of every option. Raises `UserError`, or `HelpWanted`."""
-        said, positional = self._split(words)
-        config = self._config(said.pop("config")) if said.get("config") else {}
+        """The value of every option. Raises `UserError`, or `HelpRequested`."""
+        raw, positional = self._split(words)
+        config = self._config(raw.pop("config")) if raw.get("config") else {}
         if self.positional and positional:
-            self._place(said, positional)
+            self._place(raw, positional)
         elif positional:
-            raise UserError(f"{self.where} takes no {positional[0]!r}; see {self.where} --help")
+            raise UserError(f"{self.where} has no argument {positional[0]!r}; see {self.where} --help")
         parser = self._parser()
         base = self._guarded(config, lambda: parser.parse_object(config))
-        args = [f"--{name.replace('_', '-')}={value}" for name, value in said.items() if not self._is_switch(name)]
-        args += [self._option(name).flag for name in said if self._is_switch(name)]
-        values = self._guarded(said, lambda: parser.parse_args(args, namespace=base))
+        args = [f"--{name.replace('_', '-')}={value}" for name, value in raw.items() if not self._is_switch(name)]
+        args += [self._option(name).flag for name in raw if self._is_switch(name)]
+        values = self._guarded(raw, lambda: parser.parse_args(args, namespace=base))
         return {option.name: getattr(values, option.name) for option in self.options}
 
     # --- words ----------------------------------------------------------------------------------------------------
 
     def _split(self, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         """Options and the words without dashes, in any order."""
-        said: dict[str, str] = {}
+        raw: dict[str, str] = {}
         positional: list[str] = []
         rest = list(words)
         while rest:
             word = rest.pop(0)
             if word in ("-h", "--help"):
-                raise HelpWanted
+                raise HelpRequested
             if word == "--":
                 positional += rest
                 break
@@ -81,13 +81,13 @@ class Command:
             option = self._known(flag)
             if option.is_switch:
                 if has_value:
-                    raise UserError(f"{flag} takes no value, not {value!r}; leave it out to turn it off")
-                said[option.name] = ""
+                    raise UserError(f"{flag} is a switch and has no value, got {value!r}; remove it to turn it off")
+                raw[option.name] = ""
             elif has_value or rest:
-                said[option.name] = self._text(option, value if has_value else rest.pop(0))
+                raw[option.name] = self._text(option, value if has_value else rest.pop(0))
             else:
                 raise UserError(f"{flag} needs a value ({option.expects}); see {self.where} --help")
-        return said, positional
+        return raw, positional
 
     def _known(self, flag: str) -> Option:
         named = [option for option in self.options if option.type != list[str]]
@@ -110,14 +110,14 @@ class Command:
         numeric = "float" in str(option.type) and "str" not in str(option.type).replace("dict[str", "", 1)
         return json.dumps({name: _number(text) if numeric else text for name, text in read.items()})
 
-    def _place(self, said: dict[str, str], positional: list[str]) -> None:
+    def _place(self, raw: dict[str, str], positional: list[str]) -> None:
         assert self.positional is not None
         if self._option(self.positional).type == list[str]:
-            said[self.positional] = json.dumps(positional)
+            raw[self.positional] = json.dumps(positional)
         elif len(positional) == 1:
-            said[self.positional] = positional[0]
+            raw[self.positional] = positional[0]
         else:
-            raise UserError(f"{self.where} takes one {self.positional}, not {' and '.join(positional)}")
+            raise UserError(f"{self.where} has one argument {self.positional}, got {' and '.join(positional)}")
 
     # --- configuration files --------------------------------------------------------------------------------------
 
@@ -163,16 +163,16 @@ class Command:
             groups[option.group].add_argument(option.flag, **more)
         return parser
 
-    def _guarded(self, said: dict[str, Any], parse: Any) -> Any:
-        """Run jsonargparse; its errors become our sentence about the value that was said."""
+    def _guarded(self, raw: dict[str, Any], parse: Any) -> Any:
+        """Run jsonargparse; its errors become a `UserError` that names the option and its value."""
         try:
             return parse()
         except (argparse.ArgumentError, TypeError, ValueError) as error:
             for option in self.options:
-                if option.name in said and f'"{option.name}' in str(error):
+                if option.name in raw and f'"{option.name}' in str(error):
                     shown = option.name if option.name == self.positional else option.flag
                     raise UserError(
-                        f"{shown} {said[option.name]} is not {option.expects}; see {self.where} --help"
+                        f"{shown} {raw[option.name]} is not {option.expects}; see {self.where} --help"
                     ) from error
             raise UserError(f"{self.where}: {' '.join(str(error).split())}; see {self.where} --help") from error
 
@@ -198,7 +198,7 @@ def _metavar(option: Option) -> str:
 
 
 def _help(option: Option) -> str:
-    text = re.sub(r"\bNone\b", "left out", option.help.replace("`", ""))  # what None is called on a command line
+    text = re.sub(r"\bNone\b", "left out", option.help.replace("`", ""))  # an option that is not set
     shown = option.default
     if not option.is_switch and shown is not None and shown != [] and "default" not in text:
         text += f" (default: {shown})"

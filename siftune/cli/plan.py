@@ -1,4 +1,4 @@
-"""`siftune plan POOL...`: what a selection will take, before it runs."""
+"""`siftune plan POOL...`: estimates the cost of a selection before it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(words: list[str]) -> int:
     command = Command(
         "plan",
         "siftune plan POOL... --model MODEL [options]",
-        "Before anything runs: rows, bad rows, tokens, time, memory, speed on this machine, what is cached.",
+        "Before a selection runs: rows, bad rows, tokens, time, memory, speed on this machine, cached results.",
         [*own, *options_of(PlanOptions)],
         positional="pool",
         examples=("siftune plan pool.jsonl --model ./model",),
@@ -54,21 +54,21 @@ def show(facts: Mapping[str, Any]) -> None:
         ("speed", f"{measured['rows_per_second']:,.0f} rows/s, {measured['tokens_per_second']:,.0f} tokens/s, measured "
          f"on {measured['device']}"),
         ("time", f"about {expected['minutes']:.1f} minutes (estimate: {expected['probe_rows']:,} rows for the fit, "
-         f"{rows['usable']:,} for the scores; fitting the probes comes on top, seconds on a GPU or at small widths)"),
-        ("memory", f"about {expected['memory_gb']:.1f} GB, whatever the pool's size"
+         f"{rows['usable']:,} for the scores; fitting the probes is not included: seconds on a GPU or at small widths)"),
+        ("memory", f"about {expected['memory_gb']:.1f} GB, independent of the pool's size"
          + (f"; {measured['device_memory_mb']:,} MB on the device" if measured["device_memory_mb"] else "")),
-        ("disk", f"about {expected['disk_gb']:.2f} GB beside the chosen rows"),
+        ("disk", f"about {expected['disk_gb']:.2f} GB besides the chosen rows"),
         ("cache", f"{cache['folder']}: the pool's index was {cache['pool_index']}, {cache['finished_shards']:,} "
-         "finished shards of any run"),
+         "finished shards of all runs"),
     ]  # fmt: skip
-    if asked := facts["writing"]:
+    if writing := facts["writing"]:
         lines.append(
-            ("writing", f"{asked['generator']} is asked {asked['requests_at_least']:,} to {asked['requests_at_most']:,} "
-             f"times for {asked['rows_wanted']:,} rows of {asked['domains']} domains, at most "
-             f"{asked['reply_tokens_at_most']:,} tokens of replies; a rerun asks nothing twice")
+            ("writing", f"{writing['requests_at_least']:,} to {writing['requests_at_most']:,} requests to {writing['generator']} "
+             f"for {writing['rows_wanted']:,} rows of {writing['domains']} domains, at most "
+             f"{writing['reply_tokens_at_most']:,} tokens of replies; a rerun repeats no request")
         )  # fmt: skip
     shown = console()
-    shown.line(f"plan of siftune select {facts['method']} with {facts['model']}: nothing was kept or scored")
+    shown.line(f"plan of siftune select {facts['method']} with {facts['model']}: no row was scored or chosen")
     shown.print()
     for name, text in lines:
         shown.line(f"  {name:<10}{text}")

@@ -17,22 +17,22 @@ class ReportOptions(Everywhere):
     """`siftune report RUN`"""
 
     run: str | None = None
-    """Run folder of siftune select, train, compare or demo, or the OUTPUT_DIR of a trainer that sifted its batches."""
+    """Run folder of siftune select, train, compare or demo, or the OUTPUT_DIR of a trainer with siftune.attach."""
     out: str | None = None
-    """File for the page (.html); report.html in the run folder when left out."""
+    """File for the page (.html); default: report.html in the run folder."""
     map_rows: int = 10_000
-    """Rows of the map at most (up to 20,000), drawn by --seed; 0 leaves it out."""
+    """Maximum number of rows of the map (up to 20,000), drawn by --seed; 0 omits the map."""
     rows: str | None = None
-    """For a trainer's OUTPUT_DIR: the file of rows that it was trained on, so that the page can show them."""
+    """For a trainer's OUTPUT_DIR: the file of its training rows, so that the page can show their texts."""
     figures: bool = False
-    """The page's charts as PNG and SVG too, for papers, in a folder beside the page: report.html, report-figures/."""
+    """Write the page's charts as PNG and SVG as well, into a folder beside the page: report.html, report-figures/."""
 
 
 def run(words: list[str]) -> int:
     command = Command(
         "report",
         "siftune report RUN [options]",
-        "One self-contained HTML page of a run: what was chosen and what was not. It opens without a network.",
+        "One self-contained HTML page of a run: chosen and other rows. It needs no network.",
         options_of(ReportOptions),
         positional="run",
         examples=(
@@ -58,12 +58,12 @@ def run(words: list[str]) -> int:
         cache=options.cache,
         seed=options.seed,
     )
-    tell(options, done)
+    show(options, done)
     return 0
 
 
-def tell(options: ReportOptions, done: Path) -> None:
-    """What was made, where, and what to do with it."""
+def show(options: ReportOptions, done: Path) -> None:
+    """Print the path of the page and of its figures."""
     from ..reports.report import figures_beside
 
     size = done.stat().st_size
@@ -73,6 +73,6 @@ def tell(options: ReportOptions, done: Path) -> None:
     elif options.quiet:
         say(done)
     else:
-        say(f"{done}   one page, {size / 1e6:.1f} MB; open it in a browser, no network is needed")
+        say(f"{done}   one page, {size / 1e6:.1f} MB; open it in a browser, offline")
         if figures is not None:
             say(f"{figures}   its charts as PNG and SVG")

@@ -17,35 +17,35 @@ class ScoreReferenceOptions:
     """`siftune score-reference RECIPE`"""
 
     recipe: str | None = None
-    """YAML file of the recipe whose rows are to be scored, as `siftune train` reads it."""
+    """YAML file of the recipe whose training rows are scored."""
     reference: str | None = None
-    """Reference model: a folder, a hub id, or an adapter's folder; best trained on held-out rows."""
+    """Reference model: a folder, a hub id, or an adapter's folder; preferably trained on held-out rows."""
     score_tokens: int = 8192
-    """Padded tokens of one forward pass at most."""
+    """Maximum number of padded tokens of one forward pass."""
     set: dict[str, str] | None = None
-    """Keys of the recipe with other values, dotted and as often as wanted: --set sft.max_length=256."""
+    """Override a key of the recipe by its dotted name; repeatable: --set sft.max_length=256."""
     run: str | None = None
-    """Folder for the table where no --out is given: RUN/reference.parquet."""
+    """Folder for the table when --out is not set: RUN/reference.parquet."""
     out: str | None = None
     """The table (.parquet or .safetensors); default reference.parquet."""
     seed: int | None = None
     """As in `siftune train`; no loss depends on it."""
     quiet: bool = False
-    """Print the table's path and nothing else."""
+    """Print only the table's path."""
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Print only one JSON object."""
     config: str | None = None
-    """YAML file with any of these options; the command line wins. The recipe is not one of these files."""
+    """YAML file with any of these options; the command line takes precedence. This is not the recipe."""
     cache: str | None = None
     """Cache folder; default $SIFTUNE_CACHE, else ~/.cache/siftune."""
 
 
 def run(words: list[str]) -> int:
-    words, said = settings(words)
+    words, set_values = settings(words)
     command = Command(
         "score-reference",
         "siftune score-reference RECIPE --reference MODEL [options]",
-        "The loss of every training row under a reference model, made once; rho-loss takes the table as `reference`.",
+        "The loss of every training row under a reference model, computed once; rho-loss reads the table as `reference`.",
         options_of(ScoreReferenceOptions),
         positional="recipe",
         examples=(
@@ -63,23 +63,23 @@ def run(words: list[str]) -> int:
     from ..runs.score_reference import score_reference
     from ..sft.recipe import Recipe
 
-    recipe = Recipe.read(named(values, "score-reference"), overrides(values, said))
+    recipe = Recipe.read(named(values, "score-reference"), overrides(values, set_values))
     out = options.out or (f"{options.run}/reference.parquet" if options.run else "reference.parquet")
     refuse_overlap({"--out": out}, {"the recipe": options.recipe, "--config": options.config})
-    speaks = not (options.quiet or options.json)
+    verbose = not (options.quiet or options.json)
     done = score_reference(
         recipe,
         options.reference,
         out=out,
         score_tokens=options.score_tokens,
         cache=options.cache,
-        told=say if speaks else lambda line: None,
+        told=say if verbose else lambda line: None,
     )
     if options.json:
         print_json({"table": str(done.table), "rows": done.rows, "reused": done.reused})
     elif options.quiet:
         say(done.table)
     else:
-        say(f"{done.rows:,} rows{', as made before' if done.reused else ''} -> {done.table}")
+        say(f"{done.rows:,} rows{', reused' if done.reused else ''} -> {done.table}")
         say(f"next: siftune train RECIPE --online rho-loss --keep 1/8 --set online.reference={done.table}")
     return 0

@@ -20,14 +20,14 @@ EXAMPLES = {
     "quality_scorer": "./quality-scorer",
     "label_column": "source",
 }
-"""What a method's own options may say, for the examples of its help."""
+"""Example values of a method's options, for its help."""
 
 
 def select_command(method: str, own: Sequence[Option]) -> Command:
     """The options of `siftune select METHOD`."""
     entry = registry.find("offline", method)
     groups = [options_of(cls) for cls in (Reading, Cutting, Running, Everywhere)]
-    given = "".join(f" {option.flag} {EXAMPLES[option.name]}" for option in own if option.name in EXAMPLES)
+    arguments = "".join(f" {option.flag} {EXAMPLES[option.name]}" for option in own if option.name in EXAMPLES)
     return Command(
         f"select {method}",
         f"siftune select {method} POOL... [options]",
@@ -35,9 +35,9 @@ def select_command(method: str, own: Sequence[Option]) -> Command:
         [*own, *(option for group in groups for option in group)],
         positional="pool",
         examples=(
-            f"siftune select {method} pool.jsonl{given} --keep 20% --out selected.jsonl",
-            f"siftune select {method} first.jsonl second.parquet{given} --keep 8000 --on-bad-row skip",
-            f"siftune select {method} pool.jsonl{given} --dry-run",
+            f"siftune select {method} pool.jsonl{arguments} --keep 20% --out selected.jsonl",
+            f"siftune select {method} first.jsonl second.parquet{arguments} --keep 8000 --on-bad-row skip",
+            f"siftune select {method} pool.jsonl{arguments} --dry-run",
         ),
     )
 
@@ -57,16 +57,16 @@ def run(words: list[str]) -> int:
     from .terminal import progress
 
     quiet = options.quiet or options.json
-    done = select(method, options, settings, progress=progress(wanted=not quiet))
+    done = select(method, options, settings, progress=progress(enabled=not quiet))
     if options.dry_run:
-        return _would_do(method, options, done)
+        return _show_dry_run(method, options, done)
     if options.shards is not None:
         return _part_done(method, options, done)
     return _selected(options, done)
 
 
 def _select_overview() -> None:
-    """`siftune select --help`: methods first, then what they share."""
+    """`siftune select --help`: the methods, then the shared options."""
     shared = [option for cls in (Reading, Cutting, Running, Everywhere) for option in options_of(cls)]
     lines = [f"  {entry.name:<12}{entry.summary}" for entry in registry.methods("offline")]
     about = ["Score a pool of rows and keep the best. The methods:", "", *lines, ""]
@@ -82,14 +82,14 @@ def _select_overview() -> None:
     say(command.help(), multiline=True, end="")
 
 
-def _would_do(method: str, options: SelectOptions, done: Any) -> int:
+def _show_dry_run(method: str, options: SelectOptions, done: Any) -> int:
     facts = {"dry_run": True, "method": method, **done.manifest}
     if options.json:
         print_json(facts)
     elif not options.quiet:
         from .terminal import row_lines
 
-        say(f"dry run: rows, options and budget of siftune select {method} are sound; nothing was computed")
+        say(f"dry run: rows, options and budget of siftune select {method} are valid; nothing was computed")
         for name, text in row_lines(done.manifest["rows"]):
             say(f"  {name:<10}{text}")
         for name, value in done.manifest["config"].items():
@@ -113,8 +113,8 @@ def _part_done(method: str, options: SelectOptions, done: Any) -> int:
 
         show_stages(console(), done.manifest)
         say(
-            f"part {options.shards} is in the cache; when all parts are, the same siftune select {method} command "
-            "without --shards, on the same cache, merges them"
+            f"part {options.shards} is in the cache; when all parts are, run the same siftune select {method} command "
+            "without --shards on the same cache to merge them"
         )
     return 0
 
@@ -131,11 +131,11 @@ def _selected(options: SelectOptions, done: Any) -> int:
             page_line(done.folder, cache=options.cache, seed=options.seed),
             f"siftune keep {done.folder} --keep 10% --out ten-percent.jsonl   another budget, without the model",
             f"{done.folder}/rows.parquet   every row's score, reason and pseudo-domain",
-            f"{done.folder}/manifest.json   what was done, with which versions and inputs",
+            f"{done.folder}/manifest.json   stages, versions and inputs of the run",
         ]
         if done.manifest.get("info", {}).get("written"):
             following.append(
-                f"{done.folder}/domains/   the rows the generator wrote; edit them, give the folder as --seeds"
+                f"{done.folder}/domains/   the rows that the generator wrote; edit them and pass the folder as --seeds"
             )
         show_selection(done.manifest, out=str(done.out), following=following)
     return 0

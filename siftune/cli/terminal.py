@@ -1,4 +1,4 @@
-"""What a person sees: progress bars on a terminal, tables and summaries on standard output."""
+"""Terminal output: progress bars on standard error, tables and summaries on standard output."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ FACTS = {
     "probe_rows": "rows of the probe set",
     "rows_truncated": "rows longer than max_length",
 }
-"""Facts of a fit that the summary shows, in this order, under these words."""
+"""Facts of a fit that the summary shows, in this order, with these labels."""
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[int] = ()) -> Table:
-    """A plain table; `numbers` are the columns set to the right."""
-    made = Table(title=single_line(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    """A plain table; `numbers` are the right-aligned columns."""
+    result = Table(title=single_line(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
-        made.add_column(single_line(name), justify="right" if index in numbers else "left", overflow="fold")
+        result.add_column(single_line(name), justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(single_line(str(cell)) for cell in row))
-    return made
+        result.add_row(*(single_line(str(cell)) for cell in row))
+    return result
 
 
 class _Speed(ProgressColumn):
-    """Rows per second, over what the bar has seen."""
+    """Rows per second since the bar was started."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:,.0f} rows/s" if task.speed else "")
@@ -69,20 +69,20 @@ class Bars:
         self._shown.start()
 
     def advance(self, rows: int) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         if self._shown is not None:
             self._shown.advance(self._task, rows)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._shown is not None:
             self._shown.stop()
             self._shown = None
 
 
-def progress(*, wanted: bool) -> Bars | ProgressLines | None:
-    """Bars on a terminal, lines elsewhere; None where no progress is wanted."""
-    if not wanted:
+def progress(*, enabled: bool) -> Bars | ProgressLines | None:
+    """Bars on a terminal, lines elsewhere; None without progress."""
+    if not enabled:
         return None
     return Bars() if sys.stderr.isatty() else current()
 
@@ -90,13 +90,13 @@ def progress(*, wanted: bool) -> Bars | ProgressLines | None:
 # --- the summary of a selection -------------------------------------------------------------------------------------
 
 
-def share(part: float, whole: float) -> str:
-    """A part of a whole in percent."""
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+def share(part: float, total: float) -> str:
+    """A share in percent."""
+    return f"{100 * part / total:.1f} %" if total else "-"
 
 
 def show_selection(manifest: Mapping[str, Any], *, out: str, following: Sequence[str]) -> None:
-    """Rows, tokens, facts of the fit, domains, stages, files, next commands."""
+    """Print rows, tokens, facts of the fit, domains, stages, files and next commands."""
     shown = console()
     rows = manifest["rows"]
     shown.line(f"kept {rows['kept']:,} of {rows['read']:,} rows ({share(rows['kept'], rows['read'])}) -> {out}")
@@ -133,7 +133,7 @@ def row_lines(rows: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def written_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a generator wrote for the domains, and how much of it was not used."""
+    """Rows that a generator wrote per domain, and how many were not used."""
     written = info.get("written")
     if not written:
         return []
@@ -142,25 +142,25 @@ def written_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [("written", f"{rows} rows by the generator, {requests:,} requests")]
     if written["rejected"]:
         lines.append(("", "not used: " + ", ".join(f"{n:,} {kind}" for kind, n in written["rejected"].items())))
-    return lines + [("", said) for said in written.get("told", ())]
+    return lines + [("", event) for event in written.get("told", ())]
 
 
 def judge_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a judge was asked, what came back and what it cost; whoever paid for it, and in this run."""
-    said = info.get("judge")
-    if not isinstance(said, Mapping):
+    """Replies, tokens and cost of a judge: of all runs together, and of this run."""
+    usage = info.get("judge")
+    if not isinstance(usage, Mapping):
         return []
-    tokens = f"{said['prompt_tokens']:,} + {said['completion_tokens']:,} tokens"
-    lines = [("judge", f"{said['requests']:,} replies, {tokens}" + _cost(said["cost"]))]
-    lines.append(("", f"{said['asked_now']:,} requests in this run" + _cost(said["cost_now"])))
-    lost = [f"{said[kind]:,} {kind}" for kind in ("unreadable", "refused", "unanswered") if said[kind]]
+    tokens = f"{usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens"
+    lines = [("judge", f"{usage['requests']:,} replies, {tokens}" + _cost(usage["cost"]))]
+    lines.append(("", f"{usage['asked_now']:,} requests in this run" + _cost(usage["cost_now"])))
+    lost = [f"{usage[kind]:,} {kind}" for kind in ("unreadable", "refused", "unanswered") if usage[kind]]
     if lost:
-        lines.append(("", "without a score: " + ", ".join(lost) + "; their replies are in rows.parquet"))
-    return [*lines, ("", f"every reply: {said['replies']}")]
+        lines.append(("", "without a score: " + ", ".join(lost) + "; the replies are in rows.parquet"))
+    return [*lines, ("", f"every reply: {usage['replies']}")]
 
 
 def show_preview(facts: Mapping[str, Any]) -> None:
-    """What a dry run would ask a judge: the estimate, and the prompts as they would be sent."""
+    """Print the requests of a dry run to a judge: the estimate, and the prompts as they would be sent."""
     shown = console()
     most = facts["completion_tokens_at_most"]
     lines = [
@@ -172,7 +172,7 @@ def show_preview(facts: Mapping[str, Any]) -> None:
         ("estimate", f"at {facts['estimate']}"),
     ]
     if facts["cost"] is None:
-        lines.append(("cost", "give --price prompt=X,completion=Y (per million tokens) to see it"))
+        lines.append(("cost", "pass --price prompt=X,completion=Y (per million tokens) to estimate it"))
     else:
         lines.append(("cost", f"about {facts['cost']:,.4g}, at most {facts['cost_at_most']:,.4g}"))
     for name, text in lines:
@@ -189,11 +189,11 @@ def _cost(amount: float | None) -> str:
 
 
 def fact_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The facts of a fit worth a line."""
-    found = [(FACTS[name], info[name]) for name in FACTS if isinstance(info.get(name), (int, float))]
+    """The facts of a fit, one line each."""
+    facts = [(FACTS[name], info[name]) for name in FACTS if isinstance(info.get(name), (int, float))]
     return [
         ("fit" if index == 0 else "", f"{words} {value:.4g}" if isinstance(value, float) else f"{words} {value:,}")
-        for index, (words, value) in enumerate(found)
+        for index, (words, value) in enumerate(facts)
     ]
 
 

@@ -1,4 +1,4 @@
-"""`siftune train RECIPE`: fine-tune by a recipe, sifting every batch where it says so."""
+"""`siftune train RECIPE`: fine-tune by a recipe, with or without an online method."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .parser import Command
 
 @dataclass(kw_only=True)
 class Recipes:
-    """What the recipe says, and what the command line says over it."""
+    """The recipe and its overrides."""
 
     recipe: str | None = None
     """YAML file of the recipe."""
     set: dict[str, str] | None = None
-    """Keys of the recipe with other values, dotted and as often as wanted: --set sft.learning_rate=1e-4."""
+    """Override a key of the recipe by its dotted name; repeatable: --set sft.learning_rate=1e-4."""
     seed: int | None = None
-    """Seed of every random draw; left out, the recipe's own (else 0)."""
+    """Seed of every random draw; default: the recipe's (else 0)."""
     config: str | None = None
-    """YAML file with any of these options; the command line wins. The recipe is not one of these files."""
+    """YAML file with any of these options; the command line takes precedence. This is not the recipe."""
 
 
 @dataclass(kw_only=True)
 class Sifting:
-    """Choosing inside every batch."""
+    """Selection inside every batch."""
 
     online: str | None = None
-    """Online method, in place of the recipe's: any name of `siftune methods`; `none` for no selection."""
+    """Online method, overrides the recipe's: any name of `siftune methods`; `none` for no selection."""
     keep: Keep | None = None
-    """Rows trained on per micro-batch of candidates (8), or a share of them (1/8)."""
+    """Rows to train on per micro-batch of candidates (8), or a share of them (1/8)."""
 
 
 EXAMPLES = (
@@ -47,11 +47,11 @@ EXAMPLES = (
 
 
 def run(words: list[str]) -> int:
-    words, said = settings(words)
+    words, set_values = settings(words)
     command = Command(
         "train",
         "siftune train RECIPE [options]",
-        "Fine-tune by a recipe (trl and peft), sifting every batch where it says so. A killed run goes on where it was.",
+        "Fine-tune by a recipe (trl and peft), with an online method where the recipe has one. A killed run resumes.",
         [option for cls in (Recipes, Sifting, TuneOptions) for option in options_of(cls)],
         positional="recipe",
         examples=EXAMPLES,
@@ -66,20 +66,20 @@ def run(words: list[str]) -> int:
     from ..sft.recipe import Recipe
     from .terminal import progress
 
-    recipe = Recipe.read(named(values, "train"), overrides(values, said))
+    recipe = Recipe.read(named(values, "train"), overrides(values, set_values))
     refuse_overlap(
         {"--out": options.out, "--run": options.run}, {"the recipe": values["recipe"], "--config": values["config"]}
     )
-    speaks = not (options.quiet or options.json)
+    verbose = not (options.quiet or options.json)
     shown = console()
     done = tune(
         recipe,
         options,
-        progress=progress(wanted=speaks),
-        told=shown.line if speaks else lambda line: None,
+        progress=progress(enabled=verbose),
+        told=shown.line if verbose else lambda line: None,
     )
     if options.dry_run:
-        return _would_do(options, done)
+        return _show_dry_run(options, done)
     if options.json:
         print_json({"run": str(done.folder), "model": str(options.out or done.model), **done.manifest})
     elif options.quiet:
@@ -90,15 +90,15 @@ def run(words: list[str]) -> int:
 
 
 def settings(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words without `--set KEY=VALUE`, and what they set; values are YAML."""
+    """The words without every `--set KEY=VALUE`, and the settings, parsed as YAML."""
     from ..yaml_io import set_value
 
-    rest, said = split_set(words, example="sft.learning_rate=1e-4")
-    return rest, {key: set_value(key, value) for key, value in said.items()}
+    rest, texts = split_set(words, example="sft.learning_rate=1e-4")
+    return rest, {key: set_value(key, value) for key, value in texts.items()}
 
 
 def named(values: Mapping[str, Any], command: str) -> str:
-    """The recipe's path. Raises `UserError` where none was given."""
+    """The recipe's path. Raises `UserError` where there is none."""
     if values["recipe"] is None:
         raise UserError(
             f"siftune {command} needs a recipe: siftune {command} recipe.yaml; see siftune {command} --help"
@@ -106,31 +106,31 @@ def named(values: Mapping[str, Any], command: str) -> str:
     return str(values["recipe"])
 
 
-def overrides(values: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """What the command line sets in the recipe: its own options last."""
+def overrides(values: Mapping[str, Any], set_values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's overrides from the command line; its own options come last."""
     from ..yaml_io import set_value
 
-    found: dict[str, Any] = {}
-    if values.get("online") is not None:  # first, so that --set can give the new method its own fields
-        found["online"] = None if values["online"] == "none" else values["online"]
-    found |= {key: set_value(key, value) for key, value in (values.get("set") or {}).items()}
-    found |= said
+    result: dict[str, Any] = {}
+    if values.get("online") is not None:  # first, so that --set can set fields of the new method
+        result["online"] = None if values["online"] == "none" else values["online"]
+    result |= {key: set_value(key, value) for key, value in (values.get("set") or {}).items()}
+    result |= set_values
     if values.get("keep") is not None:
         if values.get("online") == "none":
-            raise UserError("--keep chooses rows and --online none does not; give one of them")
-        found["online.keep"] = values["keep"]
+            raise UserError("--keep chooses rows and --online none does not; pass one of them")
+        result["online.keep"] = values["keep"]
     if values["seed"] is not None:
-        found["seed"] = values["seed"]
-    return found
+        result["seed"] = values["seed"]
+    return result
 
 
-def _would_do(options: TuneOptions, done: Any) -> int:
+def _show_dry_run(options: TuneOptions, done: Any) -> int:
     if options.json:
         print_json({"dry_run": True, "run": str(done.folder), **done.manifest})
     elif not options.quiet:
         from ..runs.options import write_yaml
 
-        say("dry run: recipe, rows, model folder and budget are sound; nothing was trained")
+        say("dry run: recipe, rows, model folder and budget are valid; nothing was trained")
         say(f"  {_rows(done.manifest['rows'])}")
         say(f"  run folder: {done.folder}")
         say()
@@ -140,10 +140,8 @@ def _would_do(options: TuneOptions, done: Any) -> int:
 
 
 def _rows(rows: Mapping[str, Any]) -> str:
-    left = "".join(f", {count:,} {reason}" for reason, count in rows["reasons"].items())
-    return (
-        f"{rows['used']:,} of {rows['read']:,} rows, {rows['label_tokens']:,} of {rows['tokens']:,} tokens learnt{left}"
-    )
+    left_out = "".join(f", {count:,} {reason}" for reason, count in rows["reasons"].items())
+    return f"{rows['used']:,} of {rows['read']:,} rows, {rows['label_tokens']:,} of {rows['tokens']:,} tokens are label tokens{left_out}"
 
 
 def _summary(shown: Any, done: Any, options: TuneOptions) -> None:
@@ -166,7 +164,7 @@ def _summary(shown: Any, done: Any, options: TuneOptions) -> None:
     for name, text in lines:
         shown.line(f"  {name:<10}{text}")
     if held := manifest.get("held_out"):
-        found = [
+        held_lines = [
             (
                 name,
                 f"{facts['loss']:.4f}",
@@ -177,11 +175,13 @@ def _summary(shown: Any, done: Any, options: TuneOptions) -> None:
             for name, facts in held.items()
         ]
         shown.print()
-        shown.print(table("", ("held out", "loss", "token accuracy", "rows", "tokens"), found, numbers=(1, 2, 3, 4)))
+        shown.print(
+            table("", ("held out", "loss", "token accuracy", "rows", "tokens"), held_lines, numbers=(1, 2, 3, 4))
+        )
     shown.print()
     show_stages(shown, manifest)
     page = page_line(done.folder, cache=options.cache)
     shown.print("\nnext:")
     shown.line(f"  {page}")
-    shown.line(f"  {done.model}/README.md   the model card: which rows, chosen how")
+    shown.line(f"  {done.model}/README.md   the model card: its rows and their selection")
     shown.line(f"  siftune evaluate {done.model}   the papers' task sets, or held-out loss")

@@ -1,4 +1,4 @@
-"""`siftune version`: versions of siftune and of what it stands on."""
+"""`siftune version`: versions of siftune and of its dependencies."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .parser import Command
 
 def run(words: list[str]) -> int:
     command = Command(
-        "version", "siftune version [options]", "Versions of siftune and of what it stands on.", options_of(Everywhere)
+        "version", "siftune version [options]", "Versions of siftune and of its dependencies.", options_of(Everywhere)
     )
     values = read(command, words)
     if values is None:
         return 0
     from ..runs.folder import versions
 
-    found = {"siftune": __version__, **versions()}
+    installed = {"siftune": __version__, **versions()}
     if values["json"]:
-        print_json(found)
+        print_json(installed)
     elif values["quiet"]:
         say(__version__)
     else:
-        for name, number in found.items():
+        for name, number in installed.items():
             say(f"{name} {number}")
     return 0

@@ -1,7 +1,7 @@
 """The embedded corpus: instruction rows of four domains, made from grammars and tables written for this package.
 
-Every answer is computed or looked up, never guessed. Domains overlap on purpose (word problems, programs about numbers,
-sums about everyday things), so labels made without looking do not agree perfectly with the hidden ones. A row belongs
+Every answer is computed or looked up, never guessed. Domains overlap deliberately (word problems, programs about numbers,
+sums about everyday things), so inferred labels do not agree perfectly with the hidden ones. A row belongs
 to exactly one of three parts (pool, seeds, held out) by the hash of its question, whatever the seed.
 """
 
@@ -26,14 +26,14 @@ DOMAINS: dict[str, Kinds] = {
     "coding": coding.KINDS,
 }
 SHARES = {"common_sense": 0.25, "reasoning": 0.25, "mathematics": 0.27, "coding": 0.23}
-"""How much of the pool each domain is."""
+"""Share of each domain in the pool."""
 
 Part = Literal["pool", "seeds", "held_out"]
 _PARTS: tuple[Part, ...] = ("held_out", "seeds", "pool", "pool", "pool", "pool", "pool", "pool", "pool", "pool")
 
 
 def part_of(instruction: str, text: str) -> Part:
-    """Which part a question belongs to: a tenth is held out, a tenth is for seeds, the rest is the pool."""
+    """The part of a question: a tenth is held out, a tenth is for seeds, the rest is the pool."""
     digest = blake2b(f"{instruction}\x00{text}".encode(), digest_size=8).digest()
     return _PARTS[int.from_bytes(digest) % len(_PARTS)]
 
@@ -50,7 +50,7 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def held_out(count: int, seed: int) -> list[dict[str, str]]:
-    """`count` distinct rows that no pool and no seed set ever holds, in the same shares of the domains.
+    """`count` distinct rows that are in no pool and no seed set, with the same shares of the domains.
 
     >>> len(corpus.held_out(100, seed=0))
     100
@@ -61,7 +61,7 @@ def held_out(count: int, seed: int) -> list[dict[str, str]]:
 def seed_rows(per_domain: int, seed: int) -> list[dict[str, str]]:
     """Example rows for the seeds file, `per_domain` of each: `domain`, `instruction`, `input`, `output`.
 
-    Every kind of a domain comes in turn, as a person who describes a domain by examples would do it.
+    The kinds of a domain are taken in turn, so that the examples cover the domain.
 
     >>> len(corpus.seed_rows(5, seed=0))
     20
@@ -93,9 +93,9 @@ def stream(domain: str, seed: int) -> Iterator[tuple[str, Made]]:
 
 
 def write(folder: str | Path, *, count: int = 6000, per_domain: int = 15, held: int = 400, seed: int = 0) -> Path:
-    """Write `pool.jsonl`, `seeds.jsonl` and `held_out.jsonl` into a folder, in place of files of these names, and return it.
+    """Write `pool.jsonl`, `seeds.jsonl` and `held_out.jsonl` into a folder, replacing files of these names; returns the folder.
 
-    The pool's `source` and `kind` columns are there for reports alone; no method reads them.
+    The pool's `source` and `kind` columns are for reports only; no method reads them.
 
     >>> corpus.write("demo-data")
     """
@@ -114,24 +114,24 @@ def _mixed(count: int, seed: int, part: Part) -> list[dict[str, str]]:
     counts = [int(count * SHARES[name]) for name in names]
     for index in range(count - sum(counts)):
         counts[index] += 1
-    made = [row for name, wanted in zip(names, counts, strict=True) for row in _distinct(name, wanted, seed, part)]
+    made = [row for name, number in zip(names, counts, strict=True) for row in _distinct(name, number, seed, part)]
     random.Random(f"siftune order {seed}").shuffle(made)
     return made
 
 
 def _distinct(domain: str, count: int, seed: int, part: Part) -> list[dict[str, str]]:
     seen: set[tuple[str, str]] = set()
-    found: list[dict[str, str]] = []
+    distinct_rows: list[dict[str, str]] = []
     source = stream(domain, seed)
     for _ in range(200 * count + 2000):
-        if len(found) == count:
-            return found
+        if len(distinct_rows) == count:
+            return distinct_rows
         kind, made = next(source)
         question = (made.instruction, made.input)
         if question in seen or part_of(*question) != part:
             continue
         seen.add(question)
-        found.append(
+        distinct_rows.append(
             {
                 "instruction": made.instruction,
                 "input": made.input,
@@ -140,8 +140,8 @@ def _distinct(domain: str, count: int, seed: int, part: Part) -> list[dict[str, 
                 "kind": kind,
             }
         )
-    if len(found) == count:
-        return found
+    if len(distinct_rows) == count:
+        return distinct_rows
     raise UserError(
-        f"the embedded corpus holds only about {len(found)} different {domain} rows; ask for fewer than {count}"
+        f"the embedded corpus holds only about {len(distinct_rows)} different {domain} rows; ask for fewer than {count}"
     )

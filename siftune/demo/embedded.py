@@ -1,4 +1,4 @@
-"""Where the embedded tiny model lies: a Llama of 1.8 M weights with its tokenizer, trained by `train_model.py`."""
+"""The folder of the embedded tiny model: a Llama of 1.8 M weights with its tokenizer, trained by `train_model.py`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 def model_folder() -> Path:
-    """The folder to hand to `from_pretrained`. Raises `UserError` when the installation lost its files.
+    """The folder for `from_pretrained`. Raises `UserError` when files of the installation are missing.
 
     >>> AutoModelForCausalLM.from_pretrained(model_folder())
     """
     missing = [name for name in FILES if not (MODEL / name).is_file()]
     if missing:
         raise UserError(
-            f"the embedded model at {MODEL} lacks {', '.join(missing)}; install siftune again, or train it: "
+            f"the embedded model at {MODEL} lacks {', '.join(missing)}; reinstall siftune, or train the model: "
             "python -m siftune.demo.train_model"
         )
     return MODEL

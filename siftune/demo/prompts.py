@@ -1,11 +1,11 @@
-"""How the embedded model is asked to write example rows, and what it answers: one sentence per domain in, triples out.
+"""The embedded model's prompts for example rows, and the form of its answers: a sentence per domain in, triples out.
 
-The same wording trains the model (`train_model.py`), so it is the wording to use with it. A chat model of any size can
-read the requests; nothing but the form of the answer is fixed:
+The model was trained on this wording (`train_model.py`), so use this wording with it. A chat model of any size can
+read the requests; only the form of the answer is fixed:
 
     1.
     Instruction: ...
-    Input: ...        (empty where the question stands alone)
+    Input: ...        (empty where the question needs none)
     Output: ...
 """
 
@@ -38,7 +38,7 @@ DESCRIPTIONS: dict[str, tuple[str, ...]] = {
         "Python coding exercises whose output is a program.",
     ),
 }
-"""Sentences that describe each domain; the first of each is the demo's own."""
+"""Sentences that describe each domain; the demo uses the first."""
 
 
 def seed_request(description: str, *, count: int = 5, avoid: Sequence[str] = ()) -> str:
@@ -63,17 +63,17 @@ def variation_request(description: str, examples: Sequence[Mapping[str, str]], *
 
 
 def triple(row: Mapping[str, str]) -> str:
-    """One row in the form the answers have."""
+    """One row in the form of the answers."""
     return f"Instruction: {row['instruction']}\nInput: {row['input']}\nOutput: {row['output']}"
 
 
 def numbered(rows: Sequence[Mapping[str, str]]) -> str:
-    """Several rows in the form the answers have."""
+    """Several rows in the form of the answers."""
     return "\n".join(f"{index}.\n{triple(row)}" for index, row in enumerate(rows, start=1))
 
 
 def conversation(rng: random.Random, seed: int) -> list[dict[str, str]]:
-    """One training document: a request for rows of a random domain, and a right answer from the pool's part."""
+    """One training document: a request for rows of a random domain, and a correct answer from the pool's part."""
     domain = rng.choice(list(DOMAINS))
     description = rng.choice(DESCRIPTIONS[domain])
     avoid = [rng.choice(DESCRIPTIONS[name]) for name in DOMAINS if name != domain] if rng.random() < 0.5 else []

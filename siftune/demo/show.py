@@ -1,4 +1,4 @@
-"""What the demo prints: a few sentences, tables and a histogram; plain text when piped, nothing when silent."""
+"""The demo's output: sentences, tables and a histogram; plain text in a pipe, nothing when silent."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def shorten(text: str) -> str:
 
 
 class Screen:
-    """Standard output, part by part of the story."""
+    """The demo's output on standard output, one method per part."""
 
     def __init__(self, *, silent: bool) -> None:
         self._console = console(piped_width=PIPED_WIDTH, silent=silent)
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """One paragraph; paths and commands are never broken over lines."""
+        """Print one paragraph; paths and commands are not wrapped."""
         self._console.print(text, style=style, soft_wrap=True)
 
     def pool(self, path: Path, count: int) -> None:
-        """What the pool is, and what the method is told."""
+        """Describe the pool and the method's input."""
         self.say("1. A pool of mixed rows", "bold")
-        self.say(f"{count} made rows of four domains in {path}. The domain labels are hidden from the method.\n")
+        self.say(f"{count} generated rows of four domains in {path}. The domain labels are hidden from the method.\n")
         self.say("2. The model writes example rows, and DaaR chooses 20 % of the pool", "bold")
         self.say(
-            "It is told one sentence per domain. An embedded 1.8 M model writes a few rows of each; DaaR then reads the same\n"
+            "The input is one sentence per domain. An embedded 1.8 M model writes a few rows of each; DaaR then uses the same\n"
             "model's first 3 layers. That model was trained on the corpus that this pool is drawn from, so this shows how the\n"
-            "parts work together, not what a chat model of yours will write."
+            "parts work together, not what your chat model will write."
         )
 
     def written(self, facts: Mapping[str, Any]) -> None:
@@ -51,11 +51,11 @@ class Screen:
             first = domain["first"]
             words = " ".join(f"{first['instruction']} {first['input']} -> {first['output']}".split())
             rows.append([name, str(domain["rows"]), str(domain["requests"]), shorten(words)])
-        self._table(["domain", "rows written", "requests", "the first of them"], rows, left=(3,))
-        self.say(f"All of them: {facts['folder']}/ (edit them and give the folder as --seeds)\n")
+        self._table(["domain", "rows written", "requests", "first row"], rows, left=(3,))
+        self.say(f"All rows: {facts['folder']}/ (edit them and pass the folder as --seeds)\n")
 
     def offline(self, facts: Mapping[str, Any]) -> None:
-        """What DaaR chose, by hidden label; agreement; accuracy; rewards."""
+        """Print DaaR's selection by hidden label; agreement; accuracy; rewards."""
         rows = [
             [
                 name,
@@ -68,18 +68,18 @@ class Screen:
         self._table(["hidden label", "pool", "chosen", "pseudo-label agrees"], rows)
         self.say(f"Pseudo-labels agree with the hidden labels on {facts['agreement']:.1%} of {facts['rows']} rows.")
         if facts["probe_accuracy"] is not None:
-            self.say(f"The domain probe is right on {facts['probe_accuracy']:.1%} of the rows it was not trained on.")
-        self.say("\nPredicted reward (higher = more ambiguous between domains; # chosen, . left):")
+            self.say(f"The domain probe's accuracy on rows it was not trained on is {facts['probe_accuracy']:.1%}.")
+        self.say("\nPredicted reward (higher = more ambiguous between domains; # chosen, . not chosen):")
         self._histogram(facts["reward"])
 
     def online(self, facts: Mapping[str, Any]) -> None:
-        """Held-out loss with and without UDS."""
-        self.say("\n3. Sifting every batch while training (UDS)", "bold")
+        """Print the held-out loss with and without UDS."""
+        self.say("\n3. Selecting in every batch during training (UDS)", "bold")
         if "left_out" in facts:
-            self.say(f"Left out: {facts['left_out']}.")
+            self.say(f"Skipped: {facts['left_out']}.")
             return
         self.say(
-            f"The embedded model learns to answer in a form of prompt that is new to it: {facts['steps']} steps on the "
+            f"The embedded model learns to answer in a prompt format that is new to it: {facts['steps']} steps on the "
             f"chosen rows, {facts['trained_rows']} rows trained in each run.\nLoss per answer token on "
             f"{facts['held_out_rows']} held-out rows:"
         )
@@ -89,19 +89,19 @@ class Screen:
             cells = [str(result["candidates"]), str(facts["trained_rows"]), f"{result['loss']:.3f}"]
             rows.append([words[name], *cells, f"{result['seconds']:.1f}"])
         self._table(["run", "rows seen", "rows trained", "held-out loss", "seconds"], rows)
-        self.say("So few steps of so small a model show that it runs; they do not rank methods.")
+        self.say("So few steps with so small a model show that the parts work together; they do not rank methods.")
 
     def end(self, facts: Mapping[str, Any]) -> None:
-        """Time per stage, where the files are, what to try next."""
+        """Print the time per stage, the files, and commands to try next."""
         self.say("\nTime", "bold")
         self._table(["stage", "seconds"], [[name, f"{spent:.1f}"] for name, spent in facts["seconds"].items()])
         data, run = Path(facts["run"]) / "data", Path(facts["run"]) / "select"
         self.say(f"Run folder: {facts['run']}   chosen rows: {facts['selected']}\n")
         self.say("Next", "bold")
         self.say(f"  siftune keep {run} --keep 10% --out ten.jsonl       another budget, without the model")
-        self.say(f"  siftune plan {data / 'pool.jsonl'} --model YOUR_MODEL     what your own model would take")
+        self.say(f"  siftune plan {data / 'pool.jsonl'} --model YOUR_MODEL     the cost with your own model")
         self.say("  siftune select daar YOUR_POOL.jsonl --model YOUR_MODEL --generator YOUR_CHAT_MODEL --keep 20%")
-        self.say("  siftune methods                                      every method, and what it needs")
+        self.say("  siftune methods                                      every method and its requirements")
 
     def _table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> None:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -1,8 +1,8 @@
-"""The demo's story, every stage real: a mixed pool, the model writing example rows of each domain from one sentence, DaaR
-choosing 20 % of the pool unlabelled, then sifting every batch.
+"""The demo with the real functions: a mixed pool, example rows that the model writes from one sentence per domain, DaaR's
+selection of 20 % of the unlabelled pool, then a fine-tuning with UDS in every batch.
 
-The hidden labels (`source`) are looked at only here, after the fact, to say what the method did without them. Cost:
-about a minute on two cores. `run` receives the function that selects, since the pipeline lies below this folder.
+The hidden labels (`source`) are read only here, after the selection, to evaluate it. Cost: about a minute on two cores.
+`run` receives the function that selects, since the import order places the pipeline below this folder.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .embedded import model_folder
 
 KEEP = "20%"
 DOMAINS = Path(__file__).with_name("domains.yaml")
-"""One sentence per domain, and the wording that the embedded model knows."""
+"""One sentence per domain, and the wording that the embedded model was trained on."""
 BINS = 12
 
 
 class Selected(Protocol):
-    """What a selection gives back (`siftune.runs.select.Selection`)."""
+    """The result of a selection (`siftune.runs.select.Selection`)."""
 
     @property
     def manifest(self) -> Mapping[str, Any]: ...
@@ -63,8 +63,8 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo into `run_folder`: `data/` (pool, seeds, held-out rows), `select/` (the run), `tune/`, `demo.json`.
 
-    `count` rows make the pool; `steps` optimiser steps the fine-tuning (0 leaves it out). Prints the story, or only
-    the result's path (`quiet`), or one JSON object (`json`); returns that object. Raises `UserError`.
+    `count` is the number of pool rows, `steps` the optimiser steps of the fine-tuning (0 skips it). Prints the results, or
+    only the selection's path (`quiet`), or one JSON object (`json`); returns that object. Raises `UserError`.
 
     >>> story.run("siftune-runs/demo", select=select)["offline"]["agreement"]
     """
@@ -102,13 +102,13 @@ def run(
 
 
 def stage_seconds(manifest: Mapping[str, Any], total: float) -> dict[str, float]:
-    """Seconds of each stage of the selection; what no stage claims is its start-up (imports, locks, hashes)."""
+    """Seconds of each stage of the selection; the remaining time is its start-up (imports, locks, hashes)."""
     stages = {f"select: {stage['name']}": float(stage["seconds"]) for stage in manifest.get("stages", [])}
     return {"select: start": max(0.0, total - sum(stages.values())), **stages}
 
 
 def written_rows(run: Path) -> dict[str, Any]:
-    """What the generator wrote, as the selection's run folder holds it: rows and requests per domain, the first row."""
+    """The generator's rows from the selection's run folder: rows and requests per domain, the first row."""
     folder = run / "domains"
     counts = read_json(run / "written.json")["domains"]
     domains = {}
@@ -125,15 +125,15 @@ def written_rows(run: Path) -> dict[str, Any]:
 
 
 def offline_facts(subset: Subset) -> dict[str, Any]:
-    """What DaaR chose, held against the labels it never saw."""
+    """DaaR's selection, compared with the hidden labels."""
     scores = subset.scores
     labels = hidden_labels(subset)
     rows = scores.pool.eligible
     kept = np.zeros(len(scores.pool), dtype=bool)
     kept[subset.rows] = True
     assert scores.pseudo_labels is not None
-    said = np.array([scores.domains[index] if index >= 0 else "" for index in scores.pseudo_labels])
-    agree = (said == labels)[rows]
+    pseudo_labels = np.array([scores.domains[index] if index >= 0 else "" for index in scores.pseudo_labels])
+    agree = (pseudo_labels == labels)[rows]
     in_pool, in_kept = Counter(labels[rows].tolist()), Counter(labels[subset.rows].tolist())
     scored = rows[~np.isnan(scores.values[rows])]
     edges = np.histogram_bin_edges(scores.values[scored], bins=BINS)
@@ -165,7 +165,7 @@ def hidden_labels(subset: Subset) -> NDArray[Any]:
 
 
 def online_facts(selected: Path, held_out: Path, folder: Path, *, steps: int, seed: int) -> dict[str, Any]:
-    """A short fine-tuning of the embedded model on the chosen rows, with and without UDS; a reason where none ran."""
+    """A short fine-tuning of the embedded model on the chosen rows, with and without UDS; the reason where none ran."""
     if find_spec("accelerate") is None:
         return {"left_out": "fine-tuning needs accelerate, which is not installed; run: pip install 'siftune[demo]'"}
     from . import tuning

@@ -3,7 +3,7 @@
     python -m siftune.demo.train_model --out siftune/demo/assets/model
 
 A Llama of 1.8 M weights (5 layers, width 160, vocabulary 2,048), float32 safetensors of about 7 MB. Cost: 3.3 million
-tokens, some twelve minutes on one core. Seeded: the same machine, versions and one thread give the same weights.
+tokens, about twelve minutes on one core. Seeded: the same machine, versions and one thread give the same weights.
 Shapes: `B` sequences, `T` tokens.
 """
 
@@ -45,7 +45,7 @@ WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s
 
 
 def build_tokenizer(vocabulary: int, seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocabulary` tokens learnt from the corpus, with the chat template."""
+    """A byte-level BPE of `vocabulary` tokens trained on the corpus, with the chat template."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -94,8 +94,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 def documents(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
     """Endless token lists: requests for rows with their answers (two fifths), rows as chat, rows as plain text.
 
-    Requests are many because their domain is decided by a few tokens of each: with an eighth of them the model wrote rows
-    of any domain whatever it was asked for.
+    Requests need a large share because only a few tokens of each decide its domain: with a share of an eighth the model
+    wrote rows of other domains than requested.
     """
     rng = random.Random(seed)
     for epoch in range(10_000):
@@ -111,7 +111,7 @@ def documents(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[in
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, *, rows: int, length: int, seed: int) -> Iterator[torch.Tensor]:
-    """Documents laid end to end, `(B, T)` tokens at a time."""
+    """Concatenated documents, `(B, T)` tokens at a time."""
     buffer: list[int] = []
     for tokens in documents(tokenizer, seed):
         buffer += tokens
@@ -140,21 +140,21 @@ def held_out_loss(
 
 
 def train(out: Path, *, steps: int, rows: int, length: int, rate: float, vocabulary: int, seed: int) -> dict[str, Any]:
-    """Train from nothing and save model, tokenizer and `training_log.json` into `out`; returns the log."""
+    """Train from scratch and save model, tokenizer and `training_log.json` into `out`; returns the log."""
     tokenizer = build_tokenizer(vocabulary, seed)
     model = build_model(tokenizer, seed)
     started = time.monotonic()
     losses = fit(model, batches(tokenizer, rows=rows, length=length, seed=seed), steps=steps, rate=rate)
     seconds = time.monotonic() - started
     out.mkdir(parents=True, exist_ok=True)
-    sampled = model.generation_config  # servers sample only where the model's folder says so
+    sampled = model.generation_config  # servers sample only where the model's folder enables it
     assert sampled is not None
     sampled.do_sample, sampled.temperature, sampled.top_p = True, 0.9, 0.95
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    said = read_json(out / "tokenizer_config.json")  # the name that transformers 4 knows, too
-    write_json(out / "tokenizer_config.json", said | {"tokenizer_class": "PreTrainedTokenizerFast"})
-    (out / "model.safetensors").chmod(0o644)  # written as 0600, and others must read it
+    tokenizer_config = read_json(out / "tokenizer_config.json")  # a name that transformers 4 also knows
+    write_json(out / "tokenizer_config.json", tokenizer_config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    (out / "model.safetensors").chmod(0o644)  # written as 0600; other users must be able to read it
     settings = {"steps": steps, "rows": rows, "length": length, "rate": rate, "vocabulary": vocabulary, "seed": seed}
     log = {
         "command": "python -m siftune.demo.train_model "
@@ -178,7 +178,7 @@ def train(out: Path, *, steps: int, rows: int, length: int, rate: float, vocabul
 
 
 def fit(model: LlamaForCausalLM, source: Iterator[torch.Tensor], *, steps: int, rate: float) -> list[dict[str, Any]]:
-    """`steps` steps of AdamW, warmed up, then cosine down to a twentieth; returns the losses seen on the way."""
+    """`steps` steps of AdamW, warmed up, then a cosine decay to a twentieth; returns the logged losses."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -224,11 +224,15 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
-    said = vars(parser.parse_args())
-    if said["out"].resolve() != MODEL.resolve() and said["out"].exists() and foreign_name(said["out"]) is not None:
-        parser.error(f"--out {said['out']} is not empty; give a new or empty folder")
+    options = vars(parser.parse_args())
+    if (
+        options["out"].resolve() != MODEL.resolve()
+        and options["out"].exists()
+        and foreign_name(options["out"]) is not None
+    ):
+        parser.error(f"--out {options['out']} is not empty; pass a new or empty folder")
     torch.set_num_threads(1)
-    log = train(said.pop("out"), **said)
+    log = train(options.pop("out"), **options)
     say(as_json({key: value for key, value in log.items() if key != "losses"}, indent=1), multiline=True)
 
 

@@ -1,7 +1,7 @@
-"""The online half of the demo: the embedded model fine-tuned for a few steps, with and without sifting its batches.
+"""The online half of the demo: the embedded model fine-tuned for a few steps, with and without UDS.
 
-Every run trains the same number of rows with the same schedule, so the held-out losses compare at equal budget; they
-are reported as they come. Shapes: `B` rows, `T` tokens.
+Every run trains the same number of rows with the same schedule, so the held-out losses are compared at equal budget; they
+are reported as measured. Shapes: `B` rows, `T` tokens.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ CANDIDATES = 16
 RATE = 5e-4
 HELD_OUT_ROWS = 200
 FORM = "### Question\n{question}\n\n### Answer\n"
-"""A form of prompt that the embedded model has never seen, so that there is something to learn."""
+"""A prompt format that is new to the embedded model, so that there is something to learn."""
 THREADS = 1
-"""More threads slow so small a model down; one also gives the same losses whatever else the machine does."""
+"""More threads slow so small a model down; one thread also gives the same losses under any load of the machine."""
 
 TokenRows = list[dict[str, list[int]]]
 
@@ -103,7 +103,7 @@ def _runs(
 
 
 def load(model: Path) -> Any:
-    """The model in float32, without the loader's notes."""
+    """The model in float32, without the loader's messages."""
     with quiet():
         return AutoModelForCausalLM.from_pretrained(model)
 
@@ -119,7 +119,7 @@ def fine_tune(
     steps: int,
     seed: int,
 ) -> tuple[Any, float]:
-    """`steps` optimiser steps of full fine-tuning on the CPU, sifted by `selector` where there is one; and seconds."""
+    """`steps` optimiser steps of full fine-tuning on the CPU, with `selector` where there is one; returns the model and the seconds."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=candidates,
@@ -147,16 +147,16 @@ def fine_tune(
 
 
 def tokenised(tokenizer: Any, rows: Sequence[Mapping[str, str]]) -> TokenRows:
-    """Rows in the form the model is to learn, with labels on the answer's tokens and the end alone."""
-    made = []
+    """Rows in the new prompt format, with labels only on the answer's tokens and the end token."""
+    token_rows = []
     for row in rows:
         question = "\n".join(part for part in (row["instruction"], row["input"]) if part)
-        asked = tokenizer.encode(FORM.format(question=question), add_special_tokens=False)
+        prompt = tokenizer.encode(FORM.format(question=question), add_special_tokens=False)
         answer = [*tokenizer.encode(row["output"], add_special_tokens=False), tokenizer.eos_token_id]
-        ids = asked + answer
-        labels = [-100] * len(asked) + answer
-        made.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    return made
+        ids = prompt + answer
+        labels = [-100] * len(prompt) + answer
+        token_rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    return token_rows
 
 
 @torch.no_grad()

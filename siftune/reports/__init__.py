@@ -1,1 +1,1 @@
-"""What a person looks at: figures."""
+"""The HTML page of a run (`siftune report`) and the figures of papers and studies."""

@@ -1,6 +1,6 @@
-"""What a page is made of: sections of blocks, each plain data that the template (and, for charts, the script) shows.
+"""The contents of a page: sections of blocks, each plain data that the template (and, for charts, the script) shows.
 
-A block knows nothing of HTML. Text in it is shown as text; whoever makes a block passes row text and names through
+A block holds no HTML. Its text is shown as text; code that builds a block passes row text and names through
 `untrusted.visible` or `untrusted.clip` first.
 """
 
@@ -38,7 +38,7 @@ class Note:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A cell of two bars: a share of the pool and of what was chosen, each in 0..1."""
+    """A cell of two bars: a share of the pool and of the chosen rows, each in 0..1."""
 
     pool: float
     chosen: float
@@ -46,7 +46,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table; cells are text or `Pair`. `numbers` are the columns set to the right."""
+    """A table; cells are text or `Pair`. `numbers` are the right-aligned columns."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -54,12 +54,12 @@ class Table:
     rows: Sequence[Sequence[str | Pair]]
     numbers: Sequence[int] = ()
     folded: bool = False
-    """Shown only when asked for."""
+    """Collapsed until the reader opens it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heat:
-    """A matrix of shares in 0..1 (None: no such cell), shown as a table whose cells are shaded."""
+    """A matrix of shares in 0..1 (None: no value), shown as a table whose cells are shaded."""
 
     kind: ClassVar[str] = "heat"
     caption: str
@@ -69,9 +69,9 @@ class Heat:
     columns: Sequence[str]
     values: Sequence[Sequence[float | None]]
     titles: Sequence[Sequence[str]] = ()
-    """A sentence for each cell, read out and shown on hover."""
+    """A sentence for each cell, read by screen readers and shown on hover."""
     half: bool = False
-    """Stands beside the next half block where there is room."""
+    """Placed beside the next half block where there is room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,10 @@ class Chart:
     name: str
     title: str
     label: str
-    """What it shows, for those who do not see it."""
+    """A text description, for screen readers."""
     data: Mapping[str, Any]
     half: bool = False
-    """Stands beside the next half block where there is room."""
+    """Placed beside the next half block where there is room."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""What the pool holds and what was chosen of it, by pseudo-domain and by every column that looks like a label.
+"""The composition of the pool and of the chosen rows, by pseudo-domain and by every column that looks like a label.
 
-A column looks like a label when few short values fill it. Cost: one pass over the pool's rows, or over `MOST_READ` of
-them, drawn at random and said so.
+A column looks like a label when it holds few distinct short values. Cost: one pass over the pool's rows, or over a random
+sample of `MAX_READ` rows.
 
 Shapes: `n` rows of the pool, `V` values of a column.
 """
@@ -22,19 +22,19 @@ from . import words
 from .blocks import Pair, Table
 from .untrusted import visible
 
-MOST_VALUES = 30
-LONGEST_VALUE = 60
-MOST_COLUMNS = 3
+MAX_VALUES = 30
+MAX_CHARACTERS = 60
+MAX_COLUMNS = 3
 UNFOLDED = 12
-"""Values of a table that is shown at once; longer ones open on demand."""
-LOOKED_AT = 2000
-MOST_READ = 200_000
-AT_ONCE = 4096
+"""Tables with up to this many values are shown open; longer ones are collapsed."""
+SAMPLED = 2000
+MAX_READ = 200_000
+CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """One column's value of every row that was read."""
+    """One column's value of each row that was read."""
 
     name: str
     values: tuple[str, ...]
@@ -44,50 +44,50 @@ class Labels:
 
 
 def label_columns(pool: Pool, *, seed: int = 0) -> list[Labels]:
-    """The columns of the user's own rows that look like labels, at most `MOST_COLUMNS`."""
+    """The columns of the user's own rows that look like labels, at most `MAX_COLUMNS`."""
     rows = pool.eligible
     draw = np.random.Generator(np.random.PCG64(seed))
-    some = np.sort(draw.choice(rows, LOOKED_AT, replace=False)) if len(rows) > LOOKED_AT else rows
-    names = _candidates(pool, some.tolist())
+    sample = np.sort(draw.choice(rows, SAMPLED, replace=False)) if len(rows) > SAMPLED else rows
+    names = _candidates(pool, sample.tolist())
     if not names:
         return []
-    read = np.sort(draw.choice(rows, MOST_READ, replace=False)) if len(rows) > MOST_READ else rows
-    found: dict[str, dict[int, str]] = {name: {} for name in names}
-    for start in range(0, len(read), AT_ONCE):
-        part = read[start : start + AT_ONCE].tolist()
+    read = np.sort(draw.choice(rows, MAX_READ, replace=False)) if len(rows) > MAX_READ else rows
+    by_column: dict[str, dict[int, str]] = {name: {} for name in names}
+    for start in range(0, len(read), CHUNK_ROWS):
+        part = read[start : start + CHUNK_ROWS].tolist()
         for row, original in zip(part, pool.source.originals(part), strict=True):
             for name in names:
                 if _short(original.get(name)):
-                    found[name][row] = str(original[name])
-    columns = [_labels(name, values, len(pool)) for name, values in found.items()]
-    return sorted((one for one in columns if len(one.values) <= MOST_VALUES), key=lambda one: len(one.values))
+                    by_column[name][row] = str(original[name])
+    columns = [_labels(name, values, len(pool)) for name, values in by_column.items()]
+    return sorted((one for one in columns if len(one.values) <= MAX_VALUES), key=lambda one: len(one.values))
 
 
 def _candidates(pool: Pool, rows: Sequence[int]) -> list[str]:
     reading = getattr(pool.source, "reading", None)
-    taken = {name for fields in FIELDS.values() for name in fields} | {"conversations"}
-    taken |= set(getattr(reading, "columns", {}).values())
+    format_fields = {name for fields in FIELDS.values() for name in fields} | {"conversations"}
+    format_fields |= set(getattr(reading, "columns", {}).values())
     values: dict[str, Counter[str]] = {}
-    unfit: set[str] = set()
+    unsuitable: set[str] = set()
     for original in pool.source.originals(rows):
         for name, value in original.items():
-            if name in taken or name in unfit or value is None:
+            if name in format_fields or name in unsuitable or value is None:
                 continue
-            if not _short(value) or (len(values.get(name, ())) == MOST_VALUES and str(value) not in values[name]):
-                unfit.add(name)
+            if not _short(value) or (len(values.get(name, ())) == MAX_VALUES and str(value) not in values[name]):
+                unsuitable.add(name)
                 continue
             values.setdefault(name, Counter())[str(value)] += 1
-    fit = [name for name in values if name not in unfit and len(values[name]) >= 2]
-    return [name for name in fit if values[name].total() >= len(rows) / 2][:MOST_COLUMNS]
+    suitable = [name for name in values if name not in unsuitable and len(values[name]) >= 2]
+    return [name for name in suitable if values[name].total() >= len(rows) / 2][:MAX_COLUMNS]
 
 
 def _short(value: Any) -> bool:
-    return isinstance(value, (str, bool, int)) and len(str(value)) <= LONGEST_VALUE
+    return isinstance(value, (str, bool, int)) and len(str(value)) <= MAX_CHARACTERS
 
 
 def _labels(name: str, values: dict[int, str], rows: int) -> Labels:
     order = [value for value, _ in sorted(Counter(values.values()).items(), key=lambda item: (-item[1], item[0]))]
-    index = {value: number for number, value in enumerate(order[:MOST_VALUES])}
+    index = {value: number for number, value in enumerate(order[:MAX_VALUES])}
     of = np.full(rows, -1, dtype=np.int16)
     for row, value in values.items():
         of[row] = index.get(value, -1)
@@ -95,14 +95,14 @@ def _labels(name: str, values: dict[int, str], rows: int) -> Labels:
 
 
 def in_order_of(names: Sequence[str], columns: Sequence[Labels]) -> list[Labels]:
-    """The columns, those whose values are just these names in the names' order: the same thing has one colour then."""
-    made = []
+    """The columns; a column with exactly these names as values is reordered to match them, so that colours agree."""
+    ordered = []
     for one in columns:
         if set(one.values) == set(names) and len(one.values) == len(names):
             place = np.array([*(names.index(value) for value in one.values), -1], dtype=np.int16)
             one = Labels(one.name, tuple(names), place[one.of])
-        made.append(one)
-    return made
+        ordered.append(one)
+    return ordered
 
 
 def composition(
@@ -114,9 +114,9 @@ def composition(
     *,
     sides: tuple[str, str] = ("pool", "chosen"),
 ) -> Table:
-    """The table of a labelling: rows of the pool and chosen rows per value, and the share of each that was chosen.
+    """The table of a labelling: rows of the pool and chosen rows per value, and the share of each value that was chosen.
 
-    `sides` are the words for the whole and for what was taken of it.
+    `sides` are the words for all rows and for the chosen ones.
     """
     counts = [(int((of == index).sum()), int(((of == index) & kept).sum())) for index in range(len(values))]
     read, chosen = sum(pool for pool, _ in counts), sum(part for _, part in counts)

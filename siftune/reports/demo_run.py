@@ -1,4 +1,4 @@
-"""The page of `siftune demo`: its selection, then its short fine-tuning with every batch sifted."""
+"""The page of `siftune demo`: its selection, then its short fine-tuning with UDS."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from ..files import read_json
 from . import words
 from .blocks import Block, Page, Section, Table
 from .rows_file import SELECTED
-from .selection import Wanted, selection_page
+from .selection import PageSettings, selection_page
 from .training import training_sections
 from .training_run import is_training, read_training
 
 
-def demo_page(folder: Path, wanted: Wanted) -> Page:
+def demo_page(folder: Path, settings: PageSettings) -> Page:
     """The page of a demo's run folder. Raises `UserError` when its selection is not finished."""
-    page = selection_page(folder / "select", wanted)
-    *sections, made = page.sections
+    page = selection_page(folder / "select", settings)
+    *sections, making = page.sections
     if (folder / "demo.json").is_file():
         sections += _outcome(read_json(folder / "demo.json"))
-    sifted = folder / "tune" / "uds"
-    if is_training(sifted):
-        run = read_training(sifted, rows=str(folder / "select" / SELECTED), cache=wanted.cache)
-        sections += training_sections(run, seed=wanted.seed, prefix="tune-")
+    tuning = folder / "tune" / "uds"
+    if is_training(tuning):
+        run = read_training(tuning, rows=str(folder / "select" / SELECTED), cache=settings.cache)
+        sections += training_sections(run, seed=settings.seed, prefix="tune-")
     subtitle = (
-        f"The demo: {page.subtitle[0].lower()}{page.subtitle[1:]} Then a short fine-tuning, every batch sifted by UDS."
+        f"The demo: {page.subtitle[0].lower()}{page.subtitle[1:]} Then a short fine-tuning with UDS in every batch."
     )
-    return replace(page, title="siftune demo", subtitle=subtitle, sections=[*sections, made])
+    return replace(page, title="siftune demo", subtitle=subtitle, sections=[*sections, making])
 
 
 def _outcome(facts: object) -> list[Section]:
-    """What the two fine-tunings came to, as the demo measured it."""
+    """The results of the two fine-tunings, as the demo measured them."""
     online = facts.get("online") if isinstance(facts, dict) else None
     if not isinstance(online, dict) or "runs" not in online:
         return []
     before = ("before", "–", "–", words.decimal(online["loss_before"]), "–")
     rows = [
         (
-            {"plain": "every row", "uds": "sifted by UDS"}.get(name, name),
+            {"plain": "every row", "uds": "selected by UDS"}.get(name, name),
             words.count(run["candidates"]),
             words.count(online["trained_rows"]),
             words.decimal(run["loss"]),
@@ -49,5 +49,5 @@ def _outcome(facts: object) -> list[Section]:
     caption = f"Loss per answer token on {words.count(online['held_out_rows'])} held-out rows, in nats"
     columns = ("run", "rows seen", "rows trained", "held-out loss", "time")
     blocks: list[Block] = [Table(caption=caption, columns=columns, rows=[before, *rows], numbers=(1, 2, 3, 4))]
-    lede = "So few steps of so small a model show that it runs; they do not rank methods."
+    lede = "So few steps with so small a model show that the parts work together; they do not rank methods."
     return [Section(name="tuning", title="Fine-tuning", lede=lede, blocks=blocks)]

@@ -1,4 +1,4 @@
-"""Two histograms over one another: a number over the whole pool, and over what was chosen of it."""
+"""Two overlaid histograms of a quantity: over the pool, and over the chosen rows."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from .blocks import Chart
 
 BINS = 50
 FEW = 40
-"""Up to this many different values each has a bar of its own."""
+"""Up to this many distinct values, each has its own bar."""
 
 
 def histogram(
     name: str, title: str, axis: str, values: NDArray[Any], kept: NDArray[np.bool_], *, log: bool = False
 ) -> Chart | None:
-    """Bars of the pool in grey, of the chosen rows in blue; None where fewer than two different values are known.
+    """Bars of the pool in grey, of the chosen rows in blue; None with fewer than two distinct known values.
 
-    With `log` the bins are even in the logarithm and `values` are positive where known.
+    With `log` the bins have equal width in the logarithm, and known `values` are positive.
     """
     known = np.isfinite(values) & ((values > 0) | (not log))
     numbers, chosen = values[known].astype(np.float64), values[known & kept].astype(np.float64)
-    different = np.unique(numbers)
-    if len(different) < 2:
+    distinct = np.unique(numbers)
+    if len(distinct) < 2:
         return None
     data: dict[str, Any] = {"x": axis, "y": "rows", "zero": True}
-    if len(different) <= FEW and not log:
-        centres, width = different, np.full(len(different), 0.9 * np.diff(different).min())
-        counts = [np.array([(part == value).sum() for value in different]) for part in (numbers, chosen)]
+    if len(distinct) <= FEW and not log:
+        centres, width = distinct, np.full(len(distinct), 0.9 * np.diff(distinct).min())
+        counts = [np.array([(part == value).sum() for value in distinct]) for part in (numbers, chosen)]
     else:
         scaled = np.log10(numbers) if log else numbers
         edges = np.histogram_bin_edges(scaled, bins=min(BINS, max(8, int(2 * len(numbers) ** 0.4))))
@@ -38,7 +38,7 @@ def histogram(
         if log:
             data |= _log_ticks(edges[0], edges[-1])
     shown = np.round(centres, 6).tolist()
-    said = [_range(centre, size, log) for centre, size in zip(centres, width, strict=True)]
+    ranges = [_range(centre, size, log) for centre, size in zip(centres, width, strict=True)]
     data["series"] = [
         {"as": "bars", "name": which, "role": role, "x": shown, "y": count.tolist(), "width": width.tolist()}
         for which, role, count in (("pool", "rest", counts[0]), ("chosen", "kept", counts[1]))
@@ -46,7 +46,7 @@ def histogram(
     medians = f"median {_number(np.median(numbers))} in the pool" + (
         f", {_number(np.median(chosen))} among the chosen rows" if len(chosen) else ""
     )
-    label = f"{title}: histogram over {len(numbers):,} rows from {said[0]} to {said[-1]}; {medians}"
+    label = f"{title}: histogram over {len(numbers):,} rows from {ranges[0]} to {ranges[-1]}; {medians}"
     return Chart(name=name, title=f"{title} ({medians})", label=label, data=data, half=True)
 
 

@@ -1,7 +1,7 @@
 """Figures as PNG and SVG: the one module that draws with matplotlib.
 
-Colours are Okabe and Ito's (Color Universal Design, 2008), told apart by every common kind of colour blindness, and each
-comes with a marker of its own, so that no figure needs colour. Equal data give equal bytes: SVG ids are salted with a
+Colours are Okabe and Ito's (Color Universal Design, 2008), distinguishable with every common kind of colour blindness, and each
+has its own marker, so that no figure depends on colour. Equal data give equal bytes: SVG ids are salted with a
 fixed word and no date is written. No global state of matplotlib is used. Cost: about half a second a figure.
 """
 
@@ -46,7 +46,7 @@ class Point:
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Any]:
-    """A new figure of `width` x `height` inches in the house style, apart from pyplot. Raises `MissingExtra`."""
+    """A new figure of `width` x `height` inches in siftune's style, without pyplot. Raises `MissingExtra`."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -57,22 +57,22 @@ def drawing(width: float, height: float) -> Iterator[Any]:
 
 
 def save(figure: Any, stem: Path) -> list[Path]:
-    """Write `STEM.png` and `STEM.svg`, atomically; the paths. To be called inside `drawing`."""
-    made = []
-    for suffix, more in (
+    """Write `STEM.png` and `STEM.svg` atomically; returns the paths. Call it inside `drawing`."""
+    paths = []
+    for suffix, options in (
         (".svg", {"metadata": {"Date": None}}),
         (".png", {"dpi": 150, "metadata": {"Software": None}}),
     ):
         path = stem.with_name(stem.name + suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=suffix[1:], **more)
-        made.append(path)
-    return made
+            figure.savefig(temporary, format=suffix[1:], **options)
+        paths.append(path)
+    return paths
 
 
 def intervals(stem: Path, points: Sequence[Point], *, title: str, axis: str, zero: str | None = None) -> list[Path]:
-    """One line per point with its interval, best at the top as given; `zero` names a line at 0.
+    """One line per point with its interval, in their order from the top; `zero` labels a line at 0.
 
     >>> intervals(Path("out/differences"), [Point("uds", -0.02, -0.03, -0.01)], title="...", axis="nats", zero="random")
     """
@@ -99,7 +99,7 @@ def intervals(stem: Path, points: Sequence[Point], *, title: str, axis: str, zer
 def grouped(
     stem: Path, series: Mapping[str, Sequence[Point]], *, title: str, axis: str, zero: str | None = None
 ) -> list[Path]:
-    """Several series (domains) side by side for the same labels (methods); each has a colour and a marker.
+    """Several series (domains) side by side for the same labels (methods); each has its own colour and marker.
 
     `series` holds one point per label, in the same order in each; missing ones are NaN.
     """
@@ -138,7 +138,7 @@ def scatter(
     outside: Sequence[tuple[Point, Point]] = (),
 ) -> list[Path]:
     """One marker per (x, y) pair of points of the same label, with whiskers where y has an interval, and its name at the
-    right edge. Pairs `outside`, which would press all others together, are said in words."""
+    right edge. Pairs `outside`, which would compress the scale, are listed in the title."""
     with drawing(7.0, 4.6) as figure:
         axes = figure.add_subplot()
         for index, (x, y) in enumerate(points):
@@ -171,12 +171,12 @@ def scatter(
 
 
 def spread(heights: Sequence[float], *, gap: float) -> list[float]:
-    """Ascending heights moved apart until `gap` lies between neighbours, as little as may be, their middle kept.
+    """Ascending heights moved apart, as little as possible, until neighbours are `gap` apart; groups keep their centre.
 
     >>> spread([0.5, 0.5, 0.9], gap=0.1)
     [0.45, 0.55, 0.9]
     """
-    groups: list[list[float]] = []  # [sum of the heights' own middles, how many]
+    groups: list[list[float]] = []  # [sum of the heights, number of heights]
     for height in heights:
         groups.append([height, 1])
         while len(groups) > 1 and _edge(groups[-2], gap, +1) + gap > _edge(groups[-1], gap, -1):

@@ -1,9 +1,9 @@
-"""The map of a pool: rows that are alike lie near each other (t-SNE by openTSNE, van der Maaten and Hinton 2008).
+"""The map of a pool: similar rows are near each other (t-SNE by openTSNE, van der Maaten and Hinton 2008).
 
-What "alike" means depends on what is on the disk, and the page says which it is: the model's features h(x) of all rows
-(`--keep-features`), those of the probe set (what a DaaR run keeps), or the words of the rows' text (any other run).
-Distances across the map mean little, and sizes of clusters nothing. Positions are kept in the cache.
-Cost: most of a page's time, growing a little faster than the rows; the first time only.
+Similarity is computed from the data available on disk, and the page names it: the model's features h(x) of all rows
+(`--keep-features`), those of the probe set (kept by every DaaR run), or the words of the rows' text (any other run).
+Distances between clusters and cluster sizes are not meaningful. Positions are cached.
+Cost: most of a page's time, slightly more than linear in the rows; only the first time.
 
 Axes: `M` rows of the map, `D` width.
 """
@@ -27,25 +27,25 @@ from .rows_file import Selection, Texts, store_folder
 COMPONENTS = 50
 """Principal components that t-SNE starts from."""
 TEXT_CHARACTERS = 1000
-"""Of a question and of an answer each, where text makes the map."""
+"""Maximum characters of a question and of an answer, where the map is computed from text."""
 VOCABULARY = 30_000
-FEWEST = 20
-"""Fewer rows make no map."""
+MIN_ROWS = 20
+"""With fewer rows there is no map."""
 TOKENS = r"(?u)[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|[^\w\s]"
-"""Words, signs, and single letters of scripts that write no spaces."""
+"""Words, punctuation, and single characters of scripts without spaces."""
 GRID = 10_000
 
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """Where rows lie."""
+    """Positions of rows on the map."""
 
     rows: NDArray[np.int64]
     """Shape `(M,)`: rows of the pool."""
     at: NDArray[np.int64]
     """Shape `(M, 2)`: 0 .. `GRID`."""
     of: str
-    """What was mapped, in a sentence for the reader."""
+    """A sentence for the reader on what was mapped."""
 
 
 def positions(
@@ -57,25 +57,25 @@ def positions(
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Positions | None:
-    """A map of at most `most` rows of the pool; None where neither features nor texts are at hand, or rows are few."""
-    if texts.pool is None or most < FEWEST:
+    """A map of at most `most` rows of the pool; None where neither features nor texts are available, or there are too few rows."""
+    if texts.pool is None or most < MIN_ROWS:
         return None
     pool = texts.pool
-    if (found := _kept_features(selection, pool, most, seed, cache)) is not None:
-        rows, features = found
-        of = f"Rows whose features h(x) lie close together; {_of_all(rows, pool)}, features kept by the run."
+    if (kept := _kept_features(selection, pool, most, seed, cache)) is not None:
+        rows, features = kept
+        of = f"Rows with similar features h(x) are close together; {_of_all(rows, pool)}, features kept by the run."
         return _placed(rows, features, of, seed, cache)
-    if probe_set is not None and len(probe_set.rows) >= FEWEST:
+    if probe_set is not None and len(probe_set.rows) >= MIN_ROWS:
         rows, features = probe_set.rows[:most], probe_set.hidden[:most]  # the draw's own order is random
         of = (
-            f"Rows whose features h(x) lie close together; {_of_all(rows, pool)}: the probe set, drawn at random, whose "
+            f"Rows with similar features h(x) are close together; {_of_all(rows, pool)}: the probe set, drawn at random, whose "
             "features the run kept."
         )
         return _placed(rows, features, of, seed, cache)
     rows = drawn(pool, most, seed)
-    if len(rows) < FEWEST:
+    if len(rows) < MIN_ROWS:
         return None
-    of = f"Rows whose texts share words; {_of_all(rows, pool)}. No model features are on the disk for this run."
+    of = f"Rows with shared words are close together; {_of_all(rows, pool)}. No model features of this run are on disk."
     return _placed(rows, None, of, seed, cache, texts=texts)
 
 
@@ -95,7 +95,7 @@ def _of_all(rows: NDArray[np.int64], pool: Pool) -> str:
 def _kept_features(
     selection: Selection, pool: Pool, most: int, seed: int, cache: str | Path | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
-    """Features of a draw of rows, where the run kept those of all rows and they are still in the store."""
+    """Features of a sample of rows, where the run kept the features of all rows and they are still in the store."""
     if selection.method != "daar" or not selection.config.get("keep_features"):
         return None
     from ..models.store import Store
@@ -104,25 +104,25 @@ def _kept_features(
 
     try:
         task = DaaR.load(selection.folder).feature_task(for_fit=False)
-        stored = StoredFeatures(_Missing(task.key), Store(store_folder("features", cache)))
+        stored = StoredFeatures(_StoreOnly(task.key), Store(store_folder("features", cache)))
         rows = drawn(pool, most, seed)
-        wanted, parts, taken = set(rows.tolist()), [], []
+        drawn_rows, parts, row_parts = set(rows.tolist()), [], []
         for shard in pool.shards():
             hidden = stored(pool, shard).columns["hidden"]
-            inside = [row for row in range(shard.start, shard.stop) if row in wanted]
+            inside = [row for row in range(shard.start, shard.stop) if row in drawn_rows]
             part = hidden[[row - shard.start for row in inside]]
-            sound = np.isfinite(part).all(axis=1)
-            parts.append(part[sound])
-            taken.append(np.array(inside, dtype=np.int64)[sound])
+            finite = np.isfinite(part).all(axis=1)
+            parts.append(part[finite])
+            row_parts.append(np.array(inside, dtype=np.int64)[finite])
     except (UserError, OSError, LookupError, TypeError):
         return None
-    found = np.concatenate(taken)
-    return (found, np.concatenate(parts)) if len(found) >= FEWEST else None
+    rows_with_features = np.concatenate(row_parts)
+    return (rows_with_features, np.concatenate(parts)) if len(rows_with_features) >= MIN_ROWS else None
 
 
 @dataclass(frozen=True)
-class _Missing:
-    """A task that knows its key and computes nothing: what is not in the store is not computed for a page."""
+class _StoreOnly:
+    """A task with a key that computes nothing: features that are not in the store are not computed for a page."""
 
     key: str
 
@@ -146,10 +146,10 @@ def _placed(
 
     store = Store(store_folder("maps", cache))
     assert texts is None or texts.pool is not None
-    what = texts.pool.fingerprint if texts is not None and texts.pool is not None else _digest(features)
-    key = hash_json(["map", 1, what, hash_json(rows.tolist()), seed])
-    if found := store.get(key):
-        return Positions(rows, found[0]["at"].astype(np.int64), of)
+    content = texts.pool.fingerprint if texts is not None and texts.pool is not None else _digest(features)
+    key = hash_json(["map", 1, content, hash_json(rows.tolist()), seed])
+    if stored := store.get(key):
+        return Positions(rows, stored[0]["at"].astype(np.int64), of)
     if features is None:
         assert texts is not None
         features = text_features(texts, rows.tolist(), seed)
@@ -168,17 +168,17 @@ def _digest(features: NDArray[Any] | None) -> str:
 
 
 def text_features(texts: Texts, rows: Sequence[int], seed: int) -> NDArray[np.float32] | None:
-    """Word statistics of each row, `(M, D)`: TF-IDF, its leading components; None where no two rows share a word."""
+    """Word statistics of each row, `(M, D)`: TF-IDF, its leading components; None where no word occurs in two rows."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    read = [found or ("", "") for found in texts.read(rows)]
-    said = [f"{question[:TEXT_CHARACTERS]}\n{answer[:TEXT_CHARACTERS]}" for question, answer in read]
+    read = [text or ("", "") for text in texts.read(rows)]
+    texts_of_rows = [f"{question[:TEXT_CHARACTERS]}\n{answer[:TEXT_CHARACTERS]}" for question, answer in read]
     vectorizer = TfidfVectorizer(
         token_pattern=TOKENS, min_df=2, max_df=0.5, max_features=VOCABULARY, sublinear_tf=True, dtype=np.float32
     )
     try:
-        counts = vectorizer.fit_transform(said)
+        counts = vectorizer.fit_transform(texts_of_rows)
     except ValueError:  # no word in two rows
         return None
     if counts.shape[1] < 3:
@@ -197,8 +197,10 @@ def embed(features: NDArray[Any], seed: int) -> NDArray[np.float64]:
     rows = np.asarray(features, dtype=np.float64)
     if rows.shape[1] > COMPONENTS:
         rows = PCA(min(COMPONENTS, len(rows) - 1), random_state=seed, svd_solver="randomized").fit_transform(rows)
-    made = TSNE(perplexity=min(30, max(2, (len(rows) - 1) // 4)), random_state=seed, n_jobs=1, n_iter=400).fit(rows)
-    return np.asarray(made, dtype=np.float64)
+    embedding = TSNE(perplexity=min(30, max(2, (len(rows) - 1) // 4)), random_state=seed, n_jobs=1, n_iter=400).fit(
+        rows
+    )
+    return np.asarray(embedding, dtype=np.float64)
 
 
 def _on_grid(at: NDArray[np.float64]) -> NDArray[np.int64]:

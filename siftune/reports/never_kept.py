@@ -1,4 +1,4 @@
-"""Which rows a selector never kept, and which it kept again and again, with their texts where they are at hand."""
+"""Rows that a selector never kept, and rows that it kept most often, with their texts where available."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .reading import texted
 from .training_run import Ledger, TrainingRun
 
 EACH = 100
-MOST_TIMES = 20
+MAX_TIMES = 20
 
 
 def rows_section(run: TrainingRun, ledger: Ledger, prefix: str, *, seed: int) -> Section:
-    """Rows by how often they were kept of the times they were candidates."""
+    """Rows by the number of times they were candidates and were kept."""
     of, names = ledger.keys
     seen = np.bincount(of, minlength=len(names))
     kept = np.bincount(of[ledger.kept], minlength=len(names))
@@ -31,32 +31,32 @@ def rows_section(run: TrainingRun, ledger: Ledger, prefix: str, *, seed: int) ->
                 note=words.share((~never).sum(), len(names)),
             ),
             Fact(label="Never trained on", value=words.count(never.sum()), note=words.share(never.sum(), len(names))),
-            Fact(label="Times a row was a candidate", value=words.decimal(seen.mean(), 3), note="on the mean"),
+            Fact(label="Times a row was a candidate", value=words.decimal(seen.mean(), 3), note="on average"),
         ]
     )
     blocks: list[Block] = [facts, *([_times(kept, f"{prefix}times")] if kept.max() > 1 else [])]
-    if run.behind is None:
+    if run.training_rows is None:
         blocks.append(
             Note(
-                text="The texts of the rows are not at hand; name the file of the training rows with --rows to see them."
+                text="The texts of the rows are not available; pass the file of the training rows with --rows to show them."
             )
         )
     blocks.append(_explorer(run, ledger, of, names, seen, kept, prefix, seed))
-    lede = "A row that is never trained on may be noise, or may be what the score is blind to. Read some."
+    lede = "A row that is never trained on may be noise, or a kind of row that the score misses. Read some of them."
     return Section(name=f"{prefix}rows", title="Rows never kept", lede=lede, blocks=blocks)
 
 
 def _times(kept: NDArray[np.int64], name: str) -> Chart:
-    counts = np.bincount(np.minimum(kept, MOST_TIMES))
+    counts = np.bincount(np.minimum(kept, MAX_TIMES))
     times = list(range(len(counts)))
-    said = [str(time) if time < MOST_TIMES else f"{MOST_TIMES} or more" for time in times]
+    labels = [str(time) if time < MAX_TIMES else f"{MAX_TIMES} or more" for time in times]
     series = [{"as": "bars", "name": "rows", "role": "kept", "x": times, "y": counts.tolist()}]
     data: dict[str, Any] = {"x": "times trained on", "y": "rows", "zero": True, "series": series}
     label = "Rows by how often they were trained on: " + ", ".join(
-        f"{count:,} rows {time} times" for time, count in zip(said, counts.tolist(), strict=True)
+        f"{count:,} rows {time} times" for time, count in zip(labels, counts.tolist(), strict=True)
     )
-    if len(times) <= MOST_TIMES + 1:
-        data |= {"ticks": times, "ticktext": said}
+    if len(times) <= MAX_TIMES + 1:
+        data |= {"ticks": times, "ticktext": labels}
     return Chart(name=name, title="How often rows were trained on", label=label, data=data)
 
 
@@ -82,7 +82,7 @@ def _explorer(
         (
             "never",
             "Never kept",
-            "Rows that were candidates and never trained on, most often seen first.",
+            "Rows that were candidates and never trained on, most frequent candidates first.",
             never[np.argsort(-seen[never], kind="stable")],
         ),
         ("often", "Most often kept", "Rows that were trained on most often.", np.argsort(-kept, kind="stable")),
@@ -90,46 +90,48 @@ def _explorer(
         ("low", "Lowest mean score", "Rows with the lowest mean score over their candidacies.", ranked[::-1]),
         ("draw", "Drawn at random", "Rows drawn at random.", draw),
     ]
-    picked = [(key, name, about, keys[:EACH].tolist()) for key, name, about, keys in views if len(keys)]
-    wanted = sorted({key for *_, keys in picked for key in keys})
-    texts = _texts(run, row[wanted])
-    made = {}
-    for key, text in zip(wanted, texts, strict=True):
-        made[key] = {
+    shown_views = [(key, name, about, keys[:EACH].tolist()) for key, name, about, keys in views if len(keys)]
+    shown_rows = sorted({key for *_, keys in shown_views for key in keys})
+    texts = _texts(run, row[shown_rows])
+    entries = {}
+    for key, text in zip(shown_rows, texts, strict=True):
+        entries[key] = {
             "row": key,
             "name": names[key],
             "kept": bool(kept[key]),
             **_labels(run, int(row[key])),
             **texted(text),
         }
-        made[key]["facts"] = [f"seen {words.times(seen[key])}", f"kept {words.times(kept[key])}"]
+        entries[key]["facts"] = [f"seen {words.times(seen[key])}", f"kept {words.times(kept[key])}"]
         if np.isfinite(mean[key]):
-            made[key]["facts"].append(f"mean score {words.decimal(float(mean[key]))}")
+            entries[key]["facts"].append(f"mean score {words.decimal(float(mean[key]))}")
     data = {
         "views": [
-            {"key": key, "name": name, "about": about, "rows": [made[one] for one in keys]}
-            for key, name, about, keys in picked
+            {"key": key, "name": name, "about": about, "rows": [entries[one] for one in keys]}
+            for key, name, about, keys in shown_views
         ],
-        "domains": list(run.behind.labels[0].values) if run.behind is not None and run.behind.labels else [],
-        "by": run.behind.labels[0].name if run.behind is not None and run.behind.labels else "",
+        "domains": list(run.training_rows.labels[0].values)
+        if run.training_rows is not None and run.training_rows.labels
+        else [],
+        "by": run.training_rows.labels[0].name if run.training_rows is not None and run.training_rows.labels else "",
         "choice": ["Kept", "kept at least once", "never kept"],
     }
     return Explorer(name=f"{prefix}rows-to-read", data=data)
 
 
 def _texts(run: TrainingRun, rows: NDArray[np.int64]) -> list[tuple[str, str] | None]:
-    """Texts of rows of the training set; None where they are not at hand."""
-    if run.behind is None:
+    """Texts of rows of the training set; None where they are not available."""
+    if run.training_rows is None:
         return [None] * len(rows)
-    good = [int(run.behind.rows[row]) for row in rows if row >= 0]
-    found = dict(zip(good, run.behind.texts.read(good), strict=True))
-    return [found[int(run.behind.rows[row])] if row >= 0 else None for row in rows]
+    known = [int(run.training_rows.rows[row]) for row in rows if row >= 0]
+    texts = dict(zip(known, run.training_rows.texts.read(known), strict=True))
+    return [texts[int(run.training_rows.rows[row])] if row >= 0 else None for row in rows]
 
 
 def _labels(run: TrainingRun, row: int) -> dict[str, Any]:
-    if run.behind is None or row < 0 or not run.behind.labels:
+    if run.training_rows is None or row < 0 or not run.training_rows.labels:
         return {}
-    first, *others = run.behind.labels
-    made: dict[str, Any] = {"domain": first.values[first.of[row]]} if first.of[row] >= 0 else {}
-    said = [f"{one.name}: {one.values[one.of[row]]}" for one in others if one.of[row] >= 0]
-    return made | ({"labels": said} if said else {})
+    first, *others = run.training_rows.labels
+    labels: dict[str, Any] = {"domain": first.values[first.of[row]]} if first.of[row] >= 0 else {}
+    other_labels = [f"{one.name}: {one.values[one.of[row]]}" for one in others if one.of[row] >= 0]
+    return labels | ({"labels": other_labels} if other_labels else {})

@@ -1,6 +1,6 @@
-"""Do methods choose the same rows? Every finished selection beside a run that scored the same pool, pair by pair.
+"""Whether methods choose the same rows: every finished selection in the run's parent folder with the same pool, in pairs.
 
-Two numbers: the share of the smaller choice that the other also made, and Spearman's rank correlation of the scores.
+Two numbers: the share of the smaller selection that is in the other, and Spearman's rank correlation of the scores.
 Cost: one read of every such run's rows.parquet.
 """
 
@@ -15,50 +15,50 @@ from . import words
 from .blocks import Heat, Note
 from .rows_file import MANIFEST, ROWS, Selection, read_selection
 
-MOST_RUNS = 24
+MAX_RUNS = 24
 
 
 def runs_beside(selection: Selection) -> list[Selection]:
-    """The selection itself, then others in its folder's folder that scored the same pool, by name."""
+    """The selection itself, then the others in its parent folder that scored the same pool, by name."""
     pool = selection.manifest.get("inputs", {}).get("pool")
     own = selection.folder.resolve()
-    found = [selection]
+    selections = [selection]
     for path in sorted(own.parent.iterdir()):
         if path == own or not (path / MANIFEST).is_file() or not (path / ROWS).is_file():
             continue
         try:
             manifest = read_json(path / MANIFEST)
             if isinstance(manifest, dict) and manifest.get("inputs", {}).get("pool") == pool is not None:
-                found.append(read_selection(path))
-        except (UserError, AttributeError):  # a damaged or unfinished neighbour is no matter of this report
+                selections.append(read_selection(path))
+        except (UserError, AttributeError):  # a damaged or unfinished neighbour does not stop this report
             continue
-    return [one for one in found if len(one) == len(selection)][:MOST_RUNS]
+    return [one for one in selections if len(one) == len(selection)][:MAX_RUNS]
 
 
 def overlap(runs: list[Selection]) -> list[Heat | Note]:
-    """The matrix of shared choices and that of rank correlations; nothing for a single run."""
+    """The matrices of shared rows and of rank correlations; empty for a single run."""
     if len(runs) < 2:
         return []
     names = [_name(run, runs) for run in runs]
-    shared, said = [], []
+    shared, sentences = [], []
     for one, first in zip(runs, names, strict=True):
         shared.append([shared_rows(one.kept, other.kept) for other in runs])
-        said.append([_sentence(one, first, other, second) for other, second in zip(runs, names, strict=True)])
+        sentences.append([_sentence(one, first, other, second) for other, second in zip(runs, names, strict=True)])
     chance = [float(run.kept.sum()) / max(1, int(run.manifest.get("rows", {}).get("usable", len(run)))) for run in runs]
     blocks: list[Heat | Note] = [
         Heat(
-            caption="Rows that two methods both chose, in percent of the smaller choice",
+            caption="Rows that both methods chose, in percent of the smaller selection",
             corner="chosen by",
             rows=names,
             columns=names,
             values=shared,
-            titles=said,
+            titles=sentences,
         ),
         Note(
-            text=f"Two unrelated choices would share as large a part as the larger of them takes of the pool: here "
+            text=f"Two independent selections would share a part equal to the larger one's share of the pool: here "
             f"{words.share(min(chance), 1)} to {words.share(max(chance), 1)}."
             if max(chance) - min(chance) > 5e-4
-            else f"Two unrelated choices of this size would share {words.share(chance[0], 1)} of their rows."
+            else f"Two independent selections of this size would share {words.share(chance[0], 1)} of their rows."
         ),
     ]
     ranks = [[rank_correlation(one.score, other.score) for other in runs] for one in runs]
@@ -68,7 +68,7 @@ def overlap(runs: list[Selection]) -> list[Heat | Note]:
 
 
 def shared_rows(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float | None:
-    """Share of the smaller of two choices that lies in the other; None where one is empty."""
+    """Share of the smaller of two selections that is also in the other; None where one is empty."""
     smaller = min(int(first.sum()), int(second.sum()))
     return float((first & second).sum()) / smaller if smaller else None
 
@@ -85,8 +85,8 @@ def rank_correlation(first: NDArray[np.float32], second: NDArray[np.float32]) ->
 
 
 def _rank_heat(names: list[str], ranks: list[list[float | None]]) -> Heat:
-    """Rank correlations as percent of full agreement; those below zero are shaded as zero and said in the title."""
-    said = [
+    """Rank correlations in percent; negative ones are shaded as zero and given in the cell's title."""
+    sentences = [
         [
             f"{row} and {column}: rank correlation {words.decimal(value, 3)}"
             for column, value in zip(names, line, strict=True)
@@ -100,12 +100,12 @@ def _rank_heat(names: list[str], ranks: list[list[float | None]]) -> Heat:
         rows=names,
         columns=names,
         values=values,
-        titles=said,
+        titles=sentences,
     )
 
 
 def _name(run: Selection, runs: list[Selection]) -> str:
-    """The method, with the folder's name where several runs are of one method or the folder is not named for it."""
+    """The method, with the folder's name where several runs have the same method."""
     several = sum(other.method == run.method for other in runs) > 1
     return f"{run.method} ({run.name})" if several else run.method
 

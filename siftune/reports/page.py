@@ -1,8 +1,8 @@
 """One self-contained HTML file: a `Page` through the templates, with its data, its script and the plotting library inside.
 
-No address is fetched: the Content-Security-Policy forbids it, and allows two scripts alone, each by its hash: ours and
-plotly's, which is packed with gzip and unpacked by ours (2 MB instead of 5). Row text reaches the page as JSON in a
-script element that is no script, and the reader's eye by `textContent`. Cost: about 0.5 s, most of it packing plotly.
+No address is fetched: the Content-Security-Policy forbids it, and allows only two scripts, each by its hash: siftune's and
+plotly's, which is compressed with gzip and unpacked by the first (2 MB instead of 5). Row text is stored as JSON in a
+non-executable script element and shown by `textContent`. Cost: about 0.5 s, most of it compressing plotly.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ SCRIPTS = ("palette.js", "charts.js", "map.js", "rows.js", "page.js")
 """One script, in this order."""
 GENERATOR = b'<meta name="generator" content="siftune">'
 HEAD_BYTES = 8192
-"""Within which a page names its generator."""
+"""The generator is named within the first bytes of a page."""
 NEEDED = {"jinja2": "jinja2", "plotly": "plotly"}
 
 
 def require(*, mapped: bool = True) -> None:
     """Raise `MissingExtra` where a library that the page needs is not installed."""
-    wanted = NEEDED | ({"openTSNE": "openTSNE"} if mapped else {})
-    for module, package in wanted.items():
+    packages = NEEDED | ({"openTSNE": "openTSNE"} if mapped else {})
+    for module, package in packages.items():
         if find_spec(module) is None:
             raise MissingExtra(package, extra="report", needed_for="siftune report")
 
 
 def save(page: Page, path: Path) -> Path:
-    """Write the page, whole or not at all. Raises `UserError` where the path cannot be written."""
+    """Write the page atomically. Raises `UserError` where the path cannot be written."""
     html = render(page)
     with atomic_path(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return path
 
 
-def is_ours(path: Path) -> bool:
-    """Was this file written by `save`? Its head names the generator."""
+def was_written_by_siftune(path: Path) -> bool:
+    """Whether `save` wrote this file: its head names the generator."""
     with path.open("rb") as file:
         return GENERATOR in file.read(HEAD_BYTES)
 
@@ -85,9 +85,9 @@ def _plotly() -> str:
 
 
 def _policy(*scripts: str, compiles: bool) -> str:
-    """Nothing but these scripts runs, nothing is fetched; plotly sets styles and draws images of its own canvases.
+    """Only these scripts run, and nothing is fetched; plotly sets styles and draws images of its own canvases.
 
-    `compiles`: plotly's WebGL dots compile their drawing functions, which is called eval. Those two scripts alone could.
+    `compiles`: plotly's WebGL points compile their drawing functions with eval, which these two scripts may use.
     """
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts if text]
     allowed = " ".join([*(f"'sha256-{digest}'" for digest in hashes), *(["'unsafe-eval'"] if compiles else [])])

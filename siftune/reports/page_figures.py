@@ -1,6 +1,6 @@
-"""A page's charts, maps and matrices as PNG and SVG for papers, by the module that draws every figure (`figures`).
+"""A page's charts, maps and matrices as PNG and SVG for papers, drawn by `figures`.
 
-What a chart's data means stands in templates/charts.js; both read the same data, so a figure shows what the page shows.
+The keys of a chart's data are described in templates/charts.js; both read the same data, so a figure equals the page.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from .blocks import Block, Chart, Heat, Map, Page, Pair, Table
 from .figures import COLOURS, MARKERS
 
 KEPT, REST, SECOND = COLOURS[0], "#BBBBBB", COLOURS[1]
-MOST_COLOURS = 12
-"""Columns with more values than this are not drawn on a map: nobody could tell them apart."""
+MAX_COLOURS = 12
+"""Columns with more values than this are not drawn on a map: the colours would not be distinguishable."""
 
 
 def draw(page: Page, folder: Path) -> list[Path]:
-    """Every drawable block of the page into `folder`, two files each; their paths. Raises `MissingExtra`.
+    """Draw every chart, map and matrix of the page into `folder`, two files each; returns their paths. Raises `MissingExtra`.
 
     >>> draw(page_of(...), Path("figures"))
     """
-    made: list[Path] = []
+    paths: list[Path] = []
     used: set[str] = set()
     for section in page.sections:
         for block in section.blocks:
             for name, one in _parts(section.name, block):
                 stem = _stem(name, used)
-                made += _draw(one, folder / stem)
-    return made
+                paths += _draw(one, folder / stem)
+    return paths
 
 
 def _parts(section: str, block: Block) -> list[tuple[str, Any]]:
-    """What to draw of a block, each with a name; nothing for blocks that are no picture."""
+    """The pictures of a block, each with a name; empty for blocks without a picture."""
     if isinstance(block, Chart):
         return [(block.name, block)]
     if isinstance(block, Map):
-        ways = [one for one in block.data["colours"] if len(one["names"]) <= MOST_COLOURS]
-        named = [(f"{block.name}-{one['name']}", (block, one)) for one in ways]
+        colourings = [one for one in block.data["colours"] if len(one["names"]) <= MAX_COLOURS]
+        named = [(f"{block.name}-{one['name']}", (block, one)) for one in colourings]
         return [*named, (f"{block.name}-chosen", (block, None))]
     if isinstance(block, Heat):
         return [(f"{section}-{block.corner}", block)]
@@ -52,7 +52,7 @@ def _parts(section: str, block: Block) -> list[tuple[str, Any]]:
 
 
 def _stem(name: str, used: set[str]) -> str:
-    """A file name that is taken once."""
+    """A file name that is not used yet."""
     plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()[:60] or "figure"
     stem, number = plain, 2
     while stem in used:
@@ -61,14 +61,14 @@ def _stem(name: str, used: set[str]) -> str:
     return stem
 
 
-def _draw(what: Any, stem: Path) -> list[Path]:
-    if isinstance(what, Chart):
-        return _chart(what, stem)
-    if isinstance(what, Heat):
-        return _heat(what, stem)
-    if isinstance(what, Table):
-        return _bars(what, stem)
-    block, colours = what
+def _draw(picture: Any, stem: Path) -> list[Path]:
+    if isinstance(picture, Chart):
+        return _chart(picture, stem)
+    if isinstance(picture, Heat):
+        return _heat(picture, stem)
+    if isinstance(picture, Table):
+        return _bars(picture, stem)
+    block, colours = picture
     return _map(block.data, colours, stem)
 
 
@@ -159,7 +159,7 @@ def _heat(heat: Heat, stem: Path) -> list[Path]:
 
 
 def _bars(table: Table, stem: Path) -> list[Path]:
-    """Shares of the pool and of what was taken, a pair of bars per value."""
+    """Shares of the pool and of the chosen rows, a pair of bars per value."""
     lines = [(line[0], line[2], line[4]) for line in table.rows if isinstance(line[-1], Pair)]
     names = [_plain(str(name)) for name, *_ in lines]
     places = np.arange(len(lines))[::-1]
@@ -208,6 +208,6 @@ def _colour(role: str | int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib takes as it is: no mathematics between dollars, no line of its own length."""
+    """Text for matplotlib: dollars are escaped, and a long text is cut to one line."""
     line = " ".join(text.split()).replace("$", r"\$")
     return line if len(line) <= 80 else line[:79] + "…"

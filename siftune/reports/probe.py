@@ -1,8 +1,8 @@
-"""How far DaaR's domain probe can be believed: confusion and calibration on the rows it was not trained on.
+"""How reliable DaaR's domain probe is: confusion and calibration on the rows it was not trained on.
 
-The held-out rows, their features and their k-means labels come from what the run left on the disk (probes and centroids
-in the run folder, features in the cache), so no model is loaded; where they are gone, the pool's probabilities are
-shown instead, and the page says so. Cost: one pass of a small MLP over the probe set.
+The held-out rows, their features and their k-means labels come from the run's files (probes and centroids in the run
+folder, features in the cache), so no model is loaded; where they are missing, the pool's probabilities are shown
+instead, with a note. Cost: one pass of a small MLP over the probe set.
 
 Axes: `B` rows of the probe set, `D` width, `K` domains.
 """
@@ -29,22 +29,22 @@ BINS = 10
 
 @dataclass(frozen=True, eq=False)
 class ProbeSet:
-    """The probe set as the fit saw it."""
+    """The probe set that the probes were fitted on."""
 
     rows: NDArray[np.int64]
-    """Shape `(B,)`: rows of the pool; -1 for a copy that cannot be told from another."""
+    """Shape `(B,)`: rows of the pool; -1 for a duplicate whose row is ambiguous."""
     hidden: NDArray[np.float32]
     """Shape `(B, D)`."""
     labels: NDArray[np.int64]
     """Shape `(B,)`: the k-means label, nearest centre."""
     held: NDArray[np.int64]
-    """Positions that were held out of the probe's training."""
+    """Positions held out of the probe's training."""
     probabilities: NDArray[np.float64]
-    """Shape `(B, K)`: of the fitted probe."""
+    """Shape `(B, K)`: the fitted probe's."""
 
 
 def read_probe_set(selection: Selection, pool: Pool, *, cache: str | Path | None = None) -> ProbeSet | None:
-    """The probe set of a DaaR run from the cache; None where its features are not there any more."""
+    """The probe set of a DaaR run from the cache; None where its features are no longer there."""
     from ..offline.daar.probe_set import CHUNK_ROWS, draw_probe_set
     from ..offline.daar.selector import DaaR
 
@@ -65,23 +65,23 @@ def read_probe_set(selection: Selection, pool: Pool, *, cache: str | Path | None
 def _stored(
     task: Any, pool: Pool, shards: list[Shard], cache: str | Path | None
 ) -> dict[str, NDArray[np.float32]] | None:
-    """Both features of every row of the shards, under whichever number of threads they were computed with."""
+    """Both features of every row of the shards, computed with any number of threads."""
     import torch
 
     from ..engines.shard import load_result, shard_key
     from ..models.store import Store
 
     store, key = Store(store_folder("shards", cache)), str(task.key)
-    numbers = dict.fromkeys([torch.get_num_threads(), *range(1, (os.cpu_count() or 1) + 1)])
-    for threads in numbers:
-        found = []
+    thread_counts = dict.fromkeys([torch.get_num_threads(), *range(1, (os.cpu_count() or 1) + 1)])
+    for threads in thread_counts:
+        parts = []
         for shard in shards:
             result = load_result(store, shard_key(key, pool, shard, threads=threads), shard)
             if result is None:
                 break
-            found.append(result.columns)
-        if len(found) == len(shards):
-            return {name: np.concatenate([part[name] for part in found]) for name in ("hidden", "embedding")}
+            parts.append(result.columns)
+        if len(parts) == len(shards):
+            return {name: np.concatenate([part[name] for part in parts]) for name in ("hidden", "embedding")}
     return None
 
 
@@ -91,14 +91,14 @@ def _probe_set(method: Any, pool: Pool, probe_pool: Pool, columns: dict[str, NDA
     from ..offline.daar.fitting import split
     from ..offline.daar.probes import apply, entropy
 
-    sound = np.flatnonzero(np.isfinite(columns["hidden"]).all(axis=1) & np.isfinite(columns["embedding"]).all(axis=1))
-    hidden, embedding = columns["hidden"][sound], columns["embedding"][sound].astype(np.float64)
+    finite = np.flatnonzero(np.isfinite(columns["hidden"]).all(axis=1) & np.isfinite(columns["embedding"]).all(axis=1))
+    hidden, embedding = columns["hidden"][finite], columns["embedding"][finite].astype(np.float64)
     learned, training = method.learned, method._training()
     present = np.flatnonzero([name not in learned.info.get("absent_domains", ()) for name in learned.domains])
     distances = np.stack([((embedding - center) ** 2).sum(axis=1) for center in learned.cluster_centers[present]], 1)
-    _, held = split(len(sound), training.validation, method.seed)
+    _, held = split(len(finite), training.validation, method.seed)
     _, probabilities = entropy(apply(learned.domain_probe, torch.from_numpy(np.ascontiguousarray(hidden))))
-    rows = getattr(probe_pool.source, "rows", np.full(len(probe_pool), -1))[sound]
+    rows = getattr(probe_pool.source, "rows", np.full(len(probe_pool), -1))[finite]
     return ProbeSet(rows, hidden, present[distances.argmin(axis=1)], held.numpy(), probabilities)
 
 
@@ -106,7 +106,7 @@ def _probe_set(method: Any, pool: Pool, probe_pool: Pool, columns: dict[str, NDA
 
 
 def probe_blocks(selection: Selection, probe_set: ProbeSet | None) -> list[Facts | Heat | Chart | Note]:
-    """What the page says of the probe: facts of the fit, confusion, calibration."""
+    """The blocks on the probe: facts of the fit, confusion, calibration."""
     blocks: list[Facts | Heat | Chart | Note] = [_facts(selection)]
     if probe_set is not None and len(probe_set.held):
         held = probe_set.held
@@ -115,12 +115,12 @@ def probe_blocks(selection: Selection, probe_set: ProbeSet | None) -> list[Facts
         return blocks
     blocks.append(
         Note(
-            text="The features of the rows that the probe was tested on are not in the cache any more, so the figure "
-            "below is the probe's own view of the whole pool: it shows what the probe confuses, not whether it is right."
+            text="The features of the rows that the probe was tested on are no longer in the cache, so the figure "
+            "below shows the probe's own predictions over the pool: which domains it confuses, not whether it is right."
         )
     )
-    if (doubt := _doubt(selection)) is not None:
-        blocks.append(doubt)
+    if (heat := _mean_probabilities(selection)) is not None:
+        blocks.append(heat)
     return blocks
 
 
@@ -138,15 +138,15 @@ def _facts(selection: Selection) -> Facts:
         note = "of the reward's variance, on held-out rows"
         items.append(Fact(label="Reward explained", value=words.share(explained, 1), note=note))
     if (rho := info.get("spearman_diversity_entropy")) is not None:
-        note = "rank correlation of the predicted reward and the probe's own entropy"
-        items.append(Fact(label="Both rewards agree", value=words.decimal(rho, 3), note=note))
+        note = "rank correlation of the predicted reward and the probe's entropy"
+        items.append(Fact(label="Agreement of both rewards", value=words.decimal(rho, 3), note=note))
     return Facts(items=items)
 
 
 def _confusion(selection: Selection, truth: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Heat:
-    names, said = selection.domains, probabilities.argmax(axis=1)
+    names, predicted = selection.domains, probabilities.argmax(axis=1)
     counts = np.array(
-        [[((truth == row) & (said == at)).sum() for at in range(len(names))] for row in range(len(names))]
+        [[((truth == row) & (predicted == at)).sum() for at in range(len(names))] for row in range(len(names))]
     )
     totals = counts.sum(axis=1)
     values = [
@@ -154,14 +154,14 @@ def _confusion(selection: Selection, truth: NDArray[np.int64], probabilities: ND
     ]
     titles = [
         [
-            f"{int(cell):,} of {int(total):,} rows of {row} are called {column}"
+            f"{int(cell):,} of {int(total):,} rows of {row} are predicted as {column}"
             for column, cell in zip(names, line, strict=True)
         ]
         for row, line, total in zip(names, counts, totals, strict=True)
     ]
     return Heat(
-        caption=f"What the probe calls the rows it was not trained on, in percent of each cluster ({len(truth):,} rows)",
-        corner="cluster \\ probe says",
+        caption=f"Predictions of the probe for the rows it was not trained on, in percent of each cluster ({len(truth):,} rows)",
+        corner="cluster \\ prediction",
         rows=[f"{name} ({int(total):,})" for name, total in zip(names, totals, strict=True)],
         columns=names,
         values=values,
@@ -171,7 +171,7 @@ def _confusion(selection: Selection, truth: NDArray[np.int64], probabilities: ND
 
 
 def reliability(truth: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Chart:
-    """How often the probe is right against how sure it says it is; dots are as large as their bin has rows."""
+    """Accuracy of the probe against its confidence; the area of a dot grows with the rows of its bin."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     x, y, size, text = [], [], [], []
@@ -183,13 +183,13 @@ def reliability(truth: NDArray[np.int64], probabilities: NDArray[np.float64]) ->
         x.append(round(float(confidence[inside].mean()), 4))
         y.append(round(float(right[inside].mean()), 4))
         size.append(round(6 + 22 * (rows / len(truth)) ** 0.5, 1))
-        text.append(f"{rows:,} rows: {words.share(y[-1], 1)} right, {words.share(x[-1], 1)} sure")
+        text.append(f"{rows:,} rows: accuracy {words.share(y[-1], 1)}, confidence {words.share(x[-1], 1)}")
     series = [
         {"as": "points", "name": "held-out rows", "role": "kept", "x": x, "y": y, "size": size, "text": text}
         | {"template": "%{text}<extra></extra>"}
     ]
-    data = {"x": "how sure the probe is", "y": "how often it is right", "yshare": True, "diagonal": True}
-    title = "Calibration: on the dotted line, what the probe says is what happens"
+    data = {"x": "confidence of the probe", "y": "accuracy", "yshare": True, "diagonal": True}
+    title = "Calibration: on the dotted line, confidence equals accuracy"
     return Chart(
         name="calibration",
         title=title,
@@ -199,7 +199,7 @@ def reliability(truth: NDArray[np.int64], probabilities: NDArray[np.float64]) ->
     )
 
 
-def _doubt(selection: Selection) -> Heat | None:
+def _mean_probabilities(selection: Selection) -> Heat | None:
     """Mean p(domain | row) over the rows of each pseudo-domain."""
     if selection.probabilities is None:
         return None

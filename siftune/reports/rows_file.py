@@ -1,7 +1,7 @@
 """`rows.parquet` of a selection as arrays, and the texts of its rows where they can still be read.
 
-Texts come from the pool as the run read it, as long as it is where it was and as it was; else, for the chosen rows,
-from the run's own copy. Shapes: `n` rows of the pool, `K` domains.
+Texts come from the pool, as long as it is at the same path and unchanged; else, for the chosen rows, from the run's
+own copy. Shapes: `n` rows of the pool, `K` domains.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .untrusted import visible
 
 ROWS, MANIFEST, SELECTED = "rows.parquet", "manifest.json", "selected.jsonl"
 COLUMNS = ("file", "line", "tokens", "score", "kept", "reason", "pseudo_label")
-"""Those of `rows.parquet` that are read here."""
+"""The columns of `rows.parquet` that are read here."""
 READING = ("columns", "format", "on_bad_row", "duplicates")
 
 
@@ -35,7 +35,7 @@ class Selection:
     folder: Path
     manifest: Mapping[str, Any]
     score: NDArray[np.float32]
-    """Shape `(n,)`, NaN where there is none."""
+    """Shape `(n,)`, NaN where a row has none."""
     kept: NDArray[np.bool_]
     tokens: NDArray[np.int32]
     """Shape `(n,)`, -1 where unknown."""
@@ -54,9 +54,9 @@ class Selection:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What was asked."""
-        found: Mapping[str, Any] = self.manifest.get("config", {})
-        return found
+        """The options of the run."""
+        values: Mapping[str, Any] = self.manifest.get("config", {})
+        return values
 
     @property
     def method(self) -> str:
@@ -65,8 +65,8 @@ class Selection:
     @property
     def info(self) -> Mapping[str, Any]:
         """The facts of the method's fit."""
-        found: Mapping[str, Any] = self.manifest.get("info", {})
-        return found
+        values: Mapping[str, Any] = self.manifest.get("info", {})
+        return values
 
     @property
     def name(self) -> str:
@@ -89,7 +89,7 @@ class Selection:
 
 
 def read_selection(folder: Path) -> Selection:
-    """The run folder of `siftune select`. Raises `UserError` when it is not finished or its files are damaged."""
+    """The run folder of `siftune select`. Raises `UserError` when it is not finished or a file is damaged."""
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("status") != "finished" or not (folder / ROWS).is_file():
         raise UserError(f"{folder} holds a selection that is not finished; run the same siftune select command again")
@@ -100,7 +100,7 @@ def read_selection(folder: Path) -> Selection:
     domains = [name.removeprefix("p_") for name in shares] if shares else sorted(names)
     index = {name: number for number, name in enumerate(domains)}
     labels = np.array([index.get(name, -1) for name in table["pseudo_label"].to_pylist()], dtype=np.int16)
-    told = {row: visible(reason) for row, reason in enumerate(table["reason"].to_pylist()) if reason is not None}
+    reasons = {row: visible(reason) for row, reason in enumerate(table["reason"].to_pylist()) if reason is not None}
     probabilities = np.stack([_floats(table[name]) for name in shares], axis=1) if shares else None
     files = [Path(file).name for file in table["file"].to_pylist()]
     return Selection(
@@ -112,7 +112,7 @@ def read_selection(folder: Path) -> Selection:
         labels=labels,
         domains=tuple(visible(name) for name in domains),
         probabilities=probabilities,
-        reasons=told,
+        reasons=reasons,
         places=(files, table["line"].to_numpy(zero_copy_only=False)),
     )
 
@@ -138,25 +138,25 @@ def _floats(column: Any) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The texts of a pool's rows, as far as they are at hand."""
+    """The texts of a pool's rows, as far as they are available."""
 
     pool: Pool | None
-    """The pool itself, as the run read it."""
+    """The pool that the run read."""
     chosen: Pool | None = None
-    """Where the pool is not at hand: the run's copy of the chosen rows."""
+    """Where the pool is not available: the run's copy of the chosen rows."""
     positions: Mapping[int, int] | None = None
     """Row of the pool -> row of `chosen`."""
     why: str = ""
-    """Why the pool is not at hand, in a sentence; empty where it is."""
+    """A sentence on why the pool is not available; empty where it is."""
 
     def read(self, rows: Sequence[int]) -> list[tuple[str, str] | None]:
-        """Question and answer of each row, raw; None where the text is not at hand."""
+        """Question and answer of each row, raw; None where the text is not available."""
         if self.pool is not None:
-            good = [row for row in rows if row not in self.pool.reasons]
-            found = {row: _parts(read) for row, read in zip(good, self.pool.read(good), strict=True)}
+            usable = [row for row in rows if row not in self.pool.reasons]
+            texts_by_row = {row: _parts(read) for row, read in zip(usable, self.pool.read(usable), strict=True)}
             bad = [row for row in rows if row in self.pool.reasons]
-            found |= {row: (text, "") for row, text in zip(bad, self._raw(bad), strict=True)}
-            return [found[row] for row in rows]
+            texts_by_row |= {row: (text, "") for row, text in zip(bad, self._raw(bad), strict=True)}
+            return [texts_by_row[row] for row in rows]
         if self.chosen is None or self.positions is None:
             return [None] * len(rows)
         places = [self.positions.get(row) for row in rows]
@@ -165,7 +165,7 @@ class Texts:
         return [texts.get(place) if place is not None else None for place in places]
 
     def _raw(self, rows: Sequence[int]) -> list[str]:
-        """Rows that fit no format, as they stand in their file."""
+        """The raw text of rows that have no known format."""
         assert self.pool is not None
         texts = getattr(self.pool.source, "texts", None)
         if texts is not None:
@@ -183,15 +183,17 @@ def _parts(row: Row) -> tuple[str, str]:
 def texts_of(selection: Selection, *, cache: str | Path | None = None) -> Texts:
     """The texts of a selection's rows, from the pool, or the chosen ones from the run folder."""
     config = selection.config
-    said = {name: config[name] for name in READING if config.get(name) is not None}
+    reading = {name: config[name] for name in READING if config.get(name) is not None}
     sources = [str(path) for path in config.get("pool", [])]
     try:
-        pool = load_pool(sources[0] if len(sources) == 1 else sources, cache=cache, **said)
+        pool = load_pool(sources[0] if len(sources) == 1 else sources, cache=cache, **reading)
         if pool.fingerprint == selection.manifest.get("inputs", {}).get("pool"):
             return Texts(pool)
         why = "The pool has changed since this run, so only the chosen rows, which the run folder holds, can be read here."
     except (UserError, OSError, ImportError):
-        why = "The pool is not where it was, so only the chosen rows, which the run folder holds, can be read here."
+        why = (
+            "The pool is no longer at its path, so only the chosen rows, which the run folder holds, can be read here."
+        )
     columns = {"columns": config["columns"]} if config.get("columns") else {}
     try:
         chosen = load_pool(str(selection.folder / SELECTED), on_bad_row="skip", cache=cache, **columns)
@@ -203,7 +205,7 @@ def texts_of(selection: Selection, *, cache: str | Path | None = None) -> Texts:
 
 
 def _positions(selection: Selection) -> dict[int, int]:
-    """Where each chosen row stands in the run's own copy, which is in the pool's order or best first."""
+    """The position of each chosen row in the run's own copy, which is in the pool's order or best first."""
     rows = np.flatnonzero(selection.kept)
     if selection.config.get("order") == "score":
         rows = rows[np.argsort(-selection.score[rows].astype(np.float64), kind="stable")]
@@ -211,5 +213,5 @@ def _positions(selection: Selection) -> dict[int, int]:
 
 
 def store_folder(name: str, cache: str | Path | None = None) -> Path:
-    """A part of the cache."""
+    """A folder of the cache."""
     return cache_folder(cache) / name

@@ -1,5 +1,5 @@
-"""The page of `siftune select`: what was read and chosen, the map, composition, distributions, the probe, other methods
-on the same pool, rows to read, and how it was made."""
+"""The page of `siftune select`: headline, map, composition, distributions, the probe, other methods on the same pool,
+rows to read, and the run's settings."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .rows_file import Selection, Texts, read_selection, texts_of
 from .untrusted import one_line, visible
 
 MAP_BYTES = 4_000_000
-"""Of row text on the map, all rows together."""
+"""Maximum bytes of row text on the map, for all rows together."""
 HOVER_BYTES = 320
-"""Of one row's text on the map, at most."""
+"""Maximum bytes of one row's text on the map."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What the caller may choose."""
+class PageSettings:
+    """Settings of the page."""
 
     map_rows: int
-    """Rows of the map at most; 0 leaves it out."""
+    """Maximum number of rows of the map; 0 omits the map."""
     cache: str | Path | None = None
     seed: int = 0
 
 
-def selection_page(folder: Path, wanted: Wanted) -> Page:
+def selection_page(folder: Path, settings: PageSettings) -> Page:
     """The page of a selection's run folder. Raises `UserError` when it is not finished."""
     selection = read_selection(folder)
     config = selection.config
@@ -46,44 +46,44 @@ def selection_page(folder: Path, wanted: Wanted) -> Page:
         title=f"{method} on {visible(pool)}",
         subtitle=f"{words.count(selection.kept.sum())} of {words.count(len(selection))} rows chosen by {budget(config)}.",
         facts=headline(selection),
-        sections=selection_sections(selection, wanted),
+        sections=selection_sections(selection, settings),
         foot=f"siftune {selection.manifest.get('siftune', '')}, run folder {selection.name}. "
-        "This page holds all of its data and fetches nothing.",
+        "This page holds all of its data and needs no network.",
     )
 
 
-def selection_sections(selection: Selection, wanted: Wanted) -> list[Section]:
-    """Every section of a selection, those with nothing to say left out."""
-    texts = texts_of(selection, cache=wanted.cache)
+def selection_sections(selection: Selection, settings: PageSettings) -> list[Section]:
+    """Every section of a selection that is not empty."""
+    texts = texts_of(selection, cache=settings.cache)
     pool = texts.pool
     probe_set = None
     if selection.method == "daar" and pool is not None:
-        probe_set = read_probe_set(selection, pool, cache=wanted.cache)
-    labels = in_order_of(selection.domains, label_columns(pool, seed=wanted.seed)) if pool is not None else []
+        probe_set = read_probe_set(selection, pool, cache=settings.cache)
+    labels = in_order_of(selection.domains, label_columns(pool, seed=settings.seed)) if pool is not None else []
     sections = [
-        _map(selection, texts, probe_set, labels, wanted),
+        _map(selection, texts, probe_set, labels, settings),
         _composition(selection, labels),
         _distributions(selection),
         _probe(selection, probe_set),
         _overlap(selection),
-        _rows(selection, texts, labels, wanted.seed),
+        _rows(selection, texts, labels, settings.seed),
         made(selection),
     ]
     return [section for section in sections if section is not None and section.blocks]
 
 
 def budget(config: Mapping[str, Any]) -> str:
-    """The budget, as it was said."""
+    """The run's budget in words."""
     if config.get("tokens") is not None:
-        said = f"a budget of {words.count(config['tokens'])} tokens"
+        text = f"a budget of {words.count(config['tokens'])} tokens"
     elif config.get("quota"):
-        said = "a quota per domain: " + ", ".join(f"{name} {amount}" for name, amount in config["quota"].items())
+        text = "a quota per domain: " + ", ".join(f"{name} {amount}" for name, amount in config["quota"].items())
     else:
         keep = config.get("keep", "")
-        said = f"a budget of {words.share(keep, 1) if isinstance(keep, float) else keep}"
+        text = f"a budget of {words.share(keep, 1) if isinstance(keep, float) else keep}"
     if config.get("target_mix"):
-        said += " and a target mix: " + ", ".join(f"{name} {share}" for name, share in config["target_mix"].items())
-    return visible(said)
+        text += " and a target mix: " + ", ".join(f"{name} {share}" for name, share in config["target_mix"].items())
+    return visible(text)
 
 
 def headline(selection: Selection) -> Facts:
@@ -104,7 +104,7 @@ def headline(selection: Selection) -> Facts:
     stages = selection.manifest.get("stages", [])
     seconds = sum(float(stage.get("computed_seconds", 0)) for stage in stages)
     reused = any(stage.get("counts", {}).get("shards_reused") for stage in stages)
-    items.append(Fact(label="Time", value=words.duration(seconds), note="some of it from the cache" if reused else ""))
+    items.append(Fact(label="Time", value=words.duration(seconds), note="partly from the cache" if reused else ""))
     memory = selection.manifest.get("peak_memory_mb")
     if memory:
         items.append(Fact(label="Peak memory", value=words.megabytes(float(memory))))
@@ -115,20 +115,20 @@ def headline(selection: Selection) -> Facts:
 
 
 def _map(
-    selection: Selection, texts: Texts, probe_set: ProbeSet | None, labels: list[Labels], wanted: Wanted
+    selection: Selection, texts: Texts, probe_set: ProbeSet | None, labels: list[Labels], settings: PageSettings
 ) -> Section | None:
-    found = positions(selection, texts, probe_set, most=wanted.map_rows, seed=wanted.seed, cache=wanted.cache)
-    if found is None:
+    placed = positions(selection, texts, probe_set, most=settings.map_rows, seed=settings.seed, cache=settings.cache)
+    if placed is None:
         return None
-    lede = f"{found.of} Near dots are alike; how far apart two groups lie, and how large they look, means nothing."
-    data = map_data(selection, texts, found, labels)
-    label = f"Map of {len(found.rows):,} rows of the pool; the tables below hold its numbers"
+    lede = f"{placed.of} Dots near each other are similar; distances between groups and their sizes are not meaningful."
+    data = map_data(selection, texts, placed, labels)
+    label = f"Map of {len(placed.rows):,} rows of the pool; the tables below hold the counts"
     return Section(name="map", title="Map", lede=lede, blocks=[Map(name="pool-map", label=label, data=data)])
 
 
-def map_data(selection: Selection, texts: Texts, found: Positions, labels: list[Labels]) -> dict[str, Any]:
-    """One entry a dot: place, row, choice, score, rank, a line of text, and the columns it can be coloured by."""
-    rows = found.rows
+def map_data(selection: Selection, texts: Texts, placed: Positions, labels: list[Labels]) -> dict[str, Any]:
+    """One entry per dot: position, row, chosen or not, score, rank, a line of text, and the columns for colours."""
+    rows = placed.rows
     most = max(40, min(HOVER_BYTES, MAP_BYTES // max(1, len(rows))))
     read = texts.read(rows.tolist())
     text = [one_line("\n".join(part for part in pair if part), most) if pair else "" for pair in read]
@@ -143,8 +143,8 @@ def map_data(selection: Selection, texts: Texts, found: Positions, labels: list[
             {"key": f"label-{number}", "name": one.name, "names": list(one.values), "of": one.of[rows].tolist()}
         )
     return {
-        "x": found.at[:, 0].tolist(),
-        "y": found.at[:, 1].tolist(),
+        "x": placed.at[:, 0].tolist(),
+        "y": placed.at[:, 1].tolist(),
         "row": rows.tolist(),
         "kept": selection.kept[rows].astype(int).tolist(),
         "score": [None if np.isnan(value) else float(f"{value:.4g}") for value in selection.score[rows]],
@@ -158,12 +158,12 @@ def map_data(selection: Selection, texts: Texts, found: Positions, labels: list[
 def _composition(selection: Selection, labels: list[Labels]) -> Section | None:
     tables: list[Block] = []
     if selection.domains:
-        caption = "By pseudo-domain: what the method itself called each row"
+        caption = "By pseudo-domain: the method's own label of each row"
         tables.append(composition("pseudo-domain", selection.domains, selection.labels, selection.kept, caption))
     for one in labels:
         caption = f"By the pool's own column {one.name}"
         tables.append(composition(one.name, one.values, one.of, selection.kept, caption))
-    lede = "How the chosen rows are spread over the pool's parts. Bars: share of the pool, share of the chosen rows."
+    lede = "How the chosen rows are distributed over the parts of the pool. Bars: share of the pool, share of the chosen rows."
     return Section(name="composition", title="What was chosen", lede=lede, blocks=tables) if tables else None
 
 
@@ -174,20 +174,20 @@ def _distributions(selection: Selection) -> Section | None:
         histogram("lengths", "Length of a row", "tokens", lengths, selection.kept, log=True),
     ]
     blocks = [chart for chart in charts if chart is not None]
-    lede = "Grey: the whole pool. Blue: the chosen rows."
+    lede = "Grey: the pool. Blue: the chosen rows."
     return Section(name="distributions", title="Score and length", lede=lede, blocks=blocks) if blocks else None
 
 
 def _probe(selection: Selection, probe_set: ProbeSet | None) -> Section | None:
     if selection.method != "daar":
         return None
-    lede = "DaaR's reward rests on a small probe that guesses each row's domain. This is how well it guesses."
+    lede = "DaaR's reward is computed from a small probe that predicts each row's domain. This is its accuracy on held-out rows."
     return Section(name="probe", title="The probe", lede=lede, blocks=probe_blocks(selection, probe_set))
 
 
 def _overlap(selection: Selection) -> Section | None:
     blocks = overlap(runs_beside(selection))
-    lede = "Every finished run in the same folder that scored this very pool."
+    lede = "Every finished run in the same folder that scored the same pool."
     return Section(name="overlap", title="Other methods", lede=lede, blocks=blocks) if blocks else None
 
 
@@ -201,14 +201,14 @@ def _rows(selection: Selection, texts: Texts, labels: list[Labels], seed: int) -
         rows = [(visible(kind), words.count(count)) for kind, count in kinds]
         caption = f"Every row left out, by reason: {words.count(len(selection.reasons))} rows"
         blocks.append(Table(caption=caption, columns=("reason", "rows"), rows=rows, numbers=(1,)))
-    lede = "Read before you trust. Long texts are cut to fit this page; each row names its file and line."
+    lede = "Read rows before you rely on the selection. Long texts are cut to fit this page; each row names its file and line."
     return Section(name="rows", title="Rows to read", lede=lede, blocks=blocks)
 
 
 def made(selection: Selection) -> Section:
-    """Options, stages, versions, inputs: what one would need to make it again."""
+    """Options, stages, versions and inputs: everything needed to reproduce the run."""
     manifest, info = selection.manifest, selection.info
-    options = [(str(name), visible(_said(value))) for name, value in selection.config.items()]
+    options = [(str(name), visible(_as_text(value))) for name, value in selection.config.items()]
     stages = [
         (
             str(stage.get("name")),
@@ -223,23 +223,23 @@ def made(selection: Selection) -> Section:
         Table(caption="Stages", columns=("stage", "time", "counts"), rows=stages, numbers=(1,)),
         Table(caption="Options", columns=("option", "value"), rows=options, folded=True),
         Table(caption="Versions", columns=("package", "version"), rows=versions, folded=True),
-        Table(caption="Content hashes of what was read", columns=("input", "hash"), rows=inputs, folded=True),
+        Table(caption="Content hashes of the inputs", columns=("input", "hash"), rows=inputs, folded=True),
     ]
-    asked = [(name.replace("_", " "), visible(_said(value))) for name, value in _judge(info).items()]
-    if asked:
-        blocks.insert(1, Table(caption="The judge", columns=("", ""), rows=asked))
-    facts = [(str(name).replace("_", " "), visible(_said(value))) for name, value in sorted(info.items())]
+    judge = [(name.replace("_", " "), visible(_as_text(value))) for name, value in _judge(info).items()]
+    if judge:
+        blocks.insert(1, Table(caption="The judge", columns=("", ""), rows=judge))
+    facts = [(str(name).replace("_", " "), visible(_as_text(value))) for name, value in sorted(info.items())]
     if facts:
         blocks.append(Table(caption="Facts of the fit", columns=("fact", "value"), rows=facts, folded=True))
     return Section(name="made", title="How it was made", blocks=blocks)
 
 
 def _judge(info: Mapping[str, Any]) -> Mapping[str, Any]:
-    said = info.get("judge")
-    return {name: value for name, value in said.items() if value is not None} if isinstance(said, Mapping) else {}
+    usage = info.get("judge")
+    return {name: value for name, value in usage.items() if value is not None} if isinstance(usage, Mapping) else {}
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, float):
         return words.decimal(value)
     if isinstance(value, bool) or value is None:
@@ -247,7 +247,7 @@ def _said(value: Any) -> str:
     if isinstance(value, int):
         return words.count(value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_said(inner)}" for name, inner in value.items())
+        return ", ".join(f"{name} {_as_text(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(_said(inner) for inner in value)
+        return ", ".join(_as_text(inner) for inner in value)
     return str(value)

@@ -1,7 +1,7 @@
-"""The page of a study: what each method came to, how far it is from the baseline, what it cost.
+"""The page of a study: each method's results, its differences to the baseline, its cost.
 
-Read from `cells.parquet` and `differences.parquet`, which `siftune compare` wrote; nothing is recomputed but means over
-seeds. Parts are called `MEASURE/PART`, as there: `loss/mathematics`, `accuracy/mean`.
+Read from `cells.parquet` and `differences.parquet`, which `siftune compare` wrote; only means over seeds are computed
+here. Parts are named `MEASURE/PART`, as there: `loss/mathematics`, `accuracy/mean`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CELLS, DIFFERENCES, STUDY, BASE = "cells.parquet", "differences.parquet", "study
 MEASURES = {"loss": "Held-out loss", "accuracy": "Held-out accuracy"}
 DIGITS = 4
 READING = (
-    "Differences are paired by seed; the interval is Student's, 95 % for one comparison: of twenty that are looked at, one "
+    "Differences are paired by seed; the interval is Student's, 95 % for one comparison: of twenty comparisons, one "
     "excludes 0 by chance. A filled dot marks an interval that excludes 0."
 )
 
@@ -41,7 +41,7 @@ class Study:
     facts: Mapping[str, Any]
     """`study.json`; empty where there is none."""
     before: Mapping[str, float]
-    """The untouched model's values."""
+    """The values of the model before tuning."""
 
     @property
     def values(self) -> list[str]:
@@ -50,7 +50,7 @@ class Study:
 
     @property
     def groups(self) -> list[str]:
-        """The budgets that are compared apart, or one nameless group."""
+        """The budgets that are compared separately, or one group without a name."""
         return list(dict.fromkeys(str(line["group"]) for line in self.cells if line["group"] is not None)) or [""]
 
     def labels(self, group: str) -> list[str]:
@@ -59,12 +59,12 @@ class Study:
 
     def of(self, group: str, label: str, value: str) -> list[float]:
         """A method's values over the seeds, those that are numbers."""
-        mine = [line for line in self.cells if line["label"] == label and line["group"] in (group, None)]
-        return [float(line[value]) for line in mine if _number(line.get(value))]
+        lines = [line for line in self.cells if line["label"] == label and line["group"] in (group, None)]
+        return [float(line[value]) for line in lines if _number(line.get(value))]
 
 
 def is_study(folder: Path) -> bool:
-    """Does the folder hold a study's tables?"""
+    """Whether the folder holds a study's tables."""
     return (folder / CELLS).is_file() and (folder / DIFFERENCES).is_file()
 
 
@@ -88,14 +88,14 @@ def study_page(folder: Path) -> Page:
     methods = list(dict.fromkeys(str(line["label"]) for line in study.cells))
     seeds = sorted({int(line["seed"]) for line in study.cells})
     baselines = dict.fromkeys(str(line["baseline"]) for line in study.differences)
-    said = f"{words.count(len(methods))} methods over {words.count(len(seeds))} seeds"
-    said += f", against {visible(', '.join(baselines))}." if baselines else "."
+    subtitle = f"{words.count(len(methods))} methods over {words.count(len(seeds))} seeds"
+    subtitle += f", against {visible(', '.join(baselines))}." if baselines else "."
     return Page(
         title=f"Study: {name}",
-        subtitle=said,
+        subtitle=subtitle,
         facts=headline(study, methods, seeds),
         sections=[section for section in _sections(study) if section.blocks],
-        foot=f"siftune compare, {name}. This page holds all of its data and fetches nothing.",
+        foot=f"siftune compare, {name}. This page holds all of its data and needs no network.",
     )
 
 
@@ -107,7 +107,7 @@ def headline(study: Study, methods: Sequence[str], seeds: Sequence[int]) -> Fact
         Fact(label="Methods", value=words.count(len(methods))),
         Fact(label="Seeds", value=words.count(len(seeds)), note=", ".join(map(str, seeds[:10]))),
         Fact(label="Cells", value=words.count(len(study.cells)), note="finished"),
-        Fact(label="Training and measuring", value=words.duration(seconds), note="all cells, one after the other"),
+        Fact(label="Training and measuring", value=words.duration(seconds), note="sum over all cells"),
     ]
     if study.facts.get("equal"):
         items.insert(3, Fact(label="Held equal", value=f"trained {study.facts['equal']}"))
@@ -129,10 +129,10 @@ def _sections(study: Study) -> list[Section]:
             name = f"measure-{number}-{at}"
             blocks = [*_differences(study, group, own, name), _means(study, group, own, title)]
             sections.append(Section(name=name, title=title, lede=_better(study, own), blocks=blocks))
-    sections.append(Section(name="cost", title="What it cost", blocks=[_cost(study, group) for group in study.groups]))
+    sections.append(Section(name="cost", title="Cost", blocks=[_cost(study, group) for group in study.groups]))
     options = [(visible(str(name)), visible(str(value))) for name, value in study.facts.items()]
-    made: list[Block] = [Table(caption="The study, as it was asked", columns=("key", "value"), rows=options)]
-    return [*sections, Section(name="made", title="How it was made", blocks=made if options else [])]
+    settings: list[Block] = [Table(caption="The study's settings", columns=("key", "value"), rows=options)]
+    return [*sections, Section(name="made", title="How it was made", blocks=settings if options else [])]
 
 
 def _better(study: Study, values: Sequence[str]) -> str:
@@ -148,24 +148,24 @@ def _main(values: Sequence[str]) -> str:
 
 def _differences(study: Study, group: str, values: Sequence[str], name: str) -> list[Block]:
     """The differences of the measure's mean as dots with intervals, and of every part as a table."""
-    mine = [line for line in study.differences if str(line["group"] or "") == group and line["value"] in values]
-    if not mine:
+    lines = [line for line in study.differences if str(line["group"] or "") == group and line["value"] in values]
+    if not lines:
         return []
-    labels = list(dict.fromkeys(str(line["label"]) for line in mine))
-    found = {(str(line["label"]), str(line["value"])): line for line in mine}
-    main, baseline = _main(values), visible(str(mine[0]["baseline"]))
-    rows = [(visible(label), *(_interval(found.get((label, value)), "\n") for value in values)) for label in labels]
+    labels = list(dict.fromkeys(str(line["label"]) for line in lines))
+    by_value = {(str(line["label"]), str(line["value"])): line for line in lines}
+    main, baseline = _main(values), visible(str(lines[0]["baseline"]))
+    rows = [(visible(label), *(_interval(by_value.get((label, value)), "\n") for value in values)) for label in labels]
     caption = f"Difference to {baseline}: mean over the seeds, 95 % interval"
     columns = ("method", *(_part(value) for value in values))
     table = Table(caption=caption, columns=columns, rows=rows, numbers=range(1, len(columns)))
     known = [
-        (label, line) for label in labels if (line := found.get((label, main))) is not None and _number(line["mean"])
+        (label, line) for label in labels if (line := by_value.get((label, main))) is not None and _number(line["mean"])
     ]
     return [_forest(known, name, baseline, _part(main)), table] if known else [table]
 
 
 def _forest(lines: Sequence[tuple[str, Line]], name: str, baseline: str, part: str) -> Chart:
-    """One line a method, the first at the top."""
+    """One line per method, the first at the top."""
     places = list(range(len(lines)))[::-1]
     text = [f"{visible(label)}: {_interval(line)}, {line['n']} seeds" for label, line in lines]
     half = [(line["high"] - line["low"]) / 2 if _number(line["low"]) else 0 for _, line in lines]
@@ -193,7 +193,7 @@ def _means(study: Study, group: str, values: Sequence[str], title: str) -> Table
 
 
 def _before(study: Study, value: str, values: Sequence[str]) -> float | None:
-    """The untouched model's value; of a measure's mean that of its parts, as for the cells."""
+    """The value before tuning; for a measure's mean, the mean of its parts, as for the cells."""
     if value in study.before or not value.endswith("/mean"):
         return study.before.get(value)
     parts = [study.before.get(other) for other in values if other != value]
@@ -208,10 +208,10 @@ def _cost(study: Study, group: str) -> Table:
         "forward_tokens": "tokens forward",
         "candidates": "candidates",
     }
-    known = {name: said for name, said in names.items() if any(_number(line.get(name)) for line in study.cells)}
+    known = {name: title for name, title in names.items() if any(_number(line.get(name)) for line in study.cells)}
     rows = []
     for label in study.labels(group):
-        means = [np.mean(found) if (found := study.of(group, label, name)) else math.nan for name in known]
+        means = [np.mean(values) if (values := study.of(group, label, name)) else math.nan for name in known]
         seconds = study.of(group, label, "train_seconds")
         counts = ["–" if math.isnan(mean) else words.count(float(mean)) for mean in means]
         rows.append((visible(label), *counts, words.duration(float(np.mean(seconds))) if seconds else "–"))

@@ -1,7 +1,7 @@
-"""What a training run left on the disk: the trainer's log, the ledger of candidates, and the rows behind both.
+"""The files of a training run: the trainer's log, the ledger of candidates, and the training rows.
 
-A run folder of `siftune train` has all of it; of any other trainer's OUTPUT_DIR the log is the newest
-`trainer_state.json`, the ledger what `siftune.attach` wrote, and the rows are those that the caller names.
+A run folder of `siftune train` has all of them; for another trainer's OUTPUT_DIR the log is the newest
+`trainer_state.json`, the ledger is the one of `siftune.attach`, and the rows are those that the caller names.
 
 Shapes: `L` lines of the ledger, `n` rows of the training set.
 """
@@ -22,14 +22,14 @@ from ..data.load import load_pool
 from ..errors import UserError
 from ..files import read_json
 from ..records import Pool
-from .composition import AT_ONCE, Labels, in_order_of, label_columns
+from .composition import CHUNK_ROWS, Labels, in_order_of, label_columns
 from .rows_file import MANIFEST, ROWS, SELECTED, Texts, read_selection
 from .untrusted import visible
 
 LOG, STATE = "log.jsonl", "trainer_state.json"
 LEDGER, PARTS = "siftune/selection.parquet", "siftune/selection"
 FIXED = ("step", "rank", "micro", "row", "segment", "token_id", "total", "kept", "reason")
-"""Columns of every ledger; the others are the method's own."""
+"""Columns of every ledger; the others are specific to the method."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,37 +43,37 @@ class Ledger:
     total: NDArray[np.float64]
     kept: NDArray[np.bool_]
     parts: Mapping[str, NDArray[np.float64]]
-    whole: bool
-    """False where training has not come to its end."""
+    complete: bool
+    """False where training is not finished."""
 
     def __len__(self) -> int:
         return len(self.step)
 
     @property
     def keys(self) -> tuple[NDArray[np.int64], list[str]]:
-        """A number for each different row `(L,)`, and the names of those numbers."""
+        """An index for each distinct row `(L,)`, and the names by index."""
         names = [
             f"row {row:,}" if row >= 0 else digest[:12] for row, digest in zip(self.row, self.token_id, strict=True)
         ]
-        different, of = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)
-        return of.astype(np.int64), different.tolist()
+        distinct, of = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)
+        return of.astype(np.int64), distinct.tolist()
 
 
 @dataclass(frozen=True, eq=False)
-class Behind:
+class TrainingRows:
     """The rows of the training set."""
 
     texts: Texts
     rows: NDArray[np.int64]
-    """Row of the file behind each row of the training set. Shape `(n,)`."""
+    """Row of the file for each row of the training set. Shape `(n,)`."""
     lengths: NDArray[np.int64]
     """Shape `(n,)`, in `unit`."""
     unit: str
     """`tokens` where the run counted them, else `characters`."""
     labels: Sequence[Labels]
-    """By row of the training set."""
+    """Labels by row of the training set."""
     how: str
-    """How rows of the set were matched to rows of the file, where that is a guess; else empty."""
+    """How rows of the set were matched to rows of the file, where that is an assumption; else empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class TrainingRun:
     """Empty for a trainer's OUTPUT_DIR."""
     log: Sequence[Mapping[str, Any]]
     ledger: Ledger | None
-    behind: Behind | None
+    training_rows: TrainingRows | None
 
     @property
     def name(self) -> str:
@@ -94,14 +94,14 @@ class TrainingRun:
 
     def logged(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one key of the log."""
-        found = [
+        points = [
             (int(line["step"]), float(line[key])) for line in self.log if _is_number(line.get(key)) and "step" in line
         ]
-        return [step for step, _ in found], [value for _, value in found]
+        return [step for step, _ in points], [value for _, value in points]
 
 
 def is_training(folder: Path) -> bool:
-    """Does the folder hold a training log or a ledger?"""
+    """Whether the folder holds a training log or a ledger."""
     return log_file(folder) is not None or (folder / LEDGER).is_file() or any((folder / PARTS).glob("part-*.parquet"))
 
 
@@ -110,35 +110,35 @@ def read_training(folder: Path, *, rows: str | None = None, cache: str | Path | 
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     ledger = read_ledger(folder)
     try:
-        behind = read_behind(folder, manifest, rows=rows, cache=cache)
+        training_rows = read_training_rows(folder, manifest, rows=rows, cache=cache)
     except (UserError, OSError, ImportError):
         if rows is not None:
             raise
-        behind = None  # the files have moved since: the page does without their texts
-    if behind is not None and ledger is not None and len(ledger) and ledger.row.max() >= len(behind.rows):
+        training_rows = None  # the files have moved: the page is written without their texts
+    if training_rows is not None and ledger is not None and len(ledger) and ledger.row.max() >= len(training_rows.rows):
         if rows is not None:
             raise UserError(
-                f"--rows {rows} has {len(behind.rows):,} usable rows, and the ledger names row {ledger.row.max():,}; give "
+                f"--rows {rows} has {len(training_rows.rows):,} usable rows, and the ledger names row {ledger.row.max():,}; pass "
                 "the file that the trainer was trained on"
             )
-        behind = None
-    return TrainingRun(folder, manifest, read_log(folder), ledger, behind)
+        training_rows = None
+    return TrainingRun(folder, manifest, read_log(folder), ledger, training_rows)
 
 
 def log_file(folder: Path) -> Path | None:
-    """The trainer's log: ours, its final state, or the newest checkpoint's."""
+    """The trainer's log: siftune's, the trainer's final state, or the newest checkpoint's."""
     for path in (folder / LOG, folder / STATE):
         if path.is_file():
             return path
-    found = []
+    states = []
     for path in [*folder.glob(f"checkpoint-*/{STATE}"), *folder.glob(f"checkpoints/checkpoint-*/{STATE}")]:
         if step := re.fullmatch(r"checkpoint-(\d+)", path.parent.name):
-            found.append((int(step[1]), path))
-    return max(found)[1] if found else None
+            states.append((int(step[1]), path))
+    return max(states)[1] if states else None
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the trainer's log; empty where it kept none."""
+    """The lines of the trainer's log; empty where there is none."""
     path = log_file(folder)
     if path is None:
         return []
@@ -149,11 +149,11 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             lines = read_json(path)["log_history"]
         return [dict(line) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no trainer's log ({error}); remove it, or give another folder") from error
+        raise UserError(f"{path} is not a trainer's log ({error}); remove it, or pass another folder") from error
 
 
 def read_ledger(folder: Path) -> Ledger | None:
-    """The ledger, merged or in the parts that a running or broken-off training has written; None where there is none."""
+    """The ledger, merged or in the parts of a running or interrupted training; None where there is none."""
     merged = folder / LEDGER
     parts = [(step, path) for path in (folder / PARTS).glob("part-*.parquet") if (step := _step(path)) is not None]
     paths = [merged] if merged.is_file() else [path for _, path in sorted(parts)]
@@ -163,7 +163,7 @@ def read_ledger(folder: Path) -> Ledger | None:
 
     from ..data.checked_parquet import read_checked
 
-    tables = [read_checked(path, way_out="remove it, or give another folder") for path in paths]
+    tables = [read_checked(path, way_out="remove it, or pass another folder") for path in paths]
     try:
         table = pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="default")
         numbers = {name: table[name].to_numpy(zero_copy_only=False) for name in ("step", "kept")}
@@ -176,24 +176,26 @@ def read_ledger(folder: Path) -> Ledger | None:
             total=table["total"].to_numpy(zero_copy_only=False).astype(np.float64),
             kept=numbers["kept"].astype(bool),
             parts={visible(name): table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in names},
-            whole=merged.is_file(),
+            complete=merged.is_file(),
         )
     except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{paths[0]} is no ledger of siftune ({reason}); remove it, or give another folder") from error
+        raise UserError(
+            f"{paths[0]} is not a ledger of siftune ({reason}); remove it, or pass another folder"
+        ) from error
 
 
-def read_behind(
+def read_training_rows(
     folder: Path, manifest: Mapping[str, Any], *, rows: str | None, cache: str | Path | None
-) -> Behind | None:
-    """The rows that were trained on; None where nothing says which."""
+) -> TrainingRows | None:
+    """The rows that were trained on; None where the run does not name them."""
     config = manifest.get("config", {})
     train = rows if rows is not None else config.get("train")
     if not train:
         return None
-    said = {name: config[name] for name in ("columns", "format") if rows is None and config.get(name) is not None}
+    reading = {name: config[name] for name in ("columns", "format") if rows is None and config.get(name) is not None}
     sources = [train] if isinstance(train, str) else [str(path) for path in train]
-    pool = load_pool(sources[0] if len(sources) == 1 else sources, on_bad_row="skip", cache=cache, **said)
+    pool = load_pool(sources[0] if len(sources) == 1 else sources, on_bad_row="skip", cache=cache, **reading)
     at, tokens = _positions(folder, pool) if rows is None else (None, None)
     how = ""
     if at is None:
@@ -203,14 +205,14 @@ def read_behind(
     labels = [*domains, *in_order_of(domains[0].values if domains else (), label_columns(pool))]
     counted = tokens if tokens is not None else characters(Texts(pool), at)
     labels = [Labels(one.name, one.values, one.of[at]) for one in labels]
-    return Behind(Texts(pool), at, counted, "characters" if tokens is None else "tokens", labels, how)
+    return TrainingRows(Texts(pool), at, counted, "characters" if tokens is None else "tokens", labels, how)
 
 
 def characters(texts: Texts, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Characters of the question and the answer of each row."""
     counts = []
-    for start in range(0, len(rows), AT_ONCE):
-        read = texts.read(rows[start : start + AT_ONCE].tolist())
+    for start in range(0, len(rows), CHUNK_ROWS):
+        read = texts.read(rows[start : start + CHUNK_ROWS].tolist())
         counts += [0 if parts is None else len(parts[0]) + len(parts[1]) for parts in read]
     return np.array(counts, dtype=np.int64)
 
@@ -227,7 +229,7 @@ def _positions(folder: Path, pool: Pool) -> tuple[NDArray[np.int64] | None, NDAr
     table = table.select(["row", "position", "tokens"])
     table = table.filter(table["position"].is_valid()).sort_by("position")
     if table.num_rows and table["row"][-1].as_py() >= len(pool):
-        raise UserError(f"the rows of {folder} are not those that it was trained on any more")
+        raise UserError(f"the rows of {folder} have changed since it was trained")
     at, tokens = (table[name].to_numpy(zero_copy_only=False).astype(np.int64) for name in ("row", "tokens"))
     return at, tokens
 
@@ -249,8 +251,8 @@ def pseudo_domains(sources: Sequence[str], pool: Pool) -> list[Labels]:
 
 
 def _step(path: Path) -> tuple[int, int] | None:
-    found = re.fullmatch(r"part-(\d+)(?:-rank(\d+))?\.parquet", path.name)
-    return (int(found[1]), int(found[2] or 0)) if found else None
+    match = re.fullmatch(r"part-(\d+)(?:-rank(\d+))?\.parquet", path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def _is_number(value: Any) -> bool:

@@ -1,9 +1,9 @@
-"""Text that others wrote, made safe to look at: cut to a length, control characters made visible, JSON that no parser
-of HTML can leave.
+"""Makes untrusted text safe to show: cuts it to a length, makes control characters visible, and writes JSON that cannot
+end its HTML element.
 
-A row may hold `</script>`, a megabyte on one line, or characters that turn the reading direction of what follows.
-Markup needs no care here: the page shows row text by `textContent` alone and the template escapes. What is left is
-what the eye would not see. Cost: one pass over what is shown, never over what is cut.
+A row may hold `</script>`, a megabyte on one line, or characters that change the reading direction of the text after
+them. Markup needs no treatment here: the page shows row text by `textContent` and the template escapes it. Cost: one
+pass over the text that is shown, not over the text that is cut.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def clip(text: str, characters: int) -> tuple[str, int]:
 
 
 def one_line(text: str, most_bytes: int) -> str:
-    """A text on one line of at most `most_bytes` bytes as it will stand in the page, an ellipsis where it was cut."""
+    """A text on one line of at most `most_bytes` bytes as written in the page, with an ellipsis where it was cut."""
     line = visible(" ".join(text[: 4 * most_bytes].split()))
     cut = len(text) > 4 * most_bytes
     while line and _bytes(line) > most_bytes:

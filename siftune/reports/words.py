@@ -1,4 +1,4 @@
-"""Numbers as people read them: thousands apart, shares in percent, seconds as minutes, megabytes as such."""
+"""Number formats for readers: thousands separators, percentages, durations, sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def count(number: float) -> str:
-    """A whole number, thousands apart.
+    """An integer with thousands separators.
 
     >>> count(38969)
     '38,969'
@@ -15,7 +15,7 @@ def count(number: float) -> str:
 
 
 def times(number: float) -> str:
-    """How often.
+    """A number of times, in words.
 
     >>> times(1), times(1200)
     ('once', '1,200 times')
@@ -23,17 +23,17 @@ def times(number: float) -> str:
     return {0: "never", 1: "once", 2: "twice"}.get(round(number), f"{count(number)} times")
 
 
-def share(part: float, whole: float) -> str:
-    """A part of a whole in percent; a dash where there is no whole.
+def share(part: float, total: float) -> str:
+    """A share in percent; a dash where the total is 0.
 
     >>> share(1, 3)
     '33.3 %'
     """
-    return f"{100 * part / whole:.1f} %" if whole else "–"
+    return f"{100 * part / total:.1f} %" if total else "–"
 
 
 def duration(seconds: float) -> str:
-    """A time in the units one would say it in.
+    """A duration in suitable units.
 
     >>> duration(81.2), duration(0.25), duration(7400)
     ('1 min 21 s', '0.2 s', '2 h 3 min')
@@ -56,7 +56,7 @@ def megabytes(number: float) -> str:
 
 
 def decimal(number: float | None, digits: int = 4) -> str:
-    """A measured number to a few significant digits; a dash where there is none.
+    """A number to a few significant digits; a dash where there is none.
 
     >>> decimal(0.740061, 3), decimal(None)
     ('0.740', '–')

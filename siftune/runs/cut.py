@@ -1,6 +1,6 @@
-"""The cut of a selection: its budget as the user said it, and the file that the chosen rows go to.
+"""The cut of a selection: the budget that the user set, and the file that the chosen rows are written to.
 
-Cost: the sort of one score per row; the rows are not read but for those that are written.
+Cost: one sort of the scores; of the rows, only those that are written are read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEFAULT_KEEP = "20%"
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget as the user said it, checked: what `Scores.keep` takes."""
+    """The user's budget, checked: the arguments of `Scores.keep`."""
 
     rule: Mapping[str, Any]
     order: Literal["original", "score"] = "original"
@@ -30,23 +30,23 @@ class Budget:
     @classmethod
     def read(cls, options: Any) -> Budget:
         """From `--keep`, `--tokens`, `--quota` and `--target-mix`. Raises `UserError` when they do not go together."""
-        said = {name: getattr(options, name) for name in ("keep", "tokens", "quota")}
-        given = [name for name, value in said.items() if value is not None]
-        if len(given) > 1:
-            raise UserError(f"--{given[0]} and --{given[1]} are two budgets; give one of them")
+        values = {name: getattr(options, name) for name in ("keep", "tokens", "quota")}
+        budgets = [name for name, value in values.items() if value is not None]
+        if len(budgets) > 1:
+            raise UserError(f"--{budgets[0]} and --{budgets[1]} are two budgets; pass one of them")
         rule: dict[str, Any] = {}
-        if "tokens" in given:
+        if "tokens" in budgets:
             if options.tokens < 1:
-                raise UserError(f"--tokens {options.tokens} keeps nothing; give at least 1")
+                raise UserError(f"--tokens must be >= 1, got {options.tokens}")
             rule["tokens"] = options.tokens
-        elif "quota" in given:
+        elif "quota" in budgets:
             for amount in options.quota.values():
                 parse_keep(amount)
             if options.target_mix is not None:
-                raise UserError("--quota and --target-mix are two budgets; give one of them")
+                raise UserError("--quota and --target-mix are two budgets; pass one of them")
             rule["quota"] = dict(options.quota)
         else:
-            keep = DEFAULT_KEEP if said["keep"] is None else said["keep"]
+            keep = DEFAULT_KEEP if values["keep"] is None else values["keep"]
             amount = parse_keep(keep)
             rule |= {"count": amount.count} if amount.fraction is None else {"fraction": amount.fraction}
         if options.target_mix is not None:
@@ -54,27 +54,27 @@ class Budget:
         return cls(rule, options.order)
 
     def check(self, pool: Pool, domains: tuple[str, ...], *, labels: bool = False) -> None:
-        """Refuse what the pool or the domains (`()` for none) cannot meet; `labels` are domains without p(domain | row)."""
+        """Refuse a budget that the pool or the domains (`()` for none) cannot meet; `labels` are domains without p(domain | row)."""
         usable = len(pool) - len(pool.reasons)
         if self.rule.get("count", 0) > usable:
             raise UserError(f"--keep {self.rule['count']} exceeds the {usable} usable rows of the pool; lower it")
         if "fraction" in self.rule and share(float(self.rule["fraction"])).rows(usable) < 1:
             raise UserError(
-                f"--keep {self.rule['fraction']:g} of {usable} usable rows is less than one row; raise it or give a "
+                f"--keep {self.rule['fraction']:g} of {usable} usable rows is less than one row; raise it or set a "
                 "number of rows"
             )
         for name in ("quota", "target_mix"):
             for domain in self.rule.get(name, {}):
                 flag = "--" + name.replace("_", "-")
                 if not domains:
-                    raise UserError(f"{flag} needs domains, and this method has none; use daar, or give --keep alone")
+                    raise UserError(f"{flag} needs domains, and this method has none; use daar, or pass --keep alone")
                 if labels and name == "target_mix":
                     raise UserError(f"{flag} needs p(domain | row), and this method has labels; use daar, or --quota")
                 if domain not in domains and not (name == "quota" and domain == "*"):
                     raise UserError(f"{flag} names the domain {domain!r}, which is not one of {', '.join(domains)}")
 
     def cut(self, scores: Scores) -> Subset:
-        """The rows kept. Raises `UserError` when none is."""
+        """The kept rows. Raises `UserError` when there is none."""
         subset = scores.keep(**self.rule)
         if not len(subset):
             raise UserError(f"the budget {dict(self.rule)} keeps no row of this pool; raise it")
@@ -86,36 +86,36 @@ def check_out(out: str | None, *, copied: bool = False) -> None:
     if out is None:
         return
     if Path(out).is_dir():
-        raise UserError(f"--out {out} is a folder; give the path of a file")
+        raise UserError(f"--out {out} is a folder; pass the path of a file")
     known = (".jsonl",) if copied else (".jsonl", ".jsonl.gz", ".json", ".parquet")
     if not out.endswith(known):
-        raise UserError(f"--out {out} has no known suffix; give one of {', '.join(known)}")
+        raise UserError(f"--out {out} has no known suffix; use one of {', '.join(known)}")
 
 
 def refuse_inside(out: str | None, run: Path, *, but: str | None = None) -> None:
-    """Refuse a result among a run folder's own files, save the one that is called `but`. Raises `UserError`."""
+    """Refuse a result path inside a run folder, except the file that is called `but`. Raises `UserError`."""
     if out is None:
         return
     path, folder = Path(out).resolve(), run.resolve()
     if folder in path.parents and path != folder / (but or "."):
         raise UserError(
-            f"--out {out} lies inside the run folder {run}, whose files stay as they are; choose another path"
+            f"--out {out} is inside the run folder {run}, whose files are not overwritten; choose another path"
         )
 
 
 def copy_out(
-    subset: Subset, written: Path, out: str | None, *, order: Literal["original", "score"] = "original"
+    subset: Subset, selected: Path, out: str | None, *, order: Literal["original", "score"] = "original"
 ) -> Path:
-    """The chosen rows at `--out` too, where it is given."""
-    if out is None or Path(out).resolve() == written.resolve():
-        return written
+    """Write the chosen rows to `--out` as well, where it is set."""
+    if out is None or Path(out).resolve() == selected.resolve():
+        return selected
     if out.endswith(".jsonl"):
-        return copy_file(written, Path(out))
+        return copy_file(selected, Path(out))
     return subset.write(out, order=order)
 
 
-def copy_file(written: Path, out: Path) -> Path:
-    """A copy that is whole or absent."""
+def copy_file(source: Path, out: Path) -> Path:
+    """Copy a file; the copy is complete or absent."""
     with atomic_path(out) as temporary:
-        shutil.copyfile(written, temporary)
+        shutil.copyfile(source, temporary)
     return out

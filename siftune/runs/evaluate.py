@@ -1,9 +1,9 @@
 """Evaluate a model: a suite's tasks and held-out files, into a run folder that resumes task by task.
 
-All that can be told without the weights is checked first: names, files, rows, worked examples, the adapter's base. A
-finished task is never asked again; the model is loaded only when something is left to ask. What the run leaves:
+Everything that can be checked without the weights is checked first: names, files, rows, worked examples, the adapter's
+base. A finished task is never run again; the model is loaded only when a task is left to run. The run writes
 results.json (task -> metric -> value, stderr, n), table.md, samples/TASK.jsonl (every prompt, answer and grade).
-Cost: the harness's for tasks, one forward for held-out rows.
+Cost: the harness's for tasks, one forward pass for held-out rows.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ class EvaluateOptions(Everywhere):
     """`siftune evaluate MODEL`"""
 
     model: str | None = None
-    """Model folder or hub id; a folder with an adapter alone stands for the base it names."""
+    """Model folder or hub id; a folder that holds only an adapter is loaded on the base it names."""
     adapter: str | None = None
     """PEFT adapter (folder or hub id), merged into the model before anything is measured."""
     suite: str | None = None
-    """daar, uds, held-out, or a YAML file (a suite, or a task of lm-eval's); held-out when only --held-out is given."""
+    """daar, uds, held-out, or a YAML file (a suite, or a task of lm-eval's); held-out when only --held-out is set."""
     data: str | None = None
-    """Folder with the tasks' rows as JSON Lines (docs/evaluate.md); left out, they come from the hub."""
+    """Folder with the tasks' rows as JSON Lines (docs/evaluate.md); default: read from the hub."""
     limit: int | float | None = None
-    """Questions of a task at most, or a share of them below 1 (0.1), drawn by --seed; a smaller one draws a part of the same."""
+    """Maximum number of questions of a task, or a share below 1 (0.1), drawn by --seed; a smaller one draws a subset."""
     skip: str | None = None
     """Tasks of the suite to leave out: humaneval,mbpp."""
     held_out: dict[str, str] | None = None
     """Files of held-out rows for loss and token accuracy, one per domain: mathematics=m.jsonl,coding=c.jsonl."""
     held_out_rows: int | None = None
-    """Rows of each held-out file at most, the first ones."""
+    """Maximum number of rows of each held-out file, from its beginning."""
     text: Literal["auto", "chat", "prompt"] = "auto"
-    """How a held-out row becomes tokens; as it was for training."""
+    """How a held-out row becomes tokens; use the value of the training run."""
     max_length: int = 512
-    """Tokens of a held-out row at most."""
+    """Maximum number of tokens of a held-out row."""
     columns: dict[str, str] | None = None
-    """Your column for each of ours, in the held-out files: instruction=question,output=answer."""
+    """Column names of the held-out files, as field=column: instruction=question,output=answer."""
     format: Literal["alpaca", "prompt-completion", "messages", "text"] | None = None
-    """Form of the held-out rows; recognised by itself when left out."""
+    """Format of the held-out rows; default: detected."""
     chat: bool = False
-    """Put the tasks' questions into the model's chat template; for instruct models."""
+    """Format the tasks' questions with the model's chat template; for instruct models."""
     allow_code: bool = False
     """Let HumanEval and MBPP run code that the model writes. There is no sandbox: see docs/evaluate.md."""
     batch_size: int = 8
@@ -70,13 +70,13 @@ class EvaluateOptions(Everywhere):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is bfloat16 for a 16-bit checkpoint on CUDA, float32 everywhere else."""
     dry_run: bool = False
-    """Check model, adapter, tasks and files, say what would be asked, and stop."""
+    """Check model, adapter, tasks and files, print the questions to be asked, and stop."""
 
 
 def evaluate(model: str | Path, suite: str | Suite | None = None, **options: Any) -> Results:
     """Run a suite on a model; `options` are the fields of `EvaluateOptions`, and `told`, which hears a line per task.
 
-    Raises `UserError` for what is wrong with names, files, rows, adapter or options, before any weight is read.
+    Raises `UserError` for invalid names, files, rows, adapters or options, before any weight is read.
 
     >>> evaluate("./model", "uds", data="eval", limit=100, skip="humaneval").average
     """
@@ -84,13 +84,13 @@ def evaluate(model: str | Path, suite: str | Suite | None = None, **options: Any
     known = [item.name for item in fields(EvaluateOptions)]
     if wrong := [name for name in options if name not in known]:
         raise UserError(f"evaluate() has no option {wrong[0]}; known are {', '.join(known)}")
-    given = suite if isinstance(suite, Suite) else None
-    job = Job(EvaluateOptions(model=str(model), suite=None if given else suite, **options), given)  # type: ignore[arg-type]
+    loaded = suite if isinstance(suite, Suite) else None
+    job = Job(EvaluateOptions(model=str(model), suite=None if loaded else suite, **options), loaded)  # type: ignore[arg-type]
     return run(job, told=told)
 
 
 class Job:
-    """An evaluation that has been checked and can run; nothing in it has read a weight."""
+    """An evaluation whose options, files and rows are checked; no weight is read yet."""
 
     def __init__(self, options: EvaluateOptions, suite: Suite | None = None) -> None:
         from ..evaluation import harness
@@ -99,9 +99,9 @@ class Job:
 
         self.options = options
         if options.out is not None and (not options.out.endswith(".json") or Path(options.out).is_dir()):
-            raise UserError(f"--out {options.out} is no .json file; give the path of one")
+            raise UserError(f"--out {options.out} is not a .json file; pass a path that ends in .json")
         if options.batch_size < 1:
-            raise UserError(f"batch_size={options.batch_size} asks nothing; give at least 1")
+            raise UserError(f"batch_size must be >= 1, got {options.batch_size}")
         self.suite = _suite(options, suite)
         self.files = dict(self.suite.held_out) | dict(options.held_out or {})
         inputs = {f"--{name}": getattr(options, name) for name in ("model", "adapter", "data", "config")}
@@ -109,7 +109,7 @@ class Job:
         inputs |= {f"the held-out rows {name}": files for name, files in self.files.items()}
         refuse_overlap({"--out": options.out, "--run": options.run}, inputs)
         if not self.suite.tasks and not self.files:
-            raise UserError("nothing to evaluate: give --suite daar, uds or a file, or --held-out NAME=FILE")
+            raise UserError("nothing to evaluate; pass --suite daar, uds or a file, or --held-out NAME=FILE")
         if self.suite.tasks:
             harness.require("a suite of tasks")
             for task in self.suite.tasks:
@@ -119,14 +119,14 @@ class Job:
             raise UserError("siftune evaluate needs a model: siftune evaluate MODEL --suite daar")
         if options.data is not None and not Path(options.data).is_dir():
             raise UserError(
-                f"data={options.data!r} is not a folder; give the one that holds gsm8k_test.jsonl.gz and so on"
+                f"data={options.data!r} is not a folder; pass the folder that holds gsm8k_test.jsonl.gz and the other task files"
             )
         self.target = Target.find(options.model, adapter=options.adapter, device=options.device, dtype=options.dtype)
         if options.chat and not getattr(self.target.tokenizer, "chat_template", None):
-            raise UserError(f"--chat needs a chat template, and model={options.model!r} has none; leave it out")
-        self.asked = {task.name: _questions(task, options) for task in self.suite.tasks}
+            raise UserError(f"--chat needs a chat template, and model={options.model!r} has none; remove --chat")
+        self.questions = {task.name: _questions(task, options) for task in self.suite.tasks}
         for task in self.suite.tasks:
-            check_metric(task, self.asked[task.name])
+            check_metric(task, self.questions[task.name])
         self.encoded = (
             encode(
                 self.target.tokenizer,
@@ -144,42 +144,42 @@ class Job:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Every option that decides the result: config.yaml."""
-        said = {item.name: getattr(self.options, item.name) for item in fields(EvaluateOptions)}
+        values = {item.name: getattr(self.options, item.name) for item in fields(EvaluateOptions)}
         for name in ("run", "out", "quiet", "json", "config", "cache", "dry_run"):
-            said.pop(name)
-        said["suite"] = self.suite.name if said["suite"] is None else said["suite"]
-        return {"command": "evaluate"} | {name: plain(value) for name, value in said.items() if value is not None}
+            values.pop(name)
+        values["suite"] = self.suite.name if values["suite"] is None else values["suite"]
+        return {"command": "evaluate"} | {name: plain(value) for name, value in values.items() if value is not None}
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """Content hashes of model, tasks and held-out rows."""
-        found: dict[str, Any] = {"model": self.target.key}
+        hashes: dict[str, Any] = {"model": self.target.key}
         for task in self.suite.tasks:
             own = task.spec.key if task.spec is not None else None
-            said = [
+            parts = [
                 own,
                 *(getattr(task, name) for name in OF_THE_RESULT),
-                getattr(self.asked[task.name], "content", None),
+                getattr(self.questions[task.name], "content", None),
                 *([task.share] if task.share is not None else []),
             ]
-            found[f"task {task.name}"] = hash_json(said)
-        return found | {f"held-out {name}": hash_json(encoded.rows) for name, encoded in self.encoded.items()}
+            hashes[f"task {task.name}"] = hash_json(parts)
+        return hashes | {f"held-out {name}": hash_json(encoded.rows) for name, encoded in self.encoded.items()}
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What would be asked."""
-        tasks = {task.name: _about(task, self.asked[task.name]) for task in self.suite.tasks}
+        """The tasks and rows that the run would evaluate."""
+        tasks = {task.name: _about(task, self.questions[task.name]) for task in self.suite.tasks}
         held = {name: {"rows": len(one.rows), "skipped": one.skipped} for name, one in self.encoded.items()}
         return {"config": self.config, "tasks": tasks, "held_out": held}
 
 
-def _suite(options: EvaluateOptions, given: Suite | None) -> Suite:
+def _suite(options: EvaluateOptions, loaded: Suite | None) -> Suite:
     from ..evaluation.suite import HELD_OUT
 
     name = options.suite or (HELD_OUT if options.held_out else None)
-    if given is None and name is None:
+    if loaded is None and name is None:
         raise UserError("siftune evaluate needs --suite daar, uds or a YAML file, or --held-out NAME=FILE")
-    suite = given or Suite.read(str(name))
+    suite = loaded or Suite.read(str(name))
     skipped = [part.strip() for part in (options.skip or "").split(",") if part.strip()]
     suite = suite.without(skipped).limited(options.limit)
     suite.check_code(options.allow_code)
@@ -193,7 +193,7 @@ def _own() -> Iterable[str]:
 
 
 def _questions(task: SuiteTask, options: EvaluateOptions) -> Any:
-    """The task's questions: our own (`Questions`), or the harness's (`Built`)."""
+    """The task's questions: siftune's own (`Questions`), or the harness's (`Built`)."""
     from ..evaluation import harness
     from ..evaluation.harness_file import build_file
     from ..evaluation.tasks import questions
@@ -208,52 +208,52 @@ def _questions(task: SuiteTask, options: EvaluateOptions) -> Any:
     return harness.build_hub(str(name), title=task.name, shots=task.shots, needs=needs, **how)
 
 
-def _about(task: SuiteTask, asked: Any) -> dict[str, Any]:
-    """A task in plain facts, as far as they are known before it is run."""
-    own = hasattr(asked, "rows")
+def _about(task: SuiteTask, questions: Any) -> dict[str, Any]:
+    """The facts of a task that are known before it runs."""
+    own = hasattr(questions, "rows")
     return {
-        "questions": len(asked.rows) if own else None,
-        "held": asked.held if own else None,
+        "questions": len(questions.rows) if own else None,
+        "held": questions.held if own else None,
         "shots": task.shots if task.shots is not None or not own else 0,
-        "source": asked.source if own else f"lm-eval {task.spec.hub if task.spec else task.file or task.name}",
+        "source": questions.source if own else f"lm-eval {task.spec.hub if task.spec else task.file or task.name}",
         "metric": standing(task, own=own),
     }
 
 
 def standing(task: SuiteTask, *, own: bool) -> str | None:
-    """The metric that stands for a task: the suite's word, else that of our grading or of the harness's task."""
+    """The headline metric of a task: the suite's choice, else the default of siftune's grading or of the harness's task."""
     if task.metric is not None or task.spec is None:
         return task.metric
     return task.spec.own_metric if own else task.spec.hub_metric
 
 
-def check_metric(task: SuiteTask, asked: Any) -> None:
-    """Raise `UserError` where the suite wants a metric that the task does not give."""
+def check_metric(task: SuiteTask, questions: Any) -> None:
+    """Raise `UserError` where the suite names a metric that the task does not report."""
     if task.metric is None:
         return
-    if hasattr(asked, "rows"):
-        given = asked.spec.metrics
+    if hasattr(questions, "rows"):
+        metrics = questions.spec.metrics
     else:
-        given = tuple(dict.fromkeys(name for part in asked.tasks.values() for name in part.aggregation()))
-    if task.metric.partition(",")[0] not in given:
-        raise UserError(f"task {task.name} of the suite gives no metric {task.metric}; give one of {', '.join(given)}")
+        metrics = tuple(dict.fromkeys(name for part in questions.tasks.values() for name in part.aggregation()))
+    if task.metric.partition(",")[0] not in metrics:
+        raise UserError(f"task {task.name} of the suite has no metric {task.metric}; use one of {', '.join(metrics)}")
 
 
-def named(wanted: str | None, given: Sequence[str]) -> str | None:
-    """The metric meant by a name: itself, else the first of its filters, else the first of all.
+def named(name: str | None, metrics: Sequence[str]) -> str | None:
+    """The metric that a name refers to: the exact name, else its first filter, else the first metric.
 
     >>> named("exact_match", ["exact_match,strict-match", "exact_match,flexible-extract"])
     'exact_match,strict-match'
     """
-    fitting = [name for name in given if wanted in (name, name.partition(",")[0])]
-    return wanted if wanted in given else next(iter([*fitting, *given]), None)
+    matching = [metric for metric in metrics if name in (metric, metric.partition(",")[0])]
+    return name if name in metrics else next(iter([*matching, *metrics]), None)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
 def run(job: Job, *, told: Callable[[str], None] = lambda line: None, bars: bool = False) -> Results:
-    """Ask what has not been asked yet, and gather the results."""
+    """Run the tasks that are not finished, and gather the results."""
     if job.options.dry_run:
         return Results(None, {}, {}, None, {}, about=job.plan["tasks"], manifest=job.plan)
     key = identity(job.config, job.inputs)
@@ -275,7 +275,7 @@ def run(job: Job, *, told: Callable[[str], None] = lambda line: None, bars: bool
         for task in job.suite.tasks:
             with opened.stage(task.name, hash_json([key, "task", task.name])) as stage:
                 if not stage.reused:
-                    told(f"{task.name}: asking")
+                    told(f"{task.name}: running")
                     stage.files = _ask(loaded, task, folder, bars=bars)
                     stage.counts = {"questions": read_json(folder / stage.files[0])["about"]["questions"]}
             evaluation.advance()
@@ -290,7 +290,7 @@ def run(job: Job, *, told: Callable[[str], None] = lambda line: None, bars: bool
 
 
 class Loaded:
-    """The model, read when it is first wanted."""
+    """The model, loaded on first use."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -302,7 +302,7 @@ class Loaded:
 
     @cached_property
     def harness_model(self) -> Any:
-        """The model as the harness holds it."""
+        """The model, wrapped for the harness."""
         from ..evaluation import harness
 
         target = self.job.target
@@ -321,18 +321,18 @@ def _measure(loaded: Loaded, name: str, encoded: Any, folder: Path) -> str:
 def _ask(loaded: Loaded, task: SuiteTask, folder: Path, *, bars: bool) -> list[str]:
     from ..evaluation import harness, own
 
-    job, asked = loaded.job, loaded.job.asked[task.name]
-    built = own.build_own(asked, length=job.target.length) if hasattr(asked, "rows") else asked
-    found = harness.ask(
+    job, questions = loaded.job, loaded.job.questions[task.name]
+    built = own.build_own(questions, length=job.target.length) if hasattr(questions, "rows") else questions
+    answers = harness.ask(
         loaded.harness_model, built, chat=job.options.chat, allow_code=job.options.allow_code, bars=bars
     )
-    about = _about(task, asked) | {"questions": found.questions, "prompts_cut": found.prompts_cut}
-    about["metric"] = named(about["metric"], list(found.metrics))
-    metrics = {name: metric.__dict__ for name, metric in found.metrics.items()}
+    about = _about(task, questions) | {"questions": answers.questions, "prompts_cut": answers.prompts_cut}
+    about["metric"] = named(about["metric"], list(answers.metrics))
+    metrics = {name: metric.__dict__ for name, metric in answers.metrics.items()}
     names = [f"tasks/{file_name(task.name)}.json", f"samples/{file_name(task.name)}.jsonl"]
     make_folder(folder / "samples")
     with atomic_path(folder / names[1]) as temporary, temporary.open("w", encoding="utf-8") as lines:
-        for sample in found.samples:
+        for sample in answers.samples:
             lines.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
     write_json(folder / names[0], {"metrics": metrics, "about": about})
     return names
@@ -343,21 +343,23 @@ def _title(job: Job) -> str:
     return f"{job.options.model}{adapted}, suite {job.suite.name}"
 
 
-def file_name(said: str) -> str:
-    """A task's or domain's name as a file may have it; a hash joins where letters had to go.
+def file_name(name: str) -> str:
+    """A task's or domain's name as a file name; a hash is appended where characters were replaced.
 
     >>> file_name("mathematics")
     'mathematics'
     """
-    bare = re.sub(r"[^\w.-]", "-", said).lstrip(".")[:80]
-    return bare if bare == said else f"{bare}-{hash_json(said)[:8]}"
+    bare = re.sub(r"[^\w.-]", "-", name).lstrip(".")[:80]
+    return bare if bare == name else f"{bare}-{hash_json(name)[:8]}"
 
 
 def _gather(job: Job, folder: Path) -> Results:
-    read = {task.name: read_json(folder / f"tasks/{file_name(task.name)}.json") for task in job.suite.tasks}
+    results = {task.name: read_json(folder / f"tasks/{file_name(task.name)}.json") for task in job.suite.tasks}
     held = {name: read_json(folder / f"held-out/{file_name(name)}.json") for name in job.encoded}
-    tasks = {name: found["metrics"] for name, found in read.items()}
-    standing_by = {name: found["about"]["metric"] for name, found in read.items() if found["about"]["metric"]}
+    tasks = {name: result["metrics"] for name, result in results.items()}
+    standing_by = {name: result["about"]["metric"] for name, result in results.items() if result["about"]["metric"]}
     counted = [task.name for task in job.suite.tasks if task.average and task.name in standing_by]
     average = averaged([tasks[name][standing_by[name]] for name in counted])
-    return Results(folder, tasks, standing_by, average, held, {name: found["about"] for name, found in read.items()})
+    return Results(
+        folder, tasks, standing_by, average, held, {name: result["about"] for name, result in results.items()}
+    )

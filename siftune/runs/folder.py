@@ -1,7 +1,7 @@
-"""One run folder: what was asked (config.yaml), what was done (manifest.json), what came out (the other files).
+"""One run folder: the configuration (config.yaml), the record of the run (manifest.json), the results (other files).
 
 A stage is finished when the manifest, replaced atomically, holds its record: the content hash of its inputs and of
-its files. Running again skips a stage whose record still holds, so a killed command goes on where it was, and a
+its files. Running again skips a stage whose record is still valid, so a killed command resumes, and a
 folder never mixes two runs: another configuration or a changed input is refused.
 """
 
@@ -48,12 +48,12 @@ class Stage:
 
     name: str
     key: str
-    """Content hash of all that determines the stage's result."""
+    """Content hash of everything that determines the stage's result."""
     reused: bool
-    """True when an earlier run of the same folder finished it and its files are as they were left."""
+    """True when an earlier run of the same folder finished it and its files are unchanged."""
     counts: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
-    """Names inside the run folder that the stage made."""
+    """Files inside the run folder that the stage wrote."""
     seconds: float = 0.0
     """Spent in this run; set it where the work was done before the stage was entered."""
 
@@ -62,7 +62,7 @@ class RunFolder:
     """A run folder, locked while it is open.
 
     `config` and `inputs` are the run's identity: JSON values. Entering raises `UserError` when the folder is in use,
-    holds another run, or holds something that is no run.
+    holds another run, or holds files that are not siftune's.
 
     >>> with RunFolder(Path("runs/a"), config={"keep": "20%"}, inputs={"pool": "9c1e"}) as run:
     ...     with run.stage("score", key) as stage:
@@ -96,7 +96,7 @@ class RunFolder:
         if previous:
             self._agree(previous)
         else:
-            self._refuse_strangers()
+            self._refuse_foreign_files()
         self._records = {record["name"]: record for record in previous.get("stages", [])}
         self.manifest = {
             "siftune": __version__,
@@ -108,12 +108,12 @@ class RunFolder:
             "stages": [],
             **{name: previous[name] for name in ("rows", "info") if name in previous},
         }
-        self._save()  # first: it is what makes the folder ours
+        self._save()  # first: the manifest marks the folder as siftune's
         with atomic_path(self.folder / CONFIG) as temporary:
             temporary.write_text(write_yaml(self.config), encoding="utf-8")
 
     def _agree(self, previous: Mapping[str, Any]) -> None:
-        """Refuse a folder whose run was asked something else, naming the first difference."""
+        """Refuse a folder whose run has another configuration or input, naming the first difference."""
         for part, now in (("config", self.config), ("inputs", self.inputs)):
             before = previous.get(part, {})
             for name in [*now, *(name for name in before if name not in now)]:
@@ -121,21 +121,21 @@ class RunFolder:
                     what = "option" if part == "config" else "input"
                     raise UserError(
                         f"run folder {self.folder} holds another run: its {what} {name} was {before.get(name)} and is "
-                        f"now {now.get(name)}; give another --run"
+                        f"now {now.get(name)}; pass another --run"
                     )
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_foreign_files(self) -> None:
         if (name := foreign_name(self.folder)) is not None:
             raise UserError(
-                f"run folder {self.folder} holds {name} and no {MANIFEST}, so it is no run of siftune; "
-                "give a new or empty folder as --run"
+                f"run folder {self.folder} holds {name} and no {MANIFEST}, so it is not a run of siftune; "
+                "pass a new or empty folder as --run"
             )
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def stage(self, name: str, key: str) -> Iterator[Stage]:
-        """Enter a stage; leaving it without an exception makes it finished. The body asks `stage.reused`."""
+        """Enter a stage; it is finished when the body ends without an exception. The body checks `stage.reused`."""
         record = self._records.get(name)
         reused = self.finished(name, key)
         stage = Stage(name, key, reused)
@@ -161,19 +161,19 @@ class RunFolder:
         self._save()
 
     def finished(self, name: str, key: str) -> bool:
-        """Has an earlier run finished this stage with the same inputs, and are its files as it left them?"""
+        """Whether an earlier run finished this stage with the same inputs, and its files are unchanged."""
         record = self._records.get(name)
         if record is None or record["key"] != key:
             return False
         files = record["files"].items()
-        return all((self.folder / name).is_file() and hash_file(self.folder / name) == said for name, said in files)
+        return all((self.folder / name).is_file() and hash_file(self.folder / name) == digest for name, digest in files)
 
     @contextmanager
     def watch(self) -> Iterator[list[str]]:
-        """Names of the files that are written into the folder inside; filled on the way out."""
-        before, made = self._stamps(), list[str]()
-        yield made
-        made += [name for name, stamp in self._stamps().items() if before.get(name) != stamp]
+        """Names of the files that the body writes into the folder; filled when the body ends."""
+        before, written = self._stamps(), list[str]()
+        yield written
+        written += [name for name, stamp in self._stamps().items() if before.get(name) != stamp]
 
     def _stamps(self) -> dict[str, tuple[int, int]]:
         files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
@@ -181,14 +181,14 @@ class RunFolder:
         return {name: (stamp.st_ino, stamp.st_mtime_ns) for name, stamp in stamps.items()}
 
     def finish(self, **facts: Any) -> dict[str, Any]:
-        """Note the run's facts and mark it finished; returns the manifest."""
+        """Record the run's facts and mark it finished; returns the manifest."""
         self.manifest |= facts
         self.manifest["status"] = "finished"
         self._save()
         return self.manifest
 
     def note(self, **facts: Any) -> None:
-        """Note facts that a later run of the folder may need."""
+        """Record facts that a later run of the folder may need."""
         self.manifest |= facts
         self._save()
 
@@ -199,33 +199,35 @@ class RunFolder:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents. Raises `UserError` where that is not possible."""
+    """Create a folder and its parents. Raises `UserError` where that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"folder {folder} cannot be made: {error.strerror}; give another one") from error
+        raise UserError(f"folder {folder} cannot be created: {error.strerror}; choose another one") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run folder. Raises `UserError` where there is none."""
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is no run folder: it has no {MANIFEST}; give the folder that siftune select printed")
+        raise UserError(
+            f"{folder} is not a run folder: it has no {MANIFEST}; pass the folder that siftune select printed"
+        )
     try:
         manifest = read_json(folder / MANIFEST)
     except (ValueError, OSError) as error:
-        raise UserError(f"{folder / MANIFEST} cannot be read ({error}); give another --run") from error
+        raise UserError(f"{folder / MANIFEST} cannot be read ({error}); pass another --run") from error
     if not _is_manifest(manifest):
-        raise UserError(f"run folder {folder} has a {MANIFEST} that siftune did not write; give another --run")
-    found: dict[str, Any] = manifest
-    return found
+        raise UserError(f"run folder {folder} has a {MANIFEST} that siftune did not write; pass another --run")
+    checked: dict[str, Any] = manifest
+    return checked
 
 
-def _is_manifest(found: Any) -> bool:
-    """Has it the parts that are read again? Files get damaged, and edited."""
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in ("config", "inputs")):
+def _is_manifest(manifest: Any) -> bool:
+    """Whether it has the parts that are read again; files may be damaged or edited."""
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(name), dict) for name in ("config", "inputs")):
         return False
     types: dict[str, Any] = {"name": str, "key": str, "counts": dict, "files": dict, "computed_seconds": (int, float)}
-    stages = found.get("stages")
+    stages = manifest.get("stages")
     return isinstance(stages, list) and all(
         isinstance(stage, dict) and all(isinstance(stage.get(name), kind) for name, kind in types.items())
         for stage in stages
@@ -233,20 +235,20 @@ def _is_manifest(found: Any) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that make the numbers. Imports none of them."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    """Versions of Python and of the packages that affect results. Imports none of them."""
+    installed = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in RECORDED_PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def peak_memory_mb() -> int:
-    """The most memory this process has held so far, in MB (10**6 bytes).
+    """Peak memory of this process so far, in MB (10**6 bytes).
 
-    Linux says it itself; `ru_maxrss` would there count what the parent held when it started this process.
+    On Linux from /proc: `ru_maxrss` would include the parent's memory at the time it started this process.
     """
     import resource
 
@@ -259,5 +261,5 @@ def peak_memory_mb() -> int:
 
 
 def identity(config: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """The short hash in a default run folder's name, of all that decides the run's result; a secret does not."""
+    """The short hash in a default run folder's name, of everything that decides the run's result; secrets are left out."""
     return hash_json({"config": redact(config), "inputs": inputs, "siftune": __version__})[:12]

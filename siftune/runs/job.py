@@ -1,5 +1,5 @@
-"""A selection before it runs: everything the user can get wrong (options, rows, budget, seeds, model folder), checked
-before a weight is loaded, and what makes the run this one and no other. Cost: one pass over the pool for its index.
+"""A selection before it runs: everything that can be invalid (options, rows, budget, seeds, model folder), checked
+before a weight is loaded, and the configuration that identifies the run. Cost: one pass over the pool for its index.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ RUNS = Path("siftune-runs")
 
 @dataclass(frozen=True)
 class Job:
-    """A selection that has been checked and can run."""
+    """A selection whose options and rows are checked."""
 
     method: OfflineMethod
     pool: Pool
     options: SelectOptions
     budget: Budget
     config: Mapping[str, Any]
-    """The run's identity as said: written to config.yaml."""
+    """The resolved options that identify the run: written to config.yaml."""
     load_seconds: float
     progress: Progress | None = field(default=None)
 
 
 def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, progress: Progress | None = None) -> Job:
-    """Check all that can be checked without a model's weights, reading the pool on the way."""
+    """Check everything that can be checked without a model's weights; reads the pool."""
     budget = Budget.read(options)
     check_out(options.out)
     check_engine(options)
@@ -63,9 +63,9 @@ def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, p
 
 
 def named_inputs(options: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a command reads, by name, for `refuse_overlap`: the pool, the method's own settings, the configuration."""
-    given = {"the pool": list(getattr(options, "pool", ())), "--config": options.config}
-    return given | {name.replace("_", "-"): value for name, value in setting_inputs(settings, "--{}").items()}
+    """The inputs of a command by name, for `refuse_overlap`: the pool, the method's own settings, the configuration."""
+    inputs = {"the pool": list(getattr(options, "pool", ())), "--config": options.config}
+    return inputs | {name.replace("_", "-"): value for name, value in setting_inputs(settings, "--{}").items()}
 
 
 def read_pool(options: Reading) -> Pool:
@@ -73,7 +73,7 @@ def read_pool(options: Reading) -> Pool:
     from ..data.load import load_pool
 
     if not options.pool:
-        raise UserError("no pool was given; name a file, a folder, a glob or a hub id after the method")
+        raise UserError("no pool; pass a file, a folder, a glob or a hub id after the method")
     return load_pool(
         options.pool[0] if len(options.pool) == 1 else list(options.pool),
         columns=options.columns,
@@ -85,26 +85,26 @@ def read_pool(options: Reading) -> Pool:
 
 
 def build(name: str, seed: int, settings: Mapping[str, Any]) -> OfflineMethod:
-    """The method by name, with its settings. Raises `UserError` for a setting it does not have."""
+    """The method by name, with its settings. Raises `UserError` for an unknown setting."""
     cls = registry.find("offline", name).load()
     fields = {item.name: item for item in dataclasses.fields(cls) if item.init}
     for setting in settings:
         if setting not in fields or setting in PARTS:
             raise unknown(setting, list(fields), what="setting", where=f"method {name}")
-    given = {"seed": seed, **settings} if "seed" in fields else dict(settings)
+    arguments = {"seed": seed, **settings} if "seed" in fields else dict(settings)
     for setting, item in fields.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and given.get(setting) is None:
+        if required and arguments.get(setting) is None:
             raise UserError(f"siftune select {name} needs --{setting.replace('_', '-')}; see its --help")
-    method = cls(**given)
+    method = cls(**arguments)
     assert isinstance(method, OfflineMethod), cls
     return method
 
 
 def check_method(method: OfflineMethod) -> tuple[str, ...]:
-    """Check settings, seeds and model folder without a weight; the method's domains, `()` where it has none.
+    """Check settings, seeds and model folder without reading weights; returns the method's domains, `()` for none.
 
-    A method may offer `check()`, which raises `UserError` and returns what holds its `domains`, and `feature_task`,
+    A method may define `check()`, which raises `UserError` and returns an object with its `domains`, and `feature_task`,
     whose `backbone` knows the model's configuration and tokenizer.
     """
     check: Callable[[], Any] | None = getattr(method, "check", None)
@@ -115,8 +115,8 @@ def check_method(method: OfflineMethod) -> tuple[str, ...]:
 
 
 def labels_of(method: OfflineMethod, pool: Pool) -> tuple[str, ...]:
-    """The domains that the pool's own rows name, for a method that reads such labels (it offers `labels(pool)`, which
-    raises `UserError`); `()` for the others."""
+    """The domains that the pool's rows name, for a method that reads such labels (it defines `labels(pool)`, which
+    raises `UserError`); `()` for other methods."""
     labels: Callable[[Pool], tuple[str, ...]] | None = getattr(method, "labels", None)
     return () if labels is None else labels(pool)
 
@@ -128,24 +128,24 @@ def features_of(method: OfflineMethod) -> Any:
 
 
 def inputs_of(method: OfflineMethod) -> dict[str, str]:
-    """Content hashes of what the method reads beside the pool: the model's layers, the seeds file, other files.
+    """Content hashes of the method's inputs besides the pool: the model's layers, the seeds file, other files.
 
-    A method may offer `inputs()` for what is no file of its fields: a folder of seeds, a generator.
+    A method may define `inputs()` for inputs that are not files of its fields: a folder of seeds, a generator.
     """
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     own: Callable[[], dict[str, str]] | None = getattr(method, "inputs", None)
     for item in dataclasses.fields(method):  # type: ignore[arg-type]
         value = getattr(method, item.name)
         if isinstance(value, (str, Path)) and Path(value).is_file():
-            found[item.name] = hash_file(value)
+            hashes[item.name] = hash_file(value)
     if task := features_of(method):
-        found["model"] = str(task.key)
-    return found | (own() if own is not None else {})
+        hashes["model"] = str(task.key)
+    return hashes | (own() if own is not None else {})
 
 
 def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[str, Any]:
-    """Every option that was said or has a default and decides the result, in a reader's order: config.yaml, which
-    `--config` takes."""
+    """Every option that decides the result, defaults included, in reading order: config.yaml, which
+    `--config` reads."""
     config: dict[str, Any] = {"command": "select", "method": name, "pool": list(options.pool), "seed": options.seed}
     for item in dataclasses.fields(method):  # type: ignore[arg-type]
         if item.init and item.name not in (*PARTS, "seed"):
@@ -158,7 +158,7 @@ def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[s
 
 
 def plain(value: Any) -> Any:
-    """A setting as JSON and YAML hold it."""
+    """A setting as JSON and YAML values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -169,7 +169,7 @@ def plain(value: Any) -> Any:
 
 
 def run_folder(options: SelectOptions, method: str, hashed: str) -> Path:
-    """`--run`, else a name that the same command finds again; a part of n has a folder of its own beside it."""
+    """`--run`, else a name that is the same for the same command; a part of n has a separate folder beside it."""
     folder = Path(options.run) if options.run else RUNS / f"{method}-{hashed}"
     if options.shards is None:
         return folder

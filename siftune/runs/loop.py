@@ -1,9 +1,9 @@
 """The closed loop of DaaR (arXiv 2502.04380, stage 8): choose rows, tune on them, probe again with the tuned model.
 
-Tuning is a recipe of `siftune train`, run in this process, or a command of the user's: its words are filled in and run
-without a shell. Each round chooses from the rows that no earlier round took. A finished round is never repeated: selection
-and recipe resume as any run does, and a command's tuning whose command, rows and model are the same is taken as it is.
-Cost: per round one selection, one tuning, and a copy of the rows that are left.
+Tuning is a recipe of `siftune train`, run in this process, or the user's command: its placeholders are filled in and it runs
+without a shell. Each round chooses from the rows that no earlier round chose. A finished round is never repeated: selection
+and recipe resume as any run does, and the result of a command with the same words, rows and model is reused.
+Cost: per round one selection, one tuning, and a copy of the remaining rows.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class LoopOptions(SelectOptions):
     tune: str | None = None
     """Command that fine-tunes, run without a shell: {model} {train_file} {out_model} {round} {seed} are filled in."""
     recipe: str | None = None
-    """Recipe of `siftune train` that tunes, in place of --tune; model and train are filled in, an adapter is merged."""
+    """Recipe of `siftune train` to tune with, instead of --tune; model and train are filled in, an adapter is merged."""
     rounds: int = 2
-    """Times to choose and tune (paper: 1)."""
+    """Number of rounds of choosing and tuning (paper: 1)."""
     again: bool = False
-    """Rows of earlier rounds may be chosen again."""
+    """Allow rows of earlier rounds to be chosen again."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round as it came out."""
+    """The result of one round."""
 
     number: int
     model: str
@@ -65,7 +65,7 @@ class Round:
     tuned: Path
     """The folder that the tuning wrote."""
     seconds: float
-    """Of the tuning; 0 where it was finished before."""
+    """Seconds of the tuning; 0 where it was already finished."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -87,7 +87,8 @@ class Round:
 
 
 def command_of(template: str | None) -> list[str]:
-    """The words of `--tune`, checked. Raises `UserError` when a place is unknown or `{train_file}` or `{out_model}` lacks.
+    """The words of `--tune`, checked. Raises `UserError` for an unknown placeholder and where `{train_file}` or `{out_model}` is
+    missing.
 
     >>> command_of("python tune.py {train_file} {out_model}")
     ['python', 'tune.py', '{train_file}', '{out_model}']
@@ -98,13 +99,13 @@ def command_of(template: str | None) -> list[str]:
     try:
         words = shlex.split(template)
     except ValueError as error:
-        raise UserError(f"--tune {template!r} is no command ({error}); mend its quotes") from error
-    said = [name for word in words for name in re.findall(r"\{(\w+)\}", word)]
-    if wrong := [name for name in said if name not in PLACES]:
+        raise UserError(f"--tune {template!r} cannot be parsed ({error}); fix its quotes") from error
+    places = [name for word in words for name in re.findall(r"\{(\w+)\}", word)]
+    if wrong := [name for name in places if name not in PLACES]:
         known = ", ".join("{" + name + "}" for name in PLACES)
         raise UserError(f"--tune holds {{{wrong[0]}}}, which is not one of {known}")
-    if absent := [name for name in NEEDED if name not in said]:
-        raise UserError(f"--tune lacks {{{absent[0]}}}; write it as in {example}")
+    if absent := [name for name in NEEDED if name not in places]:
+        raise UserError(f"--tune has no {{{absent[0]}}}; write it as in {example}")
     return words
 
 
@@ -118,35 +119,35 @@ def loop(
 ) -> list[Round]:
     """Choose and tune `options.rounds` times; returns the rounds. `told` hears one line per step.
 
-    Raises `UserError` for options that do not fit, and when the command fails or leaves no model.
+    Raises `UserError` for invalid options, and when the command fails or writes no model.
 
     >>> loop("daar", LoopOptions(pool=["pool.jsonl"], tune="..."), {"model": "./model", "seeds": "seeds.jsonl"})
     """
-    given = dict(settings or {})
+    values = dict(settings or {})
     if options.recipe is not None and options.tune is not None:
-        raise UserError("--recipe and --tune are two ways to tune; give one of them")
+        raise UserError("--recipe and --tune are two ways to tune; pass one of them")
     words = command_of(options.tune) if options.recipe is None else []
-    if given.get("model") is None:
+    if values.get("model") is None:
         raise UserError(f"siftune loop {method} needs --model: the model that is probed and tuned")
     if options.recipe is not None:
-        check_recipe(options, str(given["model"]))
+        check_recipe(options, str(values["model"]))
     if options.rounds < 1:
-        raise UserError(f"--rounds {options.rounds} does nothing; give at least 1")
+        raise UserError(f"--rounds must be >= 1, got {options.rounds}")
     if options.shards is not None:
-        raise UserError("siftune loop takes no --shards; leave it out")
+        raise UserError("siftune loop has no --shards; remove it")
     check_out(options.out, copied=True)
-    refuse_overlap({"--out": options.out, "--run": options.run}, _inputs(options, given))
+    refuse_overlap({"--out": options.out, "--run": options.run}, _inputs(options, values))
     if options.dry_run:
-        select(method, SelectOptions(**_chosen(options)), given)
+        select(method, SelectOptions(**_chosen(options)), values)
         return []
-    folder = Path(options.run) if options.run else RUNS / f"loop-{method}-{_identity(method, options, given)}"
+    folder = Path(options.run) if options.run else RUNS / f"loop-{method}-{_identity(method, options, values)}"
     refuse_inside(options.out, folder)
     with FolderLock(folder):
         claim(folder, "loop")
         rounds: list[Round] = []
         for number in range(1, options.rounds + 1):
             with doing(f"round {number} of {options.rounds}"):
-                rounds.append(_round(number, folder, words, method, options, given, rounds, progress, told))
+                rounds.append(_round(number, folder, words, method, options, values, rounds, progress, told))
             write_json(
                 folder / "loop.json",
                 {"tune": options.tune or f"siftune train {options.recipe}", "rounds": [done.facts for done in rounds]},
@@ -192,14 +193,14 @@ def _round(
 
 
 def _inputs(options: LoopOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a loop reads, by name."""
-    given = named_inputs(options, settings)
+    """The inputs of a loop, by name."""
+    inputs = named_inputs(options, settings)
     if options.recipe is not None:
         from ..sft.inputs import recipe_inputs
 
-        given |= {"the recipe": options.recipe}
-        given |= recipe_inputs(_recipe(options, str(settings["model"]), "rows.jsonl")) | {"train": None}
-    return given
+        inputs |= {"the recipe": options.recipe}
+        inputs |= recipe_inputs(_recipe(options, str(settings["model"]), "rows.jsonl")) | {"train": None}
+    return inputs
 
 
 def _chosen(options: LoopOptions) -> dict[str, Any]:
@@ -208,24 +209,24 @@ def _chosen(options: LoopOptions) -> dict[str, Any]:
 
 
 def _rest(path: Path, last: Selection) -> str:
-    """The usable rows that the last round did not take, as a pool of their own."""
+    """The usable rows that the last round did not choose, written as a new pool."""
     assert last.subset is not None
     pool: Pool = last.subset.scores.pool
     rest = np.setdiff1d(pool.eligible, last.subset.rows)
     if not len(rest):
-        raise UserError("every usable row has been chosen; lower --keep or --rounds, or give --again")
+        raise UserError("every usable row has been chosen; lower --keep or --rounds, or pass --again")
     pool.source.write(rest.tolist(), path)
     return str(path)
 
 
 def _tune(number: int, folder: Path, words: list[str], model: str, rows: Path, seed: int) -> tuple[Path, float]:
-    """Run the user's command, unless it is done; the tuned model's folder and the seconds."""
+    """Run the user's command, unless its result exists; returns the tuned model's folder and the seconds."""
     out, done = folder / "model", folder / "done.json"
     key = hash_json([words, model, hash_file(rows), seed])
     if done.is_file() and read_json(done).get("key") == key and (out / "config.json").is_file():
         return out, 0.0
     filled = {"model": model, "train_file": str(rows), "out_model": str(out), "round": str(number), "seed": str(seed)}
-    command = [re.sub(r"\{(\w+)\}", lambda found: filled.get(found[1], found[0]), word) for word in words]
+    command = [re.sub(r"\{(\w+)\}", lambda match: filled.get(match[1], match[0]), word) for word in words]
     folder.mkdir(parents=True, exist_ok=True)
     done.unlink(missing_ok=True)
     started = perf_counter()
@@ -238,17 +239,19 @@ def _tune(number: int, folder: Path, words: list[str], model: str, rows: Path, s
     if code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
         raise UserError(
-            f"--tune ended with code {code} in round {number} ({' | '.join(lines)}); all it said is in {log}"
+            f"--tune ended with code {code} in round {number} ({' | '.join(lines)}); its output is in {log}"
         )
     if not (out / "config.json").is_file():
-        raise UserError(f"--tune ended well but wrote no model to {out} (no config.json); let it save to {{out_model}}")
+        raise UserError(
+            f"--tune succeeded but wrote no model to {out} (no config.json); save the model to {{out_model}}"
+        )
     seconds = perf_counter() - started
     write_json(done, {"key": key, "command": command, "seconds": round(seconds, 1)})
     return out, seconds
 
 
 def _recipe(options: LoopOptions, model: str, rows: str) -> Any:
-    """The recipe with model and rows filled in, and `--seed` where it is given."""
+    """The recipe with model and rows filled in, and `--seed` where it is set."""
     from ..sft.recipe import Recipe
 
     assert options.recipe is not None
@@ -257,21 +260,20 @@ def _recipe(options: LoopOptions, model: str, rows: str) -> Any:
 
 
 def check_recipe(options: LoopOptions, model: str) -> None:
-    """Refuse a recipe that cannot work before the first rows are chosen. Raises `UserError`."""
+    """Refuse an invalid recipe before the first rows are chosen. Raises `UserError`."""
     from ..sft.trainer import check_sections
 
     check_sections(_recipe(options, model, "rows.jsonl"))
 
 
 def _by_recipe(folder: Path, options: LoopOptions, model: str, rows: Path) -> tuple[Path, float]:
-    """Tune in this process, unless it is done; the tuned model's folder, whole, and the seconds spent now."""
+    """Tune in this process, unless the result exists; returns the folder of the merged model and the seconds of this run."""
     from .train import TuneOptions, tune
 
     started = perf_counter()
     finished = (folder / "model" / "README.md").is_file()
     done = tune(_recipe(options, model, str(rows)), TuneOptions(run=str(folder), quiet=True, cache=options.cache))
-    whole = done.merged()
-    return whole, 0.0 if finished else perf_counter() - started
+    return done.merged(), 0.0 if finished else perf_counter() - started
 
 
 def _join(selections: list[Selection], out: Path) -> None:
@@ -283,9 +285,9 @@ def _join(selections: list[Selection], out: Path) -> None:
 
 
 def _identity(method: str, options: LoopOptions, settings: Mapping[str, Any]) -> str:
-    """Of all that was said, for the folder's name; what a round reads is checked by its own run folder."""
-    said = {item.name: plain(getattr(options, item.name)) for item in fields(options)}
-    where = [item.name for item in fields(Running)]  # never decides a result
-    for name in ("run", "out", "quiet", "json", "config", "cache", *where):
-        said.pop(name, None)
-    return hash_json(json.loads(json.dumps([method, said, plain(dict(settings))], default=str)))[:12]
+    """A hash of all options, for the folder's name; the inputs of a round are checked by its run folder."""
+    values = {item.name: plain(getattr(options, item.name)) for item in fields(options)}
+    running_options = [item.name for item in fields(Running)]  # these never change a result
+    for name in ("run", "out", "quiet", "json", "config", "cache", *running_options):
+        values.pop(name, None)
+    return hash_json(json.loads(json.dumps([method, values, plain(dict(settings))], default=str)))[:12]

@@ -1,8 +1,8 @@
-"""What a user can say to every command, as typed dataclasses: the command line and YAML are read from these alone.
+"""The options of every command as typed dataclasses: the command line and YAML files are parsed from these alone.
 
 An option's help is its field's docstring, its type the field's type, its default the field's default. A method's own
-options come the same way from the method's dataclass, so an option sits beside the code that reads it. Reading is
-strict: an unknown key or option is an error that names the nearest known one. No torch here.
+options come the same way from the method's dataclass, so an option is defined beside the code that reads it. Parsing is
+strict: an unknown key or option is an error that names the nearest known one. Does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..redaction import redact
 from ..yaml_io import read_yaml
 
 PARTS = ("engine", "store", "cache")
-"""Fields of a method that the pipeline hands in; never an option."""
+"""Fields of a method that the pipeline sets; never options."""
 
 
 @dataclass(kw_only=True)
@@ -35,15 +35,15 @@ class Everywhere:
     run: str | None = None
     """Run folder; the default name holds a hash of options and inputs, so the same command finds its own run."""
     out: str | None = None
-    """File for the result (.jsonl, .jsonl.gz, .json or .parquet); the run folder has a copy in any case."""
+    """File for the result (.jsonl, .jsonl.gz, .json or .parquet); the run folder always has a copy."""
     seed: int = 0
     """Seed of every random draw."""
     quiet: bool = False
-    """Print the result's path and nothing else."""
+    """Print only the result's path."""
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Print only one JSON object."""
     config: str | None = None
-    """YAML file with any of these options; the command line wins. A run folder's config.yaml is one."""
+    """YAML file with any of these options, such as a run folder's config.yaml; the command line takes precedence."""
     cache: str | None = None
     """Cache folder; default $SIFTUNE_CACHE, else ~/.cache/siftune."""
 
@@ -55,9 +55,9 @@ class Reading:
     pool: list[str] = field(default_factory=list)
     """Files (.jsonl, .json, .parquet, .csv, .gz, .zst), folders, globs or hub ids."""
     columns: dict[str, str] | None = None
-    """Your column for each of ours: instruction=question,output=answer."""
+    """Column names of your files, as field=column: instruction=question,output=answer."""
     format: Literal["alpaca", "prompt-completion", "messages", "text"] | None = None
-    """Form of the rows; recognised by itself when left out."""
+    """Format of the rows; default: detected."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A bad row stops the command before any model is loaded, or is skipped with its reason in rows.parquet."""
     duplicates: Literal["keep", "drop"] = "keep"
@@ -69,27 +69,27 @@ class Cutting:
     """How many rows are kept."""
 
     keep: Keep | None = None
-    """A share of the usable rows (20%, 0.2, 1/5) or a number of rows (8000); 20% when no budget is given."""
+    """A share of the usable rows (20%, 0.2, 1/5) or a number of rows (8000); 20% when no budget is set."""
     tokens: int | None = None
     """Budget in tokens instead of rows: best rows first while they fit."""
     quota: dict[str, str | int | float] | None = None
-    """Amount per domain instead of one for all: mathematics=50%,*=10%."""
+    """Amount per domain instead of one overall budget: mathematics=50%,*=10%."""
     target_mix: dict[str, float] | None = None
-    """Wanted share per domain (mathematics=0.6,coding=0.4): ranks by importance weight instead of the score."""
+    """Target share per domain (mathematics=0.6,coding=0.4): ranks rows by importance weight instead of the score."""
     order: Literal["original", "score"] = "original"
-    """Order of the rows in the result: as in the pool, or best first."""
+    """Order of the rows in the result: the pool's order, or best first."""
 
 
 @dataclass(kw_only=True)
 class Running:
-    """Where and how it runs."""
+    """Where and how the command runs."""
 
     engine: Literal["local", "ray"] = "local"
-    """Where the pool's shards are scored, this machine or a Ray cluster; never changes a result."""
+    """Where the pool's shards are scored: on this machine or on a Ray cluster; never changes a result."""
     workers: int | None = None
-    """Processes or Ray actors that score, each with a model of its own; default: one per GPU, or all that Ray has room for."""
+    """Number of processes or Ray actors that score, each with its own model; default: one per GPU, or as many as fit on Ray."""
     ray_address: str | None = None
-    """Ray cluster: auto, HOST:PORT or ray://HOST:PORT; left out, one is started on this machine."""
+    """Ray cluster: auto, HOST:PORT or ray://HOST:PORT; default: one is started on this machine."""
     worker_cpus: float = 1.0
     """CPUs that a Ray worker reserves."""
     worker_gpus: float | None = None
@@ -97,7 +97,7 @@ class Running:
     shards: str | None = None
     """Score only part i of n (2/8) into the cache; the same command without --shards then merges."""
     dry_run: bool = False
-    """Check rows, model folder, seeds and budget, say what would be done, and stop."""
+    """Check rows, model folder, seeds and budget, print what would run, and stop."""
 
 
 @dataclass(kw_only=True)
@@ -125,12 +125,12 @@ class DemoOptions(Everywhere):
     rows: int = 6000
     """Rows of the embedded pool."""
     steps: int = 40
-    """Optimiser steps of the fine-tuning with and without UDS; 0 leaves it out."""
+    """Optimiser steps of the fine-tuning with and without UDS; 0 skips it."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option: what the parser, the help and the error messages need to know."""
+    """One option, as the parser, the help and the error messages use it."""
 
     name: str
     type: Any
@@ -145,7 +145,7 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
-        """True when it is given without a value."""
+        """True when the option takes no value."""
         return self.type is bool and self.default is False
 
     @property
@@ -168,24 +168,24 @@ def _choices(part: Any) -> list[str]:
 def options_of(cls: type[Any], *, group: str | None = None, skip: Sequence[str] = ()) -> list[Option]:
     """The options of a dataclass, grouped by the class in whose body each is written (first line of its docstring).
 
-    Fields that the pipeline hands in, that take no part in `__init__` or whose type has no text form are left out.
+    Fields that the pipeline sets, that are not arguments of `__init__` or whose type has no text form are left out.
     """
     hints = typing.get_type_hints(cls)
-    found = {}
+    options = {}
     for base in cls.__mro__:
         if not dataclasses.is_dataclass(base):
             continue
         title = group or (inspect.getdoc(base) or base.__name__).split("\n")[0].rstrip(".")
         notes = field_docs(base)
         for item in dataclasses.fields(base):
-            if item.name not in inspect.get_annotations(base) or item.name in found:
+            if item.name not in inspect.get_annotations(base) or item.name in options:
                 continue
             if not item.init or item.name.startswith("_") or item.name in skip:
                 continue
             kind = textual(hints[item.name])
             if kind is not None:
-                found[item.name] = Option(item.name, kind, default_of(item), notes.get(item.name, ""), title)
-    return [found[item.name] for item in dataclasses.fields(cls) if item.name in found]
+                options[item.name] = Option(item.name, kind, default_of(item), notes.get(item.name, ""), title)
+    return [options[item.name] for item in dataclasses.fields(cls) if item.name in options]
 
 
 def default_of(item: dataclasses.Field[Any]) -> Any:
@@ -196,7 +196,7 @@ def default_of(item: dataclasses.Field[Any]) -> Any:
 
 
 def textual(hint: Any) -> Any:
-    """The part of a type that can be written in a shell or in YAML; None when there is no such part."""
+    """The part of a type that can be written on a command line or in YAML; None when there is none."""
     if hint is Path:
         return str
     if hint in (str, int, float, bool, type(None)) or typing.get_origin(hint) is Literal:
@@ -231,34 +231,34 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
 
 def read_config(path: str) -> dict[str, Any]:
     """A configuration file as a mapping of option names; hyphens and underscores are the same. Raises `UserError`."""
-    said = read_yaml(path, what="--config", write="write one `option: value` a line")
-    return {key.replace("-", "_"): value for key, value in said.items()}
+    values = read_yaml(path, what="--config", write="write one `option: value` per line")
+    return {key.replace("-", "_"): value for key, value in values.items()}
 
 
 def write_yaml(config: Mapping[str, Any]) -> str:
-    """A configuration as YAML text, keys in the order given, secrets masked."""
+    """A configuration as YAML text, keys in their order, secrets masked."""
     import yaml
 
     return str(yaml.safe_dump(redact(dict(config)), sort_keys=False, allow_unicode=True))
 
 
-def unknown(said: str, known: Sequence[str], *, what: str, where: str) -> UserError:
-    """The error for a name nobody knows: repeats it and names the nearest known one."""
-    return UserError(f"{where} has no {what} {said}; {did_you_mean(said, known, otherwise=f'see {where} --help')}")
+def unknown(name: str, known: Sequence[str], *, what: str, where: str) -> UserError:
+    """The error for an unknown name: repeats it and names the nearest known one."""
+    return UserError(f"{where} has no {what} {name}; {did_you_mean(name, known, otherwise=f'see {where} --help')}")
 
 
-def pairs(said: Any) -> Any:
-    """`a=1,b=50%` as a mapping, the command line's short form of one; a mapping is passed on.
+def pairs(text: Any) -> Any:
+    """`a=1,b=50%` as a mapping, the command line's short form of one; a mapping is returned unchanged.
 
     >>> pairs("mathematics=50%,*=10%")
     {'mathematics': '50%', '*': '10%'}
     """
-    if not isinstance(said, str) or said.lstrip().startswith("{"):
-        return said
-    found: dict[str, str] = {}
-    for part in said.split(","):
+    if not isinstance(text, str) or text.lstrip().startswith("{"):
+        return text
+    mapping: dict[str, str] = {}
+    for part in text.split(","):
         name, separator, value = part.partition("=")
         if not separator or not name.strip() or not value.strip():
-            raise UserError(f"{said!r} is not a list of pairs; write name=value,name=value")
-        found[name.strip()] = value.strip()
-    return found
+            raise UserError(f"{text!r} is not a list of pairs; write name=value,name=value")
+        mapping[name.strip()] = value.strip()
+    return mapping

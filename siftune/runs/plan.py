@@ -1,7 +1,7 @@
-"""Before anything runs: what a selection will cost on this machine, from a short measured forward on a sample.
+"""Estimates the cost of a selection on this machine before it runs, from a short timed forward pass over a sample.
 
 Rows, bad rows and duplicates are counted exactly; tokens, minutes and memory are estimates from a seeded sample of
-rows. Cost: reading the pool, loading the model's first layers, two forwards of the sample.
+rows. Cost: reading the pool, loading the model's first layers, two forward passes over the sample.
 
 Shapes: `n` rows of the sample.
 """
@@ -32,7 +32,7 @@ WARM_UP_ROWS = 16
 def plan(options: PlanOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Facts and estimates for `siftune select daar`, as JSON values.
 
-    Bad rows are counted, never an error here. Raises `UserError` for a pool, settings or a model that cannot be used.
+    Bad rows are counted and are not an error here. Raises `UserError` for a pool, settings or a model that cannot be used.
 
     >>> plan(PlanOptions(pool=["pool.jsonl"]), {"model": "./model"})["estimate"]["minutes"]
     """
@@ -65,7 +65,7 @@ def measure(backbone: Any, pool: Pool, *, sample: int, seed: int) -> dict[str, A
     from ..models.tokenise import Tokenised, texts_of, tokenise
 
     if sample < 1:
-        raise UserError(f"--sample {sample} measures nothing; give at least 1 row")
+        raise UserError(f"--sample must be >= 1, got {sample}")
     eligible = pool.eligible
     drawn = np.sort(np.random.default_rng(seed).choice(eligible, size=min(sample, len(eligible)), replace=False))
 
@@ -81,7 +81,7 @@ def measure(backbone: Any, pool: Pool, *, sample: int, seed: int) -> dict[str, A
     seconds = perf_counter() - started
     failing = {int(row): one.reason for row, one in zip(drawn, rows, strict=True) if one.reason is not None}
     rows = [row for row in rows if row.reason is None]
-    _tell_failing(pool, failing, readable=len(rows))
+    _warn_failing(pool, failing, readable=len(rows))
     lengths_n = np.array([len(row.ids) for row in rows], dtype=np.int64)
     return {
         "sample_rows": len(rows),
@@ -99,8 +99,8 @@ def measure(backbone: Any, pool: Pool, *, sample: int, seed: int) -> dict[str, A
     }
 
 
-def _tell_failing(pool: Pool, failing: Mapping[int, str], *, readable: int) -> None:
-    """A note of the sample's rows that cannot be tokenised, by the first; raises `UserError` where none can."""
+def _warn_failing(pool: Pool, failing: Mapping[int, str], *, readable: int) -> None:
+    """Warn of the sample's rows that cannot be tokenised, naming the first; raises `UserError` where all of them fail."""
     if not failing:
         return
     row, reason = next(iter(failing.items()))
@@ -108,14 +108,14 @@ def _tell_failing(pool: Pool, failing: Mapping[int, str], *, readable: int) -> N
     if not readable:
         raise UserError(f"none of the sample's {len(failing)} rows can be tokenised; {file}, line {line}: {reason}")
     warnings.warn(
-        f"{len(failing)} of the sample's {len(failing) + readable} rows cannot be tokenised, and a selection leaves such "
+        f"{len(failing)} of the sample's {len(failing) + readable} rows cannot be tokenised; a selection leaves such "
         f"rows out; {file}, line {line}: {reason}",
         stacklevel=2,
     )
 
 
 def estimate(measured: Mapping[str, Any], usable: int, probe_rows: int) -> dict[str, Any]:
-    """What the whole pool will take: one pass over the probe set for the fit, one over the pool for the scores.
+    """Estimates for the complete pool: one pass over the probe set for the fit, one over the pool for the scores.
 
     Memory beyond the sample's is one shard of features; disk is the probe set's features and the scores.
     """
@@ -131,9 +131,9 @@ def estimate(measured: Mapping[str, Any], usable: int, probe_rows: int) -> dict[
 
 
 def writing(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Requests and tokens that a generator is asked for at most before anything is scored; None without a generator.
+    """Upper bounds of the requests and tokens of a generator before rows are scored; None without a generator.
 
-    What a server bills lies below: a domain stops at its number of rows, and a reply at its own end.
+    A server usually bills less: a domain stops at its number of rows, and a reply at its end.
     """
     if settings.get("generator") is None:
         return None
@@ -155,7 +155,7 @@ def writing(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _device_memory_mb(device: Any) -> int | None:
-    """Most memory held on a CUDA device so far; None elsewhere."""
+    """Peak memory on a CUDA device so far, in MB; None elsewhere."""
     import torch
 
     return round(torch.cuda.max_memory_allocated(device) / 1e6) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""RHO-Loss's table: the loss of every row of a recipe's training set under a reference model, made once.
+"""RHO-Loss's table: the loss of every row of a recipe's training set under a reference model, computed once.
 
 Rows are tokens as `siftune train` would train on them, so the table's `token_id`s are those of its candidates. The recipe's own
 model is not loaded: only its tokenizer is needed. Cost: one forward of the reference model per row.
@@ -23,12 +23,12 @@ ENDINGS = (".parquet", ".safetensors")
 
 @dataclass(frozen=True)
 class Scored:
-    """A table, and how it came about."""
+    """A table of reference losses, and whether it was computed or reused."""
 
     table: Path
     rows: int
     reused: bool
-    """It was there, of the same rows and the same model."""
+    """True when a table of the same rows and the same model existed."""
 
 
 def score_reference(
@@ -42,7 +42,7 @@ def score_reference(
 ) -> Scored:
     """Write the table `out` (.parquet or .safetensors) of the recipe's rows under the model, or adapter, `reference`.
 
-    A finished table of the same rows and model is left as it is, an interrupted one resumes, another table of ours (known
+    A finished table of the same rows and model is reused, an interrupted one resumes, another table of siftune's (marked
     by the note beside it) is replaced. `score_tokens` bounds the padded tokens of one forward pass. Raises `UserError` as
     `siftune train` does, and for an `out` that is an input or a file that siftune did not write, before a weight is loaded.
 
@@ -52,7 +52,7 @@ def score_reference(
     if path.suffix not in ENDINGS:
         raise UserError(f"--out {out} must end in {' or '.join(ENDINGS)}")
     if score_tokens < 1:
-        raise UserError(f"--score-tokens {score_tokens} reads nothing; give at least 1")
+        raise UserError(f"--score-tokens must be >= 1, got {score_tokens}")
     inputs = {"--reference": reference, **recipe_inputs(recipe)}
     refuse_overlap({"--out": path, "the note beside --out": _note(path)}, inputs)
     _check_ours(path)
@@ -67,7 +67,7 @@ def score_reference(
         if _finished(path, key):
             return Scored(path, prepared.rows.meta["rows"], True)
         told(f"loss of {prepared.rows.meta['rows']:,} rows under {reference}")
-        _make(path, key, prepared, load_tuned(folder), score_tokens)
+        _compute(path, key, prepared, load_tuned(folder), score_tokens)
     return Scored(path, prepared.rows.meta["rows"], False)
 
 
@@ -92,12 +92,12 @@ def _note(path: Path) -> Path:
     return path.with_name(path.name + ".made-by.json")
 
 
-def _make(path: Path, key: str, prepared: Any, network: Any, score_tokens: int) -> None:
+def _compute(path: Path, key: str, prepared: Any, network: Any, score_tokens: int) -> None:
     import torch
 
     from ..sft.reference_losses import reference_losses
 
-    write_json(_note(path), {"key": key, "table": None})  # whatever is killed now, the table is known to be ours
+    write_json(_note(path), {"key": key, "table": None})  # first, so that an interrupted table is marked as siftune's
     scratch = temporary_beside(path.absolute())
     network = network.to("cuda" if torch.cuda.is_available() else "cpu")
     try:

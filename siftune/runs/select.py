@@ -1,6 +1,6 @@
-"""From a pool file to a chosen file: load, fit, score, cut, each a stage of a run folder that is never done twice.
+"""From a pool file to a file of chosen rows: load, fit, score, cut, each a stage of a run folder that is computed once.
 
-`select` is what `siftune select` runs, `recut` what `siftune keep` runs; `job.py` checks what was asked before a weight is
+`select` is what `siftune select` runs, `recut` what `siftune keep` runs; `job.py` checks the options before a weight is
 loaded. Cost beyond the method's own: one pass over the pool for its index, one for rows.parquet, one over the chosen rows.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a selection left behind."""
+    """The result of a selection."""
 
     folder: Path | None
     """The run folder; None for a dry run."""
@@ -56,7 +56,7 @@ def select(
     job = prepare(method, options, settings or {}, progress=progress or current())
     if options.dry_run:
         facts = {"config": job.config, "rows": counted(job.pool)}
-        if (preview := getattr(job.method, "preview", None)) is not None:  # what would be asked of a judge
+        if (preview := getattr(job.method, "preview", None)) is not None:  # the requests to a judge
             facts["preview"] = preview(job.pool)
         return Selection(None, facts, pool=job.pool)
     inputs = {"pool": job.pool.fingerprint} | inputs_of(job.method)
@@ -77,7 +77,7 @@ def select(
 
 
 def _equip(run: RunFolder, job: Job) -> Any:
-    """Hand the method the engine and the store; returns the engine."""
+    """Set the method's engine and store; returns the engine."""
     from ..engines import make_engine
     from ..models.store import Store
 
@@ -90,13 +90,13 @@ def _equip(run: RunFolder, job: Job) -> Any:
 
 
 def _fit(run: RunFolder, job: Job, key: str) -> OfflineMethod:
-    """The fitted method: fitted now, or as the run folder holds it."""
-    if type(job.method).fit is OfflineMethod.fit:  # it learns nothing
+    """The fitted method: fitted now, or loaded from the run folder."""
+    if type(job.method).fit is OfflineMethod.fit:  # there is nothing to fit
         return job.method
-    said = {item.name: getattr(job.method, item.name) for item in dataclasses.fields(job.method) if item.init}  # type: ignore[arg-type]
+    settings = {item.name: getattr(job.method, item.name) for item in dataclasses.fields(job.method) if item.init}  # type: ignore[arg-type]
     with run.stage("fit", hash_json([key, "fit"])) as stage:
         if stage.reused:
-            fitted = type(job.method).load(run.folder, **said)  # type: ignore[attr-defined]
+            fitted = type(job.method).load(run.folder, **settings)  # type: ignore[attr-defined]
             assert isinstance(fitted, OfflineMethod)
             fitted.engine, fitted.store, fitted.cache = job.method.engine, job.method.store, job.method.cache
             return fitted
@@ -111,7 +111,7 @@ def _fit(run: RunFolder, job: Job, key: str) -> OfflineMethod:
 
 
 def _shards(engine: Any, before: tuple[int, int]) -> dict[str, int]:
-    """What the engine did since `before`, for a stage's counts."""
+    """The shards that the engine computed and reused since `before`, for a stage's counts."""
     return {"shards_computed": engine.computed - before[0], "shards_reused": engine.reused - before[1]}
 
 
@@ -153,9 +153,9 @@ def _score_part(run: RunFolder, job: Job, key: str) -> Selection:
 
 
 def _write(run: RunFolder, job: Job, scores: Scores, key: str) -> Selection:
-    if np.isnan(scores.values).all():  # the reasons must reach the user, and no budget is to blame
+    if np.isnan(scores.values).all():  # report the reasons; the budget is not the cause
         write_rows(run.folder / ROWS, scores, np.empty(0, np.int64))
-        raise UserError(f"no row has a score ({_reasons(scores)}); {run.folder / ROWS} says why for each")
+        raise UserError(f"no row has a score ({_reasons(scores)}); {run.folder / ROWS} holds the reason for each")
     subset = job.budget.cut(scores)
     with run.stage("write", hash_json([key, "write"])) as stage:
         if not stage.reused:
@@ -178,7 +178,7 @@ def _reasons(scores: Scores) -> str:
 
 
 def recut(run: str, options: KeepOptions) -> Selection:
-    """Cut a finished run's stored scores at another budget: no model, no method, seconds.
+    """Cut a finished run's stored scores at another budget, in seconds and without the model.
 
     Needs `options.out`. Raises `UserError` when the run is not finished or its pool has changed since.
 
@@ -186,7 +186,7 @@ def recut(run: str, options: KeepOptions) -> Selection:
     """
     budget = Budget.read(options)
     if options.out is None:
-        raise UserError("siftune keep needs --out FILE: the run's own result stays as it is")
+        raise UserError("siftune keep needs --out FILE; the run's own result is not replaced")
     check_out(options.out)
     folder = Path(run)
     manifest = read_manifest(folder)
@@ -196,7 +196,7 @@ def recut(run: str, options: KeepOptions) -> Selection:
     if scored is None:
         raise UserError(f"{folder} has no scores yet; {again} first")
     if not (folder / SCORES).is_file() or hash_file(folder / SCORES) != scored["files"].get(SCORES):
-        raise UserError(f"{folder / SCORES} is not as its run left it; {again}, which makes it again")
+        raise UserError(f"{folder / SCORES} has changed since its run; {again}, which computes it again")
     refuse_overlap({"--out": options.out}, setting_inputs(config, "the run's {}") | {"--config": options.config})
     refuse_inside(options.out, folder)
     reading = {item.name: config.get(item.name) for item in dataclasses.fields(Reading)}

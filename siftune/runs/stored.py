@@ -1,4 +1,4 @@
-"""What a run leaves in files: scores.safetensors (exact, for another cut), rows.parquet (for people), counts (for both).
+"""The files of a run: scores.safetensors (exact, for another cut), rows.parquet (for people), counts (for both).
 
 Equal scores give equal bytes. Cost: one pass over the pool's index for rows.parquet, in pieces, so that memory does not
 grow with the pool.
@@ -25,7 +25,7 @@ ROWS_AT_ONCE = 65_536
 
 
 def write_scores(path: Path, scores: Scores) -> None:
-    """`Scores` without the pool and without `info`, exactly, as one safetensors file; equal scores, equal bytes."""
+    """Write `Scores` exactly, without the pool and `info`, as one safetensors file; equal scores give equal bytes."""
     from safetensors.numpy import save
 
     optional = {
@@ -43,7 +43,7 @@ def write_scores(path: Path, scores: Scores) -> None:
 
 
 def read_scores(path: Path, pool: Pool, info: Mapping[str, Any]) -> Scores:
-    """What `write_scores` wrote, over the same pool."""
+    """Read a file of `write_scores`, for the same pool."""
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as stored:
@@ -108,7 +108,7 @@ def _rows_table(scores: Scores, mask: np.ndarray[Any, np.dtype[np.bool_]], start
 
 
 def counted(pool: Pool, subset: Subset | None = None) -> dict[str, Any]:
-    """The rows of a run in numbers, every row that dropped out under its reason."""
+    """The row counts of a run, with every row that was left out counted under its reason."""
     scores = subset.scores if subset is not None else None
     kinds: dict[str, int] = {}
     for reason in (scores.reasons if scores is not None else pool.reasons).values():

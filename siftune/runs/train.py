@@ -1,14 +1,14 @@
-"""Fine-tune by a recipe into a run folder that goes on where it was: `siftune train`, and what a study's cells call.
+"""Fine-tune by a recipe into a run folder that resumes: `siftune train`, also called by the cells of a study.
 
     config.yaml  manifest.json   as in every run folder; the manifest holds tokens, seconds, loss, held-out loss
-    rows.parquet                 every row read: trained on or not, and why not
-    checkpoints/                 the trainer's own, as often as sft.save_strategy says
+    rows.parquet                 every row read: trained on, or the reason why not
+    checkpoints/                 the trainer's checkpoints, at the interval of sft.save_strategy
     model/                       the model or the adapter, its tokenizer and its card
     log.jsonl                    the trainer's log
-    siftune/selection.parquet    every candidate, where a selector chose
+    siftune/selection.parquet    every candidate, where a selector was attached
 
-A killed run goes on from its newest whole checkpoint and ends with the same weights, bit for bit on a CPU; a finished one is
-not run again. Cost beyond training: one pass over the rows for rows.parquet, one hash of the base's weights (remembered).
+A killed run resumes from its newest complete checkpoint and ends with the same weights, bit for bit on a CPU; a finished one
+is not run again. Cost beyond training: one pass over the rows for rows.parquet, one hash of the base's weights (cached).
 """
 
 from __future__ import annotations
@@ -46,32 +46,32 @@ NOT_OURS = "training_args.bin"
 
 @dataclass(kw_only=True)
 class TuneOptions:
-    """Where a fine-tuning runs and what it says."""
+    """Options of a fine-tuning run: folders and output."""
 
     run: str | None = None
     """Run folder; the default name holds a hash of recipe and inputs, so the same command finds its own run."""
     out: str | None = None
-    """Folder for a copy of the model: new, empty, or an earlier copy as it was written; the run folder has it in any case."""
+    """Folder for a copy of the model: new, empty, or an unchanged earlier copy; the run folder always has the model."""
     quiet: bool = False
-    """Print the model's folder and nothing else."""
+    """Print only the model's folder."""
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Print only one JSON object."""
     cache: str | None = None
     """Cache folder; default $SIFTUNE_CACHE, else ~/.cache/siftune."""
     dry_run: bool = False
-    """Check recipe, rows, model folder and budget, say what would be done, and stop."""
+    """Check recipe, rows, model folder and budget, print what would run, and stop."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a fine-tuning left behind."""
+    """The result of a fine-tuning."""
 
     folder: Path
     """The run folder."""
     model: Path
     """A model folder, or an adapter's."""
     manifest: Mapping[str, Any]
-    """`tokens`, `seconds`, `train_loss`, `steps`, `held_out`, `rows`, and what every manifest has."""
+    """`tokens`, `seconds`, `train_loss`, `steps`, `held_out`, `rows`, and the keys of every manifest."""
 
     @property
     def is_adapter(self) -> bool:
@@ -81,7 +81,7 @@ class Tuned:
         return is_adapter(self.model)
 
     def merged(self) -> Path:
-        """A folder with the whole model: `model` itself, or `merged/`, made on first use from an adapter and its base."""
+        """A folder with the complete model: `model` itself, or `merged/`, created on first use from an adapter and its base."""
         if not self.is_adapter:
             return self.model
         out = self.folder / MERGED
@@ -99,11 +99,11 @@ def tune(
     progress: Progress | None = None,
     told: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
-    """Fine-tune by a recipe; a killed run goes on, a finished one is returned as it is. `told` hears a line per event.
+    """Fine-tune by a recipe; a killed run resumes, a finished one is returned unchanged. `told` hears a line per event.
 
-    Raises `UserError` for whatever in recipe, rows or model cannot work, for a run folder or `out` that is an input or
-    holds anything of the user's, before any weight is loaded; and under `torchrun` with several processes, where
-    `build_trainer` is the way.
+    Raises `UserError` for an invalid recipe, rows or model, for a run folder or `out` that is an input or
+    holds files of the user, before any weight is loaded; and under `torchrun` with several processes, where
+    `build_trainer` is to be used.
 
     >>> tuned = tune(Recipe.read("recipe.yaml"), TuneOptions(run="runs/first"))
     >>> tuned.model, tuned.manifest["tokens"]["trained_tokens"]
@@ -113,7 +113,7 @@ def tune(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            f"siftune train runs in one process, and WORLD_SIZE={os.environ['WORLD_SIZE']}; in a script of your own call "
+            f"siftune train runs in one process, and WORLD_SIZE={os.environ['WORLD_SIZE']}; in your own script, call "
             "siftune.build_trainer(recipe, folder).train() under torchrun"
         )
     _check_places(recipe, options, file)
@@ -138,7 +138,7 @@ def tune(
                 run.note(rows=_row_facts(prepared))
         with run.stage("train", hash_json([key, "train"])) as stage:
             if not stage.reused:
-                for name in (MODEL, MERGED):  # before the hours, not after them
+                for name in (MODEL, MERGED):  # before the training, not after it
                     check_replaceable(run.folder / name)
                 stage.files, facts = job.train()
                 stage.counts = {"steps": facts["steps"], **facts["tokens"]}
@@ -158,19 +158,19 @@ def tune(
 
 
 def _inputs(prepared: Prepared) -> dict[str, str]:
-    """Content hashes of all that is read: rows, weights, and files that the selector names."""
+    """Content hashes of all inputs: rows, weights, and files that the selector names."""
     from ..sft.adapters import model_key
 
     recipe = prepared.recipe
-    found = {"train": prepared.pool.fingerprint, "model": model_key(prepared.folder)}
-    found |= {f"eval {name}": pool.fingerprint for name, pool in prepared.held_out.items()}
+    hashes = {"train": prepared.pool.fingerprint, "model": model_key(prepared.folder)}
+    hashes |= {f"eval {name}": pool.fingerprint for name, pool in prepared.held_out.items()}
     for name, value in (recipe.online or {}).items():
         path = Path(value).expanduser() if isinstance(value, (str, Path)) else None
         if path is not None and path.is_file():
-            found[f"online {name}"] = hash_file(path)
+            hashes[f"online {name}"] = hash_file(path)
         elif path is not None and (path / "config.json").is_file():
-            found[f"online {name}"] = model_key(path)
-    return found
+            hashes[f"online {name}"] = model_key(path)
+    return hashes
 
 
 def _check_places(
@@ -186,12 +186,12 @@ def _check_places(
     inputs = {"the recipe": file, **recipe_inputs(recipe), "the model's folder": model}
     refuse_overlap({"--run": options.run, "--out": options.out}, inputs)
     refuse_overlap({"--out": options.out}, {"the run folder": run, "the cache": cache_folder(options.cache)})
-    if options.out is not None and run is None:  # once: it reads an earlier export
+    if options.out is not None and run is None:  # once, because it reads an earlier export
         check_export("--out", Path(options.out))
 
 
 def _copy(model: Path, out: Path) -> None:
-    """The model's folder at `out` too, complete or absent."""
+    """Copy the model's folder to `out`; the copy is complete or absent."""
     temporary = temporary_beside(out.resolve())
     try:
         shutil.copytree(model, temporary, ignore=shutil.ignore_patterns(MARK))
@@ -204,7 +204,7 @@ def _copy(model: Path, out: Path) -> None:
 
 
 def _row_facts(prepared: Prepared) -> dict[str, Any]:
-    """The rows in numbers, every row that dropped out under its reason."""
+    """The row counts, with every row that was left out counted under its reason."""
     facts, meta = counted(prepared.pool), prepared.rows.meta
     for reason in prepared.rows.reasons.values():
         kind = reason.partition(":")[0]
@@ -226,7 +226,7 @@ class _Job:
     told: Callable[[str], None]
 
     def train(self) -> tuple[list[str], dict[str, Any]]:
-        """Train, from the newest whole checkpoint where there is one; the files made and the facts for the manifest."""
+        """Train, from the newest complete checkpoint where there is one; returns the written files and the manifest's facts."""
         import torch
         from transformers import set_seed
 
@@ -238,11 +238,11 @@ class _Job:
         recipe, folder = self.prepared.recipe, self.run.folder
         newest = _newest(folder / CHECKPOINTS)
         tally = Tally(recipe.stop_at)
-        speaks = not (self.options.quiet or self.options.json)
-        trainer = self.prepared.trainer(folder / CHECKPOINTS, tally=tally, quiet=not speaks)
+        verbose = not (self.options.quiet or self.options.json)
+        trainer = self.prepared.trainer(folder / CHECKPOINTS, tally=tally, quiet=not verbose)
         trainer.add_callback(Shown(self.progress or current(), self.told))
         if newest is not None:
-            self.told(f"going on from {newest}")
+            self.told(f"resuming from {newest}")
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -264,7 +264,7 @@ class _Job:
         return self._save(trainer, facts), facts
 
     def _save(self, trainer: Any, facts: Mapping[str, Any]) -> list[str]:
-        """Model, card, log and ledger into the run folder; their names."""
+        """Write model, card, log and ledger into the run folder; returns their names."""
         from ..models.load import quiet
 
         folder = self.run.folder
@@ -274,7 +274,7 @@ class _Job:
                 trainer.save_model(str(temporary))
             (temporary / NOT_OURS).unlink(missing_ok=True)
             (temporary / "README.md").write_text(self._card(temporary, facts), encoding="utf-8")
-            if not discard(folder / MERGED):  # it was made of the model that goes
+            if not discard(folder / MERGED):  # it was merged from the model that is replaced
                 check_replaceable(folder / MERGED)
             place(temporary, folder / MODEL)
             if (folder / CHECKPOINTS).is_dir():
@@ -283,13 +283,13 @@ class _Job:
             remove(temporary)
         with atomic_path(folder / LOG) as log:
             log.write_text("".join(json.dumps(line) + "\n" for line in trainer.state.log_history), encoding="utf-8")
-        made = [LOG]
+        written = [LOG]
         merged = folder / CHECKPOINTS / LEDGER
         if self.prepared.recipe.online is not None and merged.is_file():
             with atomic_path(folder / LEDGER) as copy:
                 shutil.copyfile(merged, copy)
-            made.append(LEDGER)
-        return made + sorted(str(path.relative_to(folder)) for path in (folder / MODEL).rglob("*") if path.is_file())
+            written.append(LEDGER)
+        return written + sorted(str(path.relative_to(folder)) for path in (folder / MODEL).rglob("*") if path.is_file())
 
     def _card(self, model: Path, facts: Mapping[str, Any]) -> str:
         from .. import __version__
@@ -322,7 +322,7 @@ class _Job:
         network = load_tuned(self.run.folder / MODEL, dtype=str(recipe.model_kwargs.get("dtype", "auto")))
         if torch.cuda.is_available():
             network = network.to("cuda")
-        found = held_out(
+        results = held_out(
             network,
             self.prepared.tokenizer,
             {name: list(files) for name, files in recipe.eval.items()},
@@ -331,18 +331,18 @@ class _Job:
             columns=recipe.columns,
             format=recipe.format,  # type: ignore[arg-type]
         )
-        return {name: dict(one.facts) for name, one in found.items()}
+        return {name: dict(one.facts) for name, one in results.items()}
 
 
 def _newest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint. One that was not finished stays: the trainer writes it again at the same step."""
+    """The newest complete checkpoint. An unfinished one is left in place: the trainer writes it again at the same step."""
     from ..hook.checkpoint import folder_of, is_complete
 
-    found = []
+    complete = []
     for path in checkpoints.glob("checkpoint-*"):
         step = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if step is None:
             continue
         if is_complete(path) and (folder_of(path) / "tally.json").is_file():
-            found.append((int(step[1]), path))
-    return max(found)[1] if found else None
+            complete.append((int(step[1]), path))
+    return max(complete)[1] if complete else None

@@ -80,7 +80,7 @@ def test_search_narrows_the_rows(browser: Tab, page: Path) -> None:
     assert all("gambit" in text and "rook" in text for text in found)
     set_value(browser, select_named(browser, "Search"), "no such word anywhere", "input")
     assert shown_rows(browser) == []
-    assert "No row here matches" in browser.run("return document.querySelector('.list').innerText")
+    assert "No row matches" in browser.run("return document.querySelector('.list').innerText")
 
 
 def test_filters_and_views(browser: Tab, page: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_hostile_pool_runs_nothing_and_is_shown_as_text(browser: Tab, tmp_path
         assert said in text
     for shown in ("[U+202E]", "[U+2066]", "[U+200B]", "[U+2028]", "[U+0008]", "[U+001B]"):
         assert shown in text
-    assert "998,500 more characters are not in this page" in text
+    assert "998,500 more characters are not on this page" in text
     assert "{<script>window.hacked=9</script>" in text, "a bad row is shown as it stands in its file"
     whole = browser.run("return document.body.textContent + document.title")
     assert "\u202e" not in whole

@@ -67,7 +67,7 @@ LISTED: dict[tuple[str, str, str], tuple[int, str]] = {
     ),
     ("runs/loop.py", "_tune", "unlink"): (1, LOOP),
     ("runs/loop.py", "_tune", "open"): (1, LOOPED),
-    ("runs/score_reference.py", "_make", "remove"): (
+    ("runs/score_reference.py", "_compute", "remove"): (
         1,
         "faults/test_user_files.py::test_score_reference_replaces_only_its_own_table",
     ),

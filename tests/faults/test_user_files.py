@@ -263,7 +263,7 @@ def test_report_replaces_only_pages(work: Path) -> None:
     assert siftune(["select", "random", "pool.jsonl", "--keep", "10%", "--run", "run", "--quiet"]).code == 0
     words = ["report", "run", "--map-rows", "0"]
     for out in ("pool.jsonl", "run/manifest.json", "project/main.py"):
-        assert "is no page; give a path that ends in .html" in untouched(work, [*words, "--out", out])
+        assert "is not an HTML file; pass a path that ends in .html" in untouched(work, [*words, "--out", out])
     Path("run/report.html").write_text("<html>my own page of this run</html>")
     assert "run/report.html was not written by siftune report" in untouched(work, words)
     Path("run/report.html").unlink()

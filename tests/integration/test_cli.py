@@ -48,13 +48,13 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["select", "random", "pool.jsonl", "--keep", "150%"], ["150%"]),
         (["select", "random", "pool.jsonl", "--keep", "x"], ["'x'", "not an amount"]),
         (["select", "random", "pool.jsonl", "--keep", "3", "--tokens", "9"], ["--keep and --tokens", "two budgets"]),
-        (["select", "random", "pool.jsonl", "--tokens", "0"], ["--tokens 0"]),
+        (["select", "random", "pool.jsonl", "--tokens", "0"], ["--tokens must be >= 1, got 0"]),
         (["select", "random", "pool.jsonl", "--quota", "a=5%"], ["--quota", "domains"]),
         (["select", "random", "pool.jsonl", "--quota", "a"], ["--quota", "name=value"]),
         (["select", "random", "pool.jsonl", "--target-mix", "a=x"], ["--target-mix"]),
         (["select", "random", "pool.jsonl", "--seed", "two"], ["--seed two", "whole number"]),
         (["select", "random", "pool.jsonl", "--on-bad-row", "stop"], ["--on-bad-row stop", "error, skip"]),
-        (["select", "random", "pool.jsonl", "--json=1"], ["--json takes no value"]),
+        (["select", "random", "pool.jsonl", "--json=1"], ["--json is a switch and has no value"]),
         (["select", "random", "pool.jsonl", "--out", "a.xlsx"], ["a.xlsx", ".jsonl"]),
         (["select", "random", "pool.jsonl", "--out", "."], ["--out .", "folder"]),
         (["select", "random", "pool.jsonl", "--shards", "3/2"], ["3/2"]),
@@ -64,9 +64,9 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["keep", "nowhere", "--out", "a.jsonl"], ["nowhere", "manifest.json"]),
         (["keep", "nowhere"], ["--out"]),
         (["keep", "--out", "a.jsonl"], ["run folder"]),
-        (["keep", "a", "b", "--out", "a.jsonl"], ["one run"]),
+        (["keep", "a", "b", "--out", "a.jsonl"], ["one argument run, got a and b"]),
         (["methods", "extra"], ["extra"]),
-        (["demo", "--rows", "3"], ["--rows 3"]),
+        (["demo", "--rows", "3"], ["--rows must be >= 100, got 3"]),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -262,6 +262,6 @@ def test_a_page_that_cannot_be_made_does_not_fail_the_run(
     monkeypatch.setattr("siftune.reports.report.write", missing)
     code, out, _ = said(capsys, "select", "length", "pool.jsonl", "--run", "r")
     assert code == 0
-    assert "siftune report r   a page to look at (siftune report needs plotly" in " ".join(out.split(" "))
+    assert "siftune report r   the page of this run (siftune report needs plotly" in " ".join(out.split(" "))
     assert "pip install 'siftune[report]'" in out
     assert (here / "r" / "selected.jsonl").is_file()

@@ -284,7 +284,7 @@ def test_it_ends_with_what_was_made_where_and_what_next(
     path, run = write_study(tmp_path), tmp_path / "run"
     assert main(["compare", str(path), "--run", str(run)]) == 0
     said = capsys.readouterr()
-    assert f"9 cells ran now, 9 are finished -> {run}/study.md" in said.out
+    assert f"9 cells trained now, 9 finished in total -> {run}/study.md" in said.out
     assert "next: " in said.out
     assert "100% " in said.err
     assert main(["compare", str(path), "--run", str(run), "--quiet"]) == 0
@@ -298,8 +298,8 @@ def test_it_ends_with_what_was_made_where_and_what_next(
         (["gone.yaml"], "cannot be read"),
         (["STUDY", "--part", "4/3"], "is not a part"),
         (["STUDY", "--out", "x.html"], "ends in .md"),
-        (["STUDY", "--jobs", "0"], "runs nothing"),
-        (["STUDY", "--set", "rows"], "is no KEY=VALUE"),
+        (["STUDY", "--jobs", "0"], "--jobs must be >= 1, got 0"),
+        (["STUDY", "--set", "rows"], "is not KEY=VALUE"),
         (["STUDY", "--set", "row=3"], "no variable or key row; did you mean rows?"),
     ],
 )

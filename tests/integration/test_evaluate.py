@@ -384,8 +384,8 @@ def test_chat_puts_the_question_into_the_models_template(folder: Path, tmp_path:
         (["--suite", "held-out"], "nothing to evaluate"),
         (["--held-out", "a=/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--held-out", "a"], "not a list of pairs"),
-        (["--suite", "uds", "--batch-size", "0"], "batch_size=0"),
-        (["--suite", "uds", "--out", "x.parquet"], "--out x.parquet is no .json file"),
+        (["--suite", "uds", "--batch-size", "0"], "batch_size must be >= 1, got 0"),
+        (["--suite", "uds", "--out", "x.parquet"], "--out x.parquet is not a .json file"),
         (["--suit", "uds"], "did you mean --suite"),
         (["--suite", "uds", "--text", "chatty"], "one of auto, chat, prompt"),
     ],
@@ -488,9 +488,9 @@ def test_every_name_that_our_tasks_have_in_the_harness_is_there() -> None:
 
 @pytest.mark.usefixtures("theirs", "no_weights")
 def test_a_metric_that_a_task_does_not_give_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="task pair of the suite gives no metric f1; give one of acc, acc_norm"):
+    with pytest.raises(UserError, match="task pair of the suite has no metric f1; use one of acc, acc_norm"):
         evaluate(model_folder(), str(suite(tmp_path / "s.yaml", "tasks: {pair: {metric: f1}}")))
-    with pytest.raises(UserError, match="task mmlu of the suite gives no metric acc_norm; give one of acc"):
+    with pytest.raises(UserError, match="task mmlu of the suite has no metric acc_norm; use one of acc"):
         evaluate(model_folder(), str(suite(tmp_path / "s.yaml", "tasks: {mmlu: {metric: acc_norm}}")), data=str(folder))
 
 

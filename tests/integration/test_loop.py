@@ -76,7 +76,7 @@ def test_a_rerun_repeats_no_round(prepared: Path, capsys: pytest.CaptureFixture[
     (prepared / "fail").touch()
     assert main(words()) == 2
     said = capsys.readouterr().err
-    assert "ended with code 3 in round 1 (CUDA is out of memory); all it said is in run/tune-1/log.txt" in said
+    assert "ended with code 3 in round 1 (CUDA is out of memory); its output is in run/tune-1/log.txt" in said
     (prepared / "fail").unlink()
     assert main(words("--quiet")) == 0
     assert capsys.readouterr().out.strip() == "run/tune-2/model"
@@ -119,9 +119,9 @@ def test_a_dry_run_checks_and_does_nothing(prepared: Path, capsys: pytest.Captur
     ("said", "why"),
     [
         (None, "needs a command that fine-tunes"),
-        ("python t.py {train_file}", "lacks {out_model}"),
+        ("python t.py {train_file}", "--tune has no {out_model}"),
         ("python t.py {trainfile} {out_model}", "{trainfile}, which is not one of"),
-        ("python 't.py {train_file} {out_model}", "mend its quotes"),
+        ("python 't.py {train_file} {out_model}", "fix its quotes"),
     ],
 )
 def test_commands_that_cannot_work(said: str | None, why: str) -> None:
@@ -134,7 +134,7 @@ def test_options_that_cannot_work(prepared: Path) -> None:
     tune = "true {train_file} {out_model}"
     for options, settings, why in (
         (LoopOptions(pool=["pool.jsonl"], tune=tune), {}, "needs --model"),
-        (LoopOptions(pool=["pool.jsonl"], tune=tune, rounds=0), {"model": "./model"}, "--rounds 0"),
+        (LoopOptions(pool=["pool.jsonl"], tune=tune, rounds=0), {"model": "./model"}, "--rounds must be >= 1, got 0"),
         (LoopOptions(pool=["pool.jsonl"], tune=tune, shards="1/2"), {"model": "./model"}, "no --shards"),
         (
             LoopOptions(pool=["pool.jsonl"], tune="no-such-program {train_file} {out_model}", keep=9),

@@ -68,11 +68,11 @@ def test_the_command_says_it_to_a_person_and_as_json(
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "writing" in printed
-    assert "a rerun asks nothing twice" in " ".join(printed.split())
+    assert "a rerun repeats no request" in " ".join(printed.split())
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["writing"]["domains"] == 4
 
 
 def test_a_sample_of_nothing_is_refused(pool: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--sample 0 measures nothing"):
+    with pytest.raises(UserError, match="--sample must be >= 1, got 0"):
         plan(PlanOptions(pool=[str(pool)], cache=str(tmp_path), sample=0), {"model": str(model_folder())})

@@ -121,11 +121,11 @@ def test_a_pool_that_is_gone_leaves_the_chosen_rows_readable(pool: Path, run: Pa
     pool.unlink()
     done = report.write(run, cache=tmp_path / "cache")
     assert "Map" not in sections(done)
-    assert "The pool is not where it was" in done.read_text(encoding="utf-8")
+    assert "The pool is no longer at its path" in done.read_text(encoding="utf-8")
     rows = {row["row"]: row for view in data_of(done)["rows-to-read"]["views"] for row in view["rows"]}
     originals = rows_of(90)
     for row in rows.values():
-        wanted = originals[row["row"]]["instruction"] if row["kept"] else "The text of this row is not at hand."
+        wanted = originals[row["row"]]["instruction"] if row["kept"] else "The text of this row is not available."
         assert row["question"] == wanted
 
 
@@ -150,7 +150,7 @@ def test_rows_that_share_words_lie_together(run: Path, tmp_path: Path) -> None:
     assert data["colours"][0]["name"] == "topic"
     distance = ((at[:, None] - at[None]) ** 2).sum(-1) + 1e18 * np.eye(len(at))
     assert (of[distance.argmin(axis=1)] == of).mean() > 0.9
-    assert "Rows whose texts share words; all 90 usable rows." in done.read_text(encoding="utf-8")
+    assert "Rows with shared words are close together; all 90 usable rows." in done.read_text(encoding="utf-8")
 
 
 def test_positions_are_computed_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,18 +211,18 @@ def test_the_map_says_what_it_shows(daar: Path, tmp_path: Path) -> None:
     assert "the probe set, drawn at random" in drawn.of
     text = maps.positions(without, texts, None, most=150, cache=cache)
     assert text is not None
-    assert "No model features are on the disk" in text.of
+    assert "No model features of this run are on disk" in text.of
 
 
 def test_without_the_cache_the_page_says_so(daar: Path, tmp_path: Path) -> None:
     done = report.write(daar, tmp_path / "out.html", map_rows=0, cache=tmp_path / "empty")
     text = done.read_text(encoding="utf-8")
     assert "The probe" in sections(done)
-    assert "not in the cache any more" in text
+    assert "no longer in the cache" in text
     assert "calibration" not in data_of(done)
     whole = report.write(daar, tmp_path / "out.html", map_rows=0, cache=daar.parent / "cache")
     assert "calibration" in data_of(whole)
-    assert "What the probe calls the rows it was not trained on" in whole.read_text(encoding="utf-8")
+    assert "Predictions of the probe for the rows it was not trained on" in whole.read_text(encoding="utf-8")
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -260,9 +260,9 @@ def test_a_ledger_in_parts_and_unnamed_rows(tmp_path: Path) -> None:
     (out / "siftune" / "selection.parquet").unlink()
     done = report.write(out, cache=tmp_path / "cache")
     text = done.read_text(encoding="utf-8")
-    assert "Training has not come to its end." in text
-    assert "name the file of the training rows with --rows" in text
-    assert read_training(out).behind is None
+    assert "Training is not finished." in text
+    assert "pass the file of the training rows with --rows" in text
+    assert read_training(out).training_rows is None
 
 
 def test_kept_rows_by_topic_over_time_sum_to_one(tmp_path: Path) -> None:
@@ -280,9 +280,9 @@ def test_kept_rows_by_topic_over_time_sum_to_one(tmp_path: Path) -> None:
 def test_bad_input_is_one_sentence(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, said in (
-        ({"run_folder": tmp_path / "absent"}, "is no folder"),
+        ({"run_folder": tmp_path / "absent"}, "is not a folder"),
         ({"run_folder": tmp_path / "empty"}, "holds no manifest.json of a selection"),
-        ({"run_folder": tmp_path / "runs"}, "it holds runs: one; give one of them"),
+        ({"run_folder": tmp_path / "runs"}, "it holds runs: one; pass one of them"),
         ({"run_folder": run, "map_rows": 30_000}, "map_rows=30000 is not between 0 and 20,000"),
         ({"run_folder": run, "rows": "x.jsonl"}, "--rows x.jsonl is for a trainer's OUTPUT_DIR"),
         ({"run_folder": run, "out": tmp_path}, "is a folder; pass the path of a file"),

@@ -36,7 +36,7 @@ def test_a_study_shows_its_tables(study: Path) -> None:
     assert "2.000" in text, "the untouched model's mean over the domains"
     assert "m&lt;script&gt;" in text
     assert "budget 20%" in text
-    assert re.findall(r"<h2[^>]*>(.*?)</h2>", text)[-2:] == ["What it cost", "How it was made"]
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", text)[-2:] == ["Cost", "How it was made"]
 
 
 def test_the_differences_are_drawn_with_their_intervals(study: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_changed_input_is_refused_and_another_model_is_another_run(inputs: Pat
     select("random", options)
     with pool.open("a") as handle:
         handle.write('{"instruction": "new", "output": "row"}\n')
-    with pytest.raises(UserError, match=r"input pool .* give another --run"):
+    with pytest.raises(UserError, match=r"input pool .* pass another --run"):
         select("random", options)
     with pytest.raises(UserError, match="has changed"):
         recut(str(tmp_path / "run"), KeepOptions(keep=3, out=str(tmp_path / "x.jsonl")))

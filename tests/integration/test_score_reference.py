@@ -72,11 +72,11 @@ def test_training_finds_every_candidate_in_the_table(recipe: Recipe) -> None:
 
 def test_a_finished_table_is_not_made_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     first = score_reference(recipe, "./reference", out="t.parquet")
-    monkeypatch.setattr(module, "_make", never)
+    monkeypatch.setattr(module, "_compute", never)
     again = score_reference(Recipe.read(recipe.plain, {"seed": 3}), "./reference", out="t.parquet")
     assert (again.reused, again.rows) == (True, first.rows)
     made: list[Path] = []
-    monkeypatch.setattr(module, "_make", lambda path, *_: made.append(path))
+    monkeypatch.setattr(module, "_compute", lambda path, *_: made.append(path))
     for other in ({"sft.max_length": 40}, {"text": "prompt"}, {"max_rows": 9}):
         assert not score_reference(Recipe.read(recipe.plain, other), "./reference", out="t.parquet").reused
     assert not score_reference(recipe, "./model", out="t.parquet").reused
@@ -131,7 +131,7 @@ def test_the_command(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None
         (["score-reference", "recipe.yaml"], "needs --reference"),
         (["score-reference", "--reference", "./reference"], "needs a recipe"),
         ([*words, "--out", "t.csv"], "--out t.csv must end in .parquet or .safetensors"),
-        ([*words, "--score-tokens", "0"], "--score-tokens 0 reads nothing"),
+        ([*words, "--score-tokens", "0"], "--score-tokens must be >= 1, got 0"),
         (["score-reference", "recipe.yaml", "--reference", "./none"], "model='./none' is not a folder here"),
     ):
         assert main(more) == 2
@@ -141,6 +141,6 @@ def test_the_command(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None
 def test_mistakes_in_the_recipe_are_told_before_weights_are_read(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_make", never)
+    monkeypatch.setattr(module, "_compute", never)
     with pytest.raises(UserError, match=r"sft.max_step is no key"):
         score_reference(Recipe.read(recipe.plain, {"sft.max_step": 1}), "./reference", out="t.parquet")

@@ -213,7 +213,7 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(said: Callable[..., Recipe
     (Path("run") / "model" / "model.safetensors").unlink()
     heard: list[str] = []
     again = tune(recipe, TuneOptions(run="run"), told=heard.append)
-    assert "going on from run/checkpoints/checkpoint-2" in heard
+    assert "resuming from run/checkpoints/checkpoint-2" in heard
     assert sum(line.startswith("step ") for line in heard) == 4
     assert again.manifest["tokens"] == whole.manifest["tokens"]
     assert again.manifest["train_loss"] == whole.manifest["train_loss"]
@@ -509,8 +509,8 @@ def test_the_command_trains_and_says_so(written: Path, capsys: pytest.CaptureFix
     [
         ([], "siftune train needs a recipe: siftune train recipe.yaml"),
         (["none.yaml"], "the recipe none.yaml cannot be read"),
-        (["recipe.yaml", "--set", "sft.max_steps"], "--set sft.max_steps is no KEY=VALUE"),
-        (["recipe.yaml", "--set"], "--set (nothing) is no KEY=VALUE"),
+        (["recipe.yaml", "--set", "sft.max_steps"], "--set sft.max_steps is not KEY=VALUE"),
+        (["recipe.yaml", "--set"], "--set (nothing) is not KEY=VALUE"),
         (
             ["recipe.yaml", "--set", "sft.max_step=3"],
             "sft.max_step is no key of trl.SFTConfig; did you mean max_steps?",

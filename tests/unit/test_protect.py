@@ -142,7 +142,7 @@ def test_a_manifest_of_something_else_is_left_alone() -> None:
     Path("mine").mkdir()
     Path("mine/manifest.json").write_text('{"name": "a web page"}')
     with (
-        pytest.raises(UserError, match="did not write; give another --run"),
+        pytest.raises(UserError, match="did not write; pass another --run"),
         RunFolder(Path("mine"), config={}, inputs={}),
     ):
         pass

@@ -1,5 +1,5 @@
 """The report's parts against naive definitions: text made visible, JSON that stays in its element, counts, overlaps,
-histograms, stretches of steps."""
+histograms, intervals of steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from siftune.reports.distributions import histogram
 from siftune.reports.overlap import rank_correlation, shared_rows
 from siftune.reports.probe import reliability
 from siftune.reports.reading import left_out, reasons_counted
-from siftune.reports.training import mean_of, stretches
+from siftune.reports.training import intervals, mean_of
 from siftune.reports.untrusted import clip, embedded_json, one_line, visible
 
 TEXT = st.text(alphabet=st.characters(codec=None), max_size=60)
@@ -191,12 +191,12 @@ def test_rare_reasons_are_among_those_listed() -> None:
     assert reasons_counted({1: "duplicate of row 3", 2: "duplicate of row 4"}) == [("duplicate", 2)]
 
 
-def test_means_over_stretches_of_steps() -> None:
+def test_means_over_intervals_of_steps() -> None:
     step = np.repeat(np.arange(1, 201), 3)
     values = np.random.default_rng(3).random(600)
     values[::7] = np.nan
     kept = np.arange(600) % 3 == 0
-    of, ends = stretches(step)
+    of, ends = intervals(step)
     assert len(ends) == 60
     assert ends[-1] == 200
     assert (np.diff(of) >= 0).all()
@@ -206,7 +206,7 @@ def test_means_over_stretches_of_steps() -> None:
             v for s, v, k in zip(step, values, kept, strict=True) if low < s <= ends[index] and k and not math.isnan(v)
         ]
         assert mean == pytest.approx(sum(inside) / len(inside), rel=1e-5)
-    assert stretches(np.array([5, 5]))[1] == [5]
+    assert intervals(np.array([5, 5]))[1] == [5]
 
 
 def test_reliability_bins() -> None:

@@ -1,6 +1,6 @@
-// Charts by plotly, in the page's own type and colours. A chart's data:
+// Charts by plotly, in the page's font and colours. A chart's data:
 //   series: [{name, x, y, as: 'bars' | 'line' | 'points' | 'band', role: 'rest' | 'kept' | 'second' | index, low, high, size}]
-//   xerror: half widths; open: dots without a filling; yticks, yticktext: names on the upright axis; upright: a line at
+//   xerror: half widths; open: hollow dots; yticks, yticktext: labels of the vertical axis; upright: a line at
 //   x = 0; height in pixels.
 //   x, y: axis titles; xlog, ylog; yshare: y in percent; diagonal: a line y = x; stack: bars on top of each other.
 const layoutOf = (data) => {

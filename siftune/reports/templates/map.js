@@ -1,6 +1,6 @@
-// The map of the pool: one dot a row, coloured by a column, a score or the choice. Data:
-//   x, y: whole numbers; row, kept (0 or 1), score (null where none), rank (0..1), text: one entry a dot;
-//   colours: [{key, name, names: [..], of: [index or -1 a dot]}]; has: {score: true}.
+// The map of the pool: one dot per row, coloured by a column, the score, or chosen and not chosen. Data:
+//   x, y: integers; row, kept (0 or 1), score (null where none), rank (0..1), text: one entry per dot;
+//   colours: [{key, name, names: [..], of: [index or -1 per dot]}]; has: {score: true}.
 class PoolMap {
   constructor(name, data) {
     this.name = name;
@@ -37,9 +37,9 @@ class PoolMap {
     const lists = by.names.map(() => []);
     const rest = [];
     for (const index of dots) (by.of[index] < 0 ? rest : lists[by.of[index]]).push(index);
-    const made = by.names.map((name, index) => [name, lists[index], colour(index), shape(index), 4]);
-    if (rest.length) made.push(['none', rest, css('--rest'), 'circle', 3.5]);
-    return made;
+    const traces = by.names.map((name, index) => [name, lists[index], colour(index), shape(index), 4]);
+    if (rest.length) traces.push(['none', rest, css('--rest'), 'circle', 3.5]);
+    return traces;
   }
 
   trace([name, dots, shade, symbol, size]) {
@@ -83,7 +83,7 @@ class PoolMap {
       const dot = make('i', 'dot');
       dot.style.background = shade;
       if (symbol !== 'circle') dot.style.borderRadius = '0';
-      button.append(dot, `${name} `, make('span', 'muted', whole.format(dots.length)));
+      button.append(dot, `${name} `, make('span', 'muted', integer.format(dots.length)));
       button.addEventListener('click', () => {
         if (!this.hidden.delete(name)) this.hidden.add(name);
         this.draw();
@@ -107,16 +107,16 @@ class PoolMap {
     });
     place.on('plotly_unhover', () => { tip.hidden = true; });
     place.on('plotly_click', ({ points }) => this.part('card').replaceChildren(...this.about(points[0].customdata)));
-    // plotly must know, or the next movement over the same dot would be no news to it
+    // plotly is notified; otherwise it ignores the next movement over the same dot
     addEventListener('scroll', () => { if (!tip.hidden) Plotly.Fx.unhover(place); }, { passive: true });
   }
 
   about(index) {
     const { data } = this;
     const meta = make('div', 'meta');
-    meta.append(make('strong', '', `row ${whole.format(data.row[index])}`), make('span', data.kept[index] ? 'badge kept' : 'badge', data.kept[index] ? 'chosen' : 'not chosen'));
+    meta.append(make('strong', '', `row ${integer.format(data.row[index])}`), make('span', data.kept[index] ? 'badge kept' : 'badge', data.kept[index] ? 'chosen' : 'not chosen'));
     for (const by of data.colours) if (by.of[index] >= 0) meta.append(make('span', '', `${by.name}: ${by.names[by.of[index]]}`));
     if (data.score[index] !== null) meta.append(make('span', '', `score ${number.format(data.score[index])}`));
-    return [meta, make('p', 'text', data.text[index] || 'The text of this row is not at hand.')];
+    return [meta, make('p', 'text', data.text[index] || 'The text of this row is not available.')];
   }
 }

@@ -29,7 +29,7 @@ const setTheme = (name) => {
   if (name === 'auto') delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
   button.textContent = `Theme: ${name}`;
-  button.setAttribute('aria-label', `Colour theme: ${name === 'auto' ? 'as the system says' : name}`);
+  button.setAttribute('aria-label', `Colour theme: ${name === 'auto' ? 'system setting' : name}`);
 };
 setTheme(THEMES.includes(recall()) ? recall() : 'auto');
 button.addEventListener('click', () => {

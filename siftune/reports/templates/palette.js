@@ -1,12 +1,12 @@
-// Colours: Okabe and Ito's eight, which people with any of the common colour deficiencies tell apart; beyond eight, shapes.
+// Colours: Okabe and Ito's eight, distinguishable with the common colour vision deficiencies; beyond eight, shapes.
 const LIGHT = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#7a6f00', '#5c6068'];
 const DARK = ['#56b4e9', '#f09a4e', '#2fc79a', '#e39bc4', '#e6b84d', '#9ad4f5', '#d8cf4a', '#a4a8b0'];
 const SHAPES = ['circle', 'square', 'diamond', 'triangle-up', 'cross', 'x', 'triangle-down', 'star'];
 const RAMP = [[0, '#00224e'], [0.25, '#414d6b'], [0.5, '#7c7b78'], [0.75, '#bcae6c'], [1, '#fee838']]; // cividis
 
 const isDark = () => {
-  const said = document.documentElement.dataset.theme;
-  return said ? said === 'dark' : matchMedia('(prefers-color-scheme: dark)').matches;
+  const theme = document.documentElement.dataset.theme;
+  return theme ? theme === 'dark' : matchMedia('(prefers-color-scheme: dark)').matches;
 };
 const colour = (index) => (isDark() ? DARK : LIGHT)[index % 8];
 const shape = (index) => SHAPES[Math.floor(index / 8) % 8];
@@ -21,17 +21,17 @@ const css = (name) => {
   return value;
 };
 
-// An element with a class and a text; text is never read as markup.
+// An element with a class and a text; text is never parsed as markup.
 const make = (tag, name = '', text = null) => {
   const element = document.createElement(tag);
   if (name) element.className = name;
   if (text !== null) element.textContent = text;
   return element;
 };
-// Plotly reads a few tags in names; ours are text.
+// Plotly interprets a few tags in names; siftune's names are plain text.
 const plain = (text) => String(text).replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;');
 const number = new Intl.NumberFormat('en', { maximumSignificantDigits: 4 });
-const whole = new Intl.NumberFormat('en', { maximumFractionDigits: 0 });
+const integer = new Intl.NumberFormat('en', { maximumFractionDigits: 0 });
 
 // A labelled select; `choices` are [value, words].
 const choose = (label, choices, changed) => {
@@ -47,5 +47,5 @@ const choose = (label, choices, changed) => {
   return [box, select];
 };
 
-// Plotly's own ways off this page: a button that uploads the chart, addresses that it would use. None is wanted.
+// Plotly's links to other servers, all disabled: a button that uploads the chart, and server addresses.
 const ALONE = { plotlyServerURL: '', showSendToCloud: false, showEditInChartStudio: false, showLink: false, topojsonURL: '' };
