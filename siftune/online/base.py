@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -53,8 +53,13 @@ class Measured:
         return Measured(start, {name: torch.cat([part.columns[name] for part in parts]) for name in names}, reasons)
 
 
+@dataclass(kw_only=True, eq=False)
 class OnlineMethod(ABC):
-    """Base of every online method. Selectors use only their own generators, never the global random state."""
+    """Base of every online method: subclasses are keyword-only dataclasses that inherit the options every method has and
+    define `name`, `measure` and `combine`. Selectors use only their own generators, never the global random state.
+
+    Raises `UserError` for options that cannot work, at the first selection (`check`).
+    """
 
     name: ClassVar[str]
     """The registry's name."""
@@ -62,25 +67,27 @@ class OnlineMethod(ABC):
     """Whether candidates of several processes can be compared: not where that takes products of their gradients."""
     needs_forward: ClassVar[bool] = True
     """Whether scoring runs the model."""
+    needs_gradients: ClassVar[bool] = False
+    """Whether scoring takes gradients of single rows, which needs every trained weight complete in this process."""
 
     keep: Keep
     """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
     start_step: int = 0
     """Optimiser steps before the first selection; until then every row is kept."""
-    window: str = "micro"
+    window: Literal["micro", "step"] = "micro"
     """Choose within each micro-batch (`micro`, as the papers do) or across the accumulation window (`step`)."""
-    scope: str = "global"
+    scope: Literal["global", "local"] = "global"
     """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
-    score_tokens: int | None = None
-    """Padded tokens of one scoring forward at most; None is the whole batch at once (the trainer hook sets its own)."""
-    keep_tokens: int | None = None
-    """Token budget of one choice, beside `keep`: best rows first while their tokens fit, at least one."""
+    score_tokens: int | None = field(default=None, init=False, repr=False)
+    """An option of `ModelScored` alone; None elsewhere."""
+    keep_tokens: int | None = field(default=None, init=False, repr=False)
+    """An option of `ModelScored` alone; None elsewhere."""
 
-    _selections: int = 0
+    _selections = 0
     """Selections made, saved with the state."""
-    _stale: bool = True
+    _stale = True
     """Whether the trained weights may have moved since something was derived from them."""
-    _moved: bool = True
+    _moved = True
     """Whether they may have since the model was last looked at."""
 
     def check(self) -> None:
@@ -96,9 +103,14 @@ class OnlineMethod(ABC):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
 
+    def check_files(self) -> None:  # noqa: B027
+        """Refuse files and models that the options name and that do not exist, before training. Raises `UserError`.
+        The default names none."""
+
     def whole_weights(self) -> bool:
-        """Whether scoring needs every trained weight whole in this process, so that none may be sharded."""
-        return False
+        """Whether scoring needs every trained weight complete in this process, so that none may be sharded:
+        `needs_gradients`, for a method whose options do not change it."""
+        return self.needs_gradients
 
     def new_step(self, *, learning_rate: float | None = None) -> None:
         """An optimiser step begins: what was derived from trained weights is stale. The trainer hook calls it once
@@ -214,6 +226,20 @@ class OnlineMethod(ABC):
                 "it is another method's"
             )
         self._selections = int(state.get("selections", 0))
+
+
+@dataclass(kw_only=True, eq=False)
+class ModelScored(OnlineMethod):
+    """Base of the methods whose scores come from the model: it adds the options that bound tokens.
+
+    `measure` gives a column `tokens` `(B,)` (int64), the tokens of each candidate that count.
+    """
+
+    score_tokens: int | None = None
+    """Padded tokens of one scoring pass at most, which bounds its activations; None is the whole batch at once (the
+    trainer hook sets its own)."""
+    keep_tokens: int | None = None
+    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row."""
 
 
 def rows_of(batch: Batch) -> int:
