@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,15 @@ class OfflineMethod(ABC):
 
     name: ClassVar[str]
     """The registry's name."""
+    side: ClassVar[Literal["offline", "online"]] = "offline"
+    """Which registry the method belongs to."""
+    summary: ClassVar[str] = ""
+    """What it ranks by, for `siftune methods`; empty is the first line of the class's docstring. This and the next two
+    are read of a method that another package registers by an entry point."""
+    paper: ClassVar[str] = "-"
+    """Its source."""
+    needs: ClassVar[str] = "-"
+    """What it needs to run: a model, labels, a server."""
 
     engine: Engine | None = None
     """Where shards run; None is this process, one after the other, nothing cached. The pipeline sets it."""

@@ -63,6 +63,15 @@ class OnlineMethod(ABC):
 
     name: ClassVar[str]
     """The registry's name."""
+    side: ClassVar[Literal["offline", "online"]] = "online"
+    """Which registry the method belongs to."""
+    summary: ClassVar[str] = ""
+    """What it ranks by, for `siftune methods`; empty is the first line of the class's docstring. This and the next two
+    are read of a method that another package registers by an entry point."""
+    paper: ClassVar[str] = "-"
+    """Its source."""
+    needs: ClassVar[str] = "-"
+    """What it needs to run: a model, labels, a server."""
     across_ranks: ClassVar[bool] = True
     """Whether candidates of several processes can be compared: not where that takes products of their gradients."""
     needs_forward: ClassVar[bool] = True
@@ -85,6 +94,10 @@ class OnlineMethod(ABC):
 
     _selections = 0
     """Selections made, saved with the state."""
+    _steps = 0
+    """Optimiser steps begun, saved with the state."""
+    _steps_announced = False
+    """Whether `new_step` is called from outside, so that `select` does not count steps itself."""
     _stale = True
     """Whether the trained weights may have moved since something was derived from them."""
     _moved = True
@@ -113,8 +126,16 @@ class OnlineMethod(ABC):
         return self.needs_gradients
 
     def new_step(self, *, learning_rate: float | None = None) -> None:
-        """An optimiser step begins: what was derived from trained weights is stale. The trainer hook calls it once
-        per optimiser step before scoring, with the step's learning rate; `score` and `select` call it themselves."""
+        """An optimiser step begins: it is counted, for `start_step`, and what was derived from trained weights is stale.
+
+        The trainer hook calls it once per optimiser step, before scoring, with the step's learning rate. A loop that
+        accumulates gradients calls it in the same place; in a loop that never calls it each `select` is a step.
+        """
+        self._steps += 1
+        self._steps_announced = True
+        self._weights_moved()
+
+    def _weights_moved(self) -> None:
         self._stale = self._moved = True
 
     def provenance(self) -> dict[str, str]:
@@ -166,7 +187,7 @@ class OnlineMethod(ABC):
         >>> scores.total, scores.intra, scores.inter
         """
         self.check()
-        self.new_step()
+        self._weights_moved()
         return self.combine(self.measure(model, with_layout(batch)))
 
     def select(self, model: torch.nn.Module, batch: Batch) -> Kept:
@@ -176,10 +197,12 @@ class OnlineMethod(ABC):
         >>> loss = model(**kept.batch).loss
         """
         self.check()
-        if self._selections < self.start_step:
-            return self._keep_all(batch)
-        self.new_step()
+        self._weights_moved()
         batch = with_layout(batch)
+        if not self._steps_announced:
+            self._steps += 1
+        if self._steps <= self.start_step:
+            return self._keep_all(batch)
         measured = self.measure(model, batch)
         scores = self.combine(measured)
         kept = self.choose(scores, measured, self.count(measured.rows))
@@ -187,8 +210,7 @@ class OnlineMethod(ABC):
         return Kept(kept, scores, cut(batch, kept))
 
     def _keep_all(self, batch: Batch) -> Kept:
-        """Before `start_step`: every row, unscored, and the call counts as a step."""
-        self._selections += 1
+        """Before `start_step`: every row, unscored."""
         rows = rows_of(batch)
         unscored = torch.full((rows,), torch.nan, dtype=torch.float64)
         reason = f"no selection before start_step={self.start_step}"
@@ -215,17 +237,22 @@ class OnlineMethod(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to keep the same rows: tensors and plain JSON values, nothing else."""
-        return {"selections": self._selections}
+        return {"selections": self._selections, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave. Raises `UserError` when it belongs to another configuration."""
         own = self.state_dict()
-        if set(state) != set(own):
+        if set(state) | {"steps"} != set(own) | {"steps"}:
             raise UserError(
                 f"{self.name} keeps {', '.join(own) or 'no state'}, and this state holds {', '.join(state) or 'nothing'}; "
                 "it is another method's"
             )
+        self._load_counters(state)
+
+    def _load_counters(self, state: Mapping[str, Any]) -> None:
+        """States of version 0.1.0 have no `steps`: its plain loops counted every step as a selection."""
         self._selections = int(state.get("selections", 0))
+        self._steps = int(state.get("steps", self._selections))
 
 
 @dataclass(kw_only=True, eq=False)

@@ -323,7 +323,7 @@ class UDS(ModelScored):
             state["sketches"] = torch.zeros(0, self.sketch[0] * self.sketch[1], dtype=torch.float64)
         return {
             **state,
-            "selections": self._selections,
+            **super().state_dict(),
             "spread_intra": self._spread_intra,
             "spread_inter": self._spread_inter,
             "drawn": self._drawn(),
@@ -332,7 +332,7 @@ class UDS(ModelScored):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises `UserError` when the state belongs to another method or was drawn with other options."""
-        if set(state) != set(self.state_dict()):
+        if set(state) | {"steps"} != set(self.state_dict()):
             raise UserError(f"this is no state of uds: it holds {', '.join(state) or 'nothing'}; start without it")
         for name, mine in self._drawn().items():
             if state["drawn"].get(name) != mine:
@@ -341,7 +341,7 @@ class UDS(ModelScored):
                     f"set {name} as it was"
                 )
         self._memory.load_state_dict(state)
-        self._selections = int(state["selections"])
+        self._load_counters(state)
         self._spread_intra, self._spread_inter = float(state["spread_intra"]), float(state["spread_inter"])
         if state["vocabulary"]:
             self._sketch.bind(int(state["vocabulary"]))
