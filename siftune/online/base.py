@@ -198,11 +198,11 @@ class OnlineMethod(ABC):
         """
         self.check()
         self._weights_moved()
-        batch = with_layout(batch)
         if not self._steps_announced:
             self._steps += 1
         if self._steps <= self.start_step:
             return self._keep_all(batch)
+        batch = with_layout(batch)
         measured = self.measure(model, batch)
         scores = self.combine(measured)
         kept = self.choose(scores, measured, self.count(measured.rows))
