@@ -68,7 +68,7 @@ class BrokenMethod(OfflineMethod):
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("no reason", "a score or a reason"), ("global random", "numpy's global random state")],
+    [("no reason", "needs a reason"), ("global random", "numpy's global random state")],
 )
 def test_a_broken_offline_method_fails_with_the_reason(fault: str, reason: str) -> None:
     with pytest.raises(AssertionError, match=reason):
