@@ -186,7 +186,8 @@ def example_model() -> PreTrainedModel:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+        model: PreTrainedModel = LlamaForCausalLM(config).eval()
+    return model
 
 
 def example_batch(seed: int = 0, *, extra: int = 0) -> dict[str, torch.Tensor]:

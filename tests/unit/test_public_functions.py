@@ -44,7 +44,7 @@ def test_select_keep_and_report(pool: Path, tmp_path: Path) -> None:
 
 
 def test_plan_and_train_check_before_any_weight(pool: Path, tmp_path: Path) -> None:
-    model = str(save_tiny(tmp_path / "model", layers=2, width=16))
+    model = str(save_tiny(tmp_path / "model", layers=4, width=16))
     cache = str(tmp_path / "cache")
     facts = siftune.plan(
         siftune.PlanOptions(pool=[str(pool)], sample=4, cache=cache), {"model": model, "device": "cpu"}
@@ -56,6 +56,6 @@ def test_plan_and_train_check_before_any_weight(pool: Path, tmp_path: Path) -> N
 
 def test_evaluate_and_compare_refuse_what_cannot_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
-        siftune.evaluate(str(tmp_path / "nowhere"), "uds")
+        siftune.evaluate(str(tmp_path / "nowhere"), "uds", skip="humaneval")
     with pytest.raises(UserError, match=r"none\.yaml"):
         siftune.compare(siftune.read_study(str(tmp_path / "none.yaml")))
