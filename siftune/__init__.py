@@ -25,6 +25,7 @@ The data's way, top to bottom (a folder or module imports only from those above 
     demo/          embedded corpus and tiny model
     runs/          the commands as functions, each with a run folder
     study/         methods x seeds at equal budget
+    testing        the contract suite, importable by other packages
     integrations/  plugins for other training frameworks
     cli/           the command line, one file a command
 
@@ -59,7 +60,28 @@ _PUBLIC = {
     "reference_losses": "siftune.sft.reference_losses",
     "Recipe": "siftune.sft.recipe",
     "build_trainer": "siftune.sft.trainer",
+    "OfflineMethod": "siftune.offline.base",
+    "OnlineMethod": "siftune.online.base",
+    "ModelScored": "siftune.online.base",
+    "Measured": "siftune.online.base",
+    "Shard": "siftune.records",
+    "ShardResult": "siftune.records",
+    "ShardTask": "siftune.records",
+    "SelectOptions": "siftune.runs.options",
+    "KeepOptions": "siftune.runs.options",
+    "PlanOptions": "siftune.runs.options",
+    "TuneOptions": "siftune.runs.train",
+    "Study": "siftune.study.spec",
+    "read_study": "siftune.study.spec",
+    "select": "siftune.runs.select",
+    "keep": "siftune.runs.select:recut",
+    "plan": "siftune.runs.plan",
+    "train": "siftune.runs.train:tune",
+    "evaluate": "siftune.runs.evaluate",
+    "compare": "siftune.study.compare",
+    "report": "siftune.reports.report:write",
 }
+"""Where each public name is defined; `module:name` where it has another name there."""
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
@@ -68,7 +90,11 @@ if TYPE_CHECKING:
     from .errors import UserError as UserError
     from .hook.attach import attach as attach
     from .hook.attach import detach as detach
+    from .offline.base import OfflineMethod as OfflineMethod
     from .offline.daar.selector import DaaR as DaaR
+    from .online.base import Measured as Measured
+    from .online.base import ModelScored as ModelScored
+    from .online.base import OnlineMethod as OnlineMethod
     from .online.greats import Greats as Greats
     from .online.maxgrad import MaxGrad as MaxGrad
     from .online.maxloss import MaxLoss as MaxLoss
@@ -79,17 +105,34 @@ if TYPE_CHECKING:
     from .records import Pool as Pool
     from .records import RowScores as RowScores
     from .records import Scores as Scores
+    from .records import Shard as Shard
+    from .records import ShardResult as ShardResult
+    from .records import ShardTask as ShardTask
     from .records import Subset as Subset
     from .registry import register as register
+    from .reports.report import write as report  # noqa: F401
+    from .runs.evaluate import evaluate as evaluate
+    from .runs.options import KeepOptions as KeepOptions
+    from .runs.options import PlanOptions as PlanOptions
+    from .runs.options import SelectOptions as SelectOptions
+    from .runs.plan import plan as plan
+    from .runs.select import recut as keep  # noqa: F401
+    from .runs.select import select as select
+    from .runs.train import TuneOptions as TuneOptions
+    from .runs.train import tune as train  # noqa: F401
     from .sft.recipe import Recipe as Recipe
     from .sft.reference_losses import reference_losses as reference_losses
     from .sft.trainer import build_trainer as build_trainer
+    from .study.compare import compare as compare
+    from .study.spec import Study as Study
+    from .study.spec import read_study as read_study
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"siftune has no {name!r}; public names: {', '.join(sorted(_PUBLIC))}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    module, _, defined_as = _PUBLIC[name].partition(":")
+    return getattr(import_module(module), defined_as or name)
 
 
 def __dir__() -> list[str]:

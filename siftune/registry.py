@@ -1,17 +1,26 @@
 """Every method by name: (side, name) -> where it lives, its paper and what it needs. Resolved on use, so `import
 siftune` loads no torch. The contract suite walks this table; a method joins by adding its line (or by `register`).
+
+Methods of installed packages join through the entry-point group `siftune.methods`: `NAME = module:Class`, a subclass of
+`siftune.OfflineMethod` or `siftune.OnlineMethod` whose `name` is NAME and whose `summary`, `paper` and `needs` describe it.
+They are imported at most once, when methods are listed or a name is looked up that is none of siftune's own.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from .errors import UserError, did_you_mean
 
 Side = Literal["offline", "online"]
+GROUP = "siftune.methods"
+"""Entry-point group of methods in other packages."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +58,63 @@ def register(side: Side, name: str, target: str, *, summary: str, paper: str = "
 
 
 def methods(side: Side | None = None) -> Iterator[Entry]:
-    """Every entry, in the order registered."""
-    return (entry for entry in _METHODS.values() if side in (None, entry.side))
+    """Every entry, in the order registered, those of installed packages last.
+
+    A package whose entry point cannot be used is named in a warning and left out.
+    """
+    installed, failures = _installed()
+    for failure in failures.values():
+        warnings.warn(failure, stacklevel=2)
+    everything = {**installed, **_METHODS}
+    ordered = [*_METHODS, *(key for key in installed if key not in _METHODS)]
+    return (everything[key] for key in ordered if side in (None, key[0]))
 
 
 def find(side: Side, name: str) -> Entry:
     """The entry of a method. Raises `UserError` that lists the known names and the nearest one."""
     if (side, name) in _METHODS:
         return _METHODS[side, name]
+    installed, failures = _installed()
+    if (side, name) in installed:
+        return installed[side, name]
+    if name in failures:
+        raise UserError(failures[name])
     known = [entry.name for entry in methods(side)]
     hint = did_you_mean(name, known, otherwise="siftune methods tells them apart")
     raise UserError(f"there is no {side} method {name!r}; known: {', '.join(known)}; {hint}")
+
+
+@cache
+def _installed() -> tuple[dict[tuple[Side, str], Entry], dict[str, str]]:
+    """The methods of installed packages, and a sentence for each entry point that cannot be used, by its name."""
+    entries: dict[tuple[Side, str], Entry] = {}
+    failures: dict[str, str] = {}
+    for point in entry_points(group=GROUP):
+        try:
+            entry = _entry_of(point)
+            if (entry.side, entry.name) in {**_METHODS, **entries}:
+                raise UserError(f"there is an {entry.side} method of this name already")
+            entries[entry.side, entry.name] = entry
+        except Exception as error:  # a package of somebody else's may raise anything on import
+            package = point.dist.name if point.dist is not None else point.value
+            reason = " ".join(f"{error}".split()) or type(error).__name__
+            failures[point.name] = (
+                f"the method {point.name} of the package {package} cannot be used ({point.value}: {reason}); "
+                "update or uninstall that package"
+            )
+    return entries, failures
+
+
+def _entry_of(point: EntryPoint) -> Entry:
+    """The entry of a method in another package. Raises `UserError` for a class that is no method."""
+    method = point.load()
+    side = getattr(method, "side", None) if isinstance(method, type) else None
+    if side not in ("offline", "online"):
+        raise UserError("it is not a subclass of siftune.OfflineMethod or siftune.OnlineMethod")
+    if method.name != point.name:
+        raise UserError(f"the class has name={method.name!r}; the entry point needs the same name")
+    summary = method.summary or (method.__doc__ or "-").strip().split("\n")[0]
+    return Entry(side, point.name, point.value, summary, method.paper, method.needs)
 
 
 _DAAR = "DaaR, arXiv 2502.04380"

@@ -20,12 +20,13 @@ def run(words: list[str]) -> int:
     values = read(command, words)
     if values is None:
         return 0
+    every = list(registry.methods())
     if values["json"]:
         fields = ("side", "name", "summary", "paper", "needs")
-        print_json([{field: getattr(entry, field) for field in fields} for entry in registry.methods()])
+        print_json([{field: getattr(entry, field) for field in fields} for entry in every])
         return 0
     if values["quiet"]:
-        for entry in registry.methods():
+        for entry in every:
             say(f"{entry.side} {entry.name}")
         return 0
     from ..screen import console
@@ -36,7 +37,7 @@ def run(words: list[str]) -> int:
         "online": "online: scores every batch during training (siftune.attach)",
     }
     for side, title in titles.items():
-        entries = [entry for entry in registry.methods() if entry.side == side]
+        entries = [entry for entry in every if entry.side == side]
         lines = [(entry.name, entry.summary, entry.paper, entry.needs) for entry in entries]
         console().print(table(title, ("method", "what it ranks by", "paper", "needs"), lines))
     return 0

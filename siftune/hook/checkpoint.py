@@ -54,7 +54,7 @@ def write(
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if _is_tensor(value)}
     values = {name: value for name, value in state.items() if not _is_tensor(value)}
     record = {"format": FORMAT, "selector": selector.name, "step": step, "values": values, "totals": dict(totals)}
-    record |= {"processes": world, "scope": getattr(selector, "scope", "global")}
+    record |= {"processes": world, "scope": selector.scope}
     stem = _stem(rank)
     with atomic_path(folder / f"{stem}.safetensors") as temporary:
         save_file(tensors, temporary)

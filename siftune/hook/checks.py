@@ -77,9 +77,9 @@ def _processes(trainer: Any, selector: OnlineMethod) -> None:
         )
 
 
-def together(trainer: Any, selector: Any) -> bool:
+def together(trainer: Any, selector: OnlineMethod) -> bool:
     """Whether the candidates of several processes are chosen from together."""
-    return trainer.args.world_size > 1 and getattr(selector, "scope", "global") != "local"
+    return trainer.args.world_size > 1 and selector.scope != "local"
 
 
 def _sharded(trainer: Any, selector: OnlineMethod) -> None:

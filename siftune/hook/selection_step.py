@@ -112,8 +112,7 @@ def select_step(
     score, for that reason. `packed` takes lines without boundaries for segments, where the trainer packs. Raises `RuntimeError` where ranks disagree: their memories would drift apart unnoticed.
     """
     ranks = ranks or Ranks.alone()
-    if unscored is None:
-        selector.new_step(learning_rate=learning_rate)
+    selector.new_step(learning_rate=learning_rate)
     batches = [with_layout(batch, packed=packed) for batch in batches]
     local = [_measure(selector, model, batch, scored=unscored is None) for batch in batches]
     everyone = _gather_measurements(local, ranks)

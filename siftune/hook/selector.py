@@ -11,11 +11,14 @@ from ..errors import UserError, did_you_mean
 from ..online.base import OnlineMethod
 
 
-def selector_of(options: Mapping[str, Any], *, seed: int | None = None, section: str = "siftune") -> OnlineMethod:
+def selector_of(
+    options: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None, section: str = "siftune"
+) -> OnlineMethod:
     """The online method that a YAML section names: `method` (default uds) and that method's own options.
 
-    `seed` is for a method that has one and was not given its own; `section` is what messages call the mapping. Raises `UserError` for an unknown method or option,
-    with the nearest known one, and for a missing `keep`.
+    `defaults` are values for options that the section does not set, ignored for a method without such an option; `section`
+    is what messages call the mapping. Raises `UserError` for an unknown method or option, with the nearest known one, and
+    for a missing `keep`.
 
     >>> selector_of({"method": "uds", "keep": "1/8"}).keep
     '1/8'
@@ -27,15 +30,14 @@ def selector_of(options: Mapping[str, Any], *, seed: int | None = None, section:
         if name not in known:
             hint = did_you_mean(name, known, otherwise="leave it out")
             raise UserError(f"{section}: {name} is no option of {method.name}; known: {', '.join(known)}; {hint}")
-    if "keep" not in wanted and method.name != "regular":
-        raise UserError(f"{section}: {method.name} needs keep, the rows to train on, such as keep: 1/8")
     for field in dataclasses.fields(method):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.init and required and field.name not in wanted:
+            if field.name == "keep":
+                raise UserError(f"{section}: {method.name} needs keep, the rows to train on, such as keep: 1/8")
             raise UserError(f"{section}: {method.name} needs {field.name}; give it beside method and keep")
     if isinstance(wanted.get("sketch"), list):
         wanted["sketch"] = tuple(wanted["sketch"])
-    if seed is not None and "seed" in known:
-        wanted.setdefault("seed", seed)
-    made: OnlineMethod = method(**wanted)
+    inherited = {name: value for name, value in (defaults or {}).items() if name in known}
+    made: OnlineMethod = method(**{**inherited, **wanted})
     return made

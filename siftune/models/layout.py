@@ -132,6 +132,10 @@ def per_candidate(batch: Batch, positions_BT: torch.Tensor) -> torch.Tensor:
 
 
 def _read(batch: Batch) -> Layout:
+    if "input_ids" not in batch:
+        raise UserError(
+            f"the batch has no input_ids, only {', '.join(map(str, batch)) or 'nothing'}; tokenise the rows first"
+        )
     ids = batch["input_ids"]
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         shape = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
@@ -289,6 +293,10 @@ def _runs(numbers_BT: torch.Tensor, real_BT: torch.Tensor) -> list[Span]:
 
 def _from_mask(batch: Batch) -> list[Span] | None:
     mask = batch.get("attention_mask")
+    if "input_ids" not in batch:
+        raise UserError(
+            f"the batch has no input_ids, only {', '.join(map(str, batch)) or 'nothing'}; tokenise the rows first"
+        )
     ids = batch["input_ids"]
     if not isinstance(mask, torch.Tensor):
         return None

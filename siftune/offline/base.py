@@ -9,12 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UserError
 from ..records import Engine, Pool, Scores, Shard, ShardResult, ShardTask
+
+if TYPE_CHECKING:
+    from ..models.backbone import Backbone
 
 
 class ArrayStore(Protocol):
@@ -24,14 +28,32 @@ class ArrayStore(Protocol):
     def put(self, key: str, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None: ...
 
 
+class HasDomains(Protocol):
+    """What `check` may return: something that knows the names of the domains before anything is fitted."""
+
+    @property
+    def domains(self) -> tuple[str, ...]: ...
+
+
 class OfflineMethod(ABC):
     """Base of every offline method: subclasses are keyword-only dataclasses whose `__init__` only stores arguments.
 
-    Subclasses give `name` and `shard_task`, and override `fit` or `finish` when they learn or rank globally.
+    Subclasses define `name` and `shard_task`, and override `fit` or `finish` when they learn or rank globally. The other
+    hooks have defaults and are all that the commands call: `check`, `labels`, `inputs`, `preview`, `feature_task` and
+    `backbone` before a run, `save` and `load` around a fit. `save` and `load` are overridden together or not at all.
     """
 
     name: ClassVar[str]
     """The registry's name."""
+    side: ClassVar[Literal["offline", "online"]] = "offline"
+    """Which registry the method belongs to."""
+    summary: ClassVar[str] = ""
+    """What it ranks by, for `siftune methods`; empty is the first line of the class's docstring. This and the next two
+    are read of a method that another package registers by an entry point."""
+    paper: ClassVar[str] = "-"
+    """Its source."""
+    needs: ClassVar[str] = "-"
+    """What it needs to run: a model, labels, a server."""
 
     engine: Engine | None = None
     """Where shards run; None is this process, one after the other, nothing cached. The pipeline sets it."""
@@ -41,6 +63,47 @@ class OfflineMethod(ABC):
 
     cache: str | Path | None = None
     """Cache folder for files that a method reads itself (seeds); None is the default one. The pipeline sets it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.saves() != (cls.load.__func__ is not OfflineMethod.load.__func__):  # type: ignore[attr-defined]
+            given, missing = ("save", "load") if cls.saves() else ("load", "save")
+            raise TypeError(f"{cls.__name__} overrides {given} and not {missing}; a fit that is saved must be loadable")
+
+    # --- before a run -----------------------------------------------------------------------------------------------
+
+    def check(self) -> HasDomains | None:
+        """Refuse settings and files that cannot be used, before any weight is loaded. Raises `UserError`.
+
+        A method that knows its domains at this point returns what holds them. The default accepts everything.
+        """
+        return None
+
+    def labels(self, pool: Pool) -> tuple[str, ...]:
+        """The domains that the pool's own rows name, for a method that reads such labels; `()` for the others.
+        Raises `UserError` where the pool holds none."""
+        return ()
+
+    def inputs(self) -> dict[str, str]:
+        """Content hashes of what the method reads beside the pool, the files named by its fields and the model of
+        `feature_task`: a folder of seeds, a generator. The run's identity holds them. The default reads nothing else."""
+        return {}
+
+    def preview(self, pool: Pool) -> Mapping[str, Any] | None:
+        """What a dry run shows: what would be asked, and its cost. Nothing is asked or loaded; None shows nothing."""
+        return None
+
+    def feature_task(self, *, for_fit: bool) -> ShardTask | None:
+        """The work that reads a model on one shard, for `fit` or for `score`; its key enters the run's identity as
+        `model`. None for a method that reads no model."""
+        return None
+
+    def backbone(self) -> Backbone | None:
+        """The model that `feature_task` reads, not yet loaded: its configuration and tokenizer are checked before the
+        run, and its device decides the number of workers. None for a method without one."""
+        return None
+
+    # --- fit and score ----------------------------------------------------------------------------------------------
 
     def fit(self, pool: Pool) -> Self:
         """Learn what the method needs from the pool. The default learns nothing."""
@@ -66,6 +129,28 @@ class OfflineMethod(ABC):
             reasons=reasons,
             tokens=columns.get("tokens"),
         )
+
+    # --- save and load ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def learns(cls) -> bool:
+        """Whether `fit` learns anything, that is, whether the class overrides it."""
+        return cls.fit is not OfflineMethod.fit
+
+    @classmethod
+    def saves(cls) -> bool:
+        """Whether a fit can be saved and loaded, that is, whether the class overrides `save` and `load`. A run that is
+        resumed fits again where it cannot."""
+        return cls.save is not OfflineMethod.save
+
+    def save(self, folder: str | Path) -> Path | None:
+        """Write what `fit` learned into `folder`; the default writes nothing."""
+        return None
+
+    @classmethod
+    def load(cls, folder: str | Path, **settings: Any) -> Self:
+        """A fitted method from a folder that `save` wrote; `settings` are its fields. The default raises `UserError`."""
+        raise UserError(f"{cls.name} saves no fit, so {folder} holds none; call fit(pool)")
 
 
 class SerialEngine:

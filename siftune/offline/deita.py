@@ -151,6 +151,9 @@ class _Scored(OfflineMethod):
         prompt = read_prompt(self.prompt, self.default, answer=self.answer)
         return RatingTask(Rater(_model(self, self.scorer), prompt), self.turns)
 
+    def backbone(self) -> Backbone:
+        return self.feature_task(for_fit=True).backbone
+
     def shard_task(self, pool: Pool) -> RatingTask:
         self.check()
         _need_questions(self.name, pool)
@@ -298,6 +301,9 @@ class DeitaD(OfflineMethod):
                 layers = int(Backbone(model, layer=1, **settings).config.num_hidden_layers)
             cached[key] = Backbone(model, layer=layers, **settings)
         return cached[key]
+
+    def backbone(self) -> Backbone:
+        return self.feature_task(for_fit=True).backbone
 
     def shard_task(self, pool: Pool) -> DiversityTask:
         self.check()

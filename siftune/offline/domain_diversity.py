@@ -98,6 +98,9 @@ class _Labelled(OfflineMethod):
         """The task that reads the model; the same for `fit` and for `score`."""
         return self._embedder()
 
+    def backbone(self) -> Backbone:
+        return self._embedder().backbone
+
     def _embedder(self) -> Embedder:
         settings = (self.model, max(1, self.layer), self.max_length, self.dtype, self.device)
         cached: dict[Any, Backbone] = self.__dict__.setdefault("_backbones", {})

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..data.formats import TEXT_FORM, BadRow
 from ..errors import UserError
 from ..files import hash_json
-from ..models.backbone import DType
+from ..models.backbone import Backbone, DType
 from ..models.causal_lm import CausalLM, Encoded, Ids, mean_losses
 from ..records import Pool, Row, Scores, Shard, ShardResult
 from .answer_text import AnswerText, answer_text
@@ -59,7 +59,7 @@ class IFDTask:
         return hash_json(["ifd", 1, text, self.lm.key, self.ratio, self.start_token])
 
     @property
-    def backbone(self) -> Any:
+    def backbone(self) -> Backbone:
         """The model's configuration and tokenizer, for a check before any weight is loaded."""
         return self.lm.files
 
@@ -184,6 +184,9 @@ class IFD(OfflineMethod):
             self.__dict__["_lm"] = lm
         prompt = None if self.prompt is None else read_prompt(self.prompt, "", answer=False)
         return IFDTask(lm, self.ratio, prompt, start_token=self.compat != "paper")
+
+    def backbone(self) -> Backbone:
+        return self.feature_task(for_fit=True).backbone
 
     def shard_task(self, pool: Pool) -> IFDTask:
         self.check()

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -53,34 +53,54 @@ class Measured:
         return Measured(start, {name: torch.cat([part.columns[name] for part in parts]) for name in names}, reasons)
 
 
+@dataclass(kw_only=True, eq=False)
 class OnlineMethod(ABC):
-    """Base of every online method. Selectors use only their own generators, never the global random state."""
+    """Base of every online method: subclasses are keyword-only dataclasses that inherit the options every method has and
+    define `name`, `measure` and `combine`. Selectors use only their own generators, never the global random state.
+
+    Raises `UserError` for options that cannot work, at the first selection (`check`).
+    """
 
     name: ClassVar[str]
     """The registry's name."""
+    side: ClassVar[Literal["offline", "online"]] = "online"
+    """Which registry the method belongs to."""
+    summary: ClassVar[str] = ""
+    """What it ranks by, for `siftune methods`; empty is the first line of the class's docstring. This and the next two
+    are read of a method that another package registers by an entry point."""
+    paper: ClassVar[str] = "-"
+    """Its source."""
+    needs: ClassVar[str] = "-"
+    """What it needs to run: a model, labels, a server."""
     across_ranks: ClassVar[bool] = True
     """Whether candidates of several processes can be compared: not where that takes products of their gradients."""
     needs_forward: ClassVar[bool] = True
     """Whether scoring runs the model."""
+    needs_gradients: ClassVar[bool] = False
+    """Whether scoring takes gradients of single rows, which needs every trained weight complete in this process."""
 
     keep: Keep
     """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
     start_step: int = 0
     """Optimiser steps before the first selection; until then every row is kept."""
-    window: str = "micro"
+    window: Literal["micro", "step"] = "micro"
     """Choose within each micro-batch (`micro`, as the papers do) or across the accumulation window (`step`)."""
-    scope: str = "global"
+    scope: Literal["global", "local"] = "global"
     """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
-    score_tokens: int | None = None
-    """Padded tokens of one scoring forward at most; None is the whole batch at once (the trainer hook sets its own)."""
-    keep_tokens: int | None = None
-    """Token budget of one choice, beside `keep`: best rows first while their tokens fit, at least one."""
+    score_tokens: int | None = field(default=None, init=False, repr=False)
+    """An option of `ModelScored` alone; None elsewhere."""
+    keep_tokens: int | None = field(default=None, init=False, repr=False)
+    """An option of `ModelScored` alone; None elsewhere."""
 
-    _selections: int = 0
+    _selections = 0
     """Selections made, saved with the state."""
-    _stale: bool = True
+    _steps = 0
+    """Optimiser steps begun, saved with the state."""
+    _steps_announced = False
+    """Whether `new_step` is called from outside, so that `select` does not count steps itself."""
+    _stale = True
     """Whether the trained weights may have moved since something was derived from them."""
-    _moved: bool = True
+    _moved = True
     """Whether they may have since the model was last looked at."""
 
     def check(self) -> None:
@@ -96,13 +116,26 @@ class OnlineMethod(ABC):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
 
+    def check_files(self) -> None:  # noqa: B027
+        """Refuse files and models that the options name and that do not exist, before training. Raises `UserError`.
+        The default names none."""
+
     def whole_weights(self) -> bool:
-        """Whether scoring needs every trained weight whole in this process, so that none may be sharded."""
-        return False
+        """Whether scoring needs every trained weight complete in this process, so that none may be sharded:
+        `needs_gradients`, for a method whose options do not change it."""
+        return self.needs_gradients
 
     def new_step(self, *, learning_rate: float | None = None) -> None:
-        """An optimiser step begins: what was derived from trained weights is stale. The trainer hook calls it once
-        per optimiser step before scoring, with the step's learning rate; `score` and `select` call it themselves."""
+        """An optimiser step begins: it is counted, for `start_step`, and what was derived from trained weights is stale.
+
+        The trainer hook calls it once per optimiser step, before scoring, with the step's learning rate. A loop that
+        accumulates gradients calls it in the same place; in a loop that never calls it each `select` is a step.
+        """
+        self._steps += 1
+        self._steps_announced = True
+        self._weights_moved()
+
+    def _weights_moved(self) -> None:
         self._stale = self._moved = True
 
     def provenance(self) -> dict[str, str]:
@@ -154,7 +187,7 @@ class OnlineMethod(ABC):
         >>> scores.total, scores.intra, scores.inter
         """
         self.check()
-        self.new_step()
+        self._weights_moved()
         return self.combine(self.measure(model, with_layout(batch)))
 
     def select(self, model: torch.nn.Module, batch: Batch) -> Kept:
@@ -164,9 +197,11 @@ class OnlineMethod(ABC):
         >>> loss = model(**kept.batch).loss
         """
         self.check()
-        if self._selections < self.start_step:
+        self._weights_moved()
+        if not self._steps_announced:
+            self._steps += 1
+        if self._steps <= self.start_step:
             return self._keep_all(batch)
-        self.new_step()
         batch = with_layout(batch)
         measured = self.measure(model, batch)
         scores = self.combine(measured)
@@ -175,8 +210,7 @@ class OnlineMethod(ABC):
         return Kept(kept, scores, cut(batch, kept))
 
     def _keep_all(self, batch: Batch) -> Kept:
-        """Before `start_step`: every row, unscored, and the call counts as a step."""
-        self._selections += 1
+        """Before `start_step`: every row, unscored."""
         rows = rows_of(batch)
         unscored = torch.full((rows,), torch.nan, dtype=torch.float64)
         reason = f"no selection before start_step={self.start_step}"
@@ -203,17 +237,36 @@ class OnlineMethod(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to keep the same rows: tensors and plain JSON values, nothing else."""
-        return {"selections": self._selections}
+        return {"selections": self._selections, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave. Raises `UserError` when it belongs to another configuration."""
         own = self.state_dict()
-        if set(state) != set(own):
+        if set(state) | {"steps"} != set(own) | {"steps"}:
             raise UserError(
                 f"{self.name} keeps {', '.join(own) or 'no state'}, and this state holds {', '.join(state) or 'nothing'}; "
                 "it is another method's"
             )
+        self._load_counters(state)
+
+    def _load_counters(self, state: Mapping[str, Any]) -> None:
+        """States of version 0.1.0 have no `steps`: its plain loops counted every step as a selection."""
         self._selections = int(state.get("selections", 0))
+        self._steps = int(state.get("steps", self._selections))
+
+
+@dataclass(kw_only=True, eq=False)
+class ModelScored(OnlineMethod):
+    """Base of the methods whose scores come from the model: it adds the options that bound tokens.
+
+    `measure` gives a column `tokens` `(B,)` (int64), the tokens of each candidate that count.
+    """
+
+    score_tokens: int | None = None
+    """Padded tokens of one scoring pass at most, which bounds its activations; None is the whole batch at once (the
+    trainer hook sets its own)."""
+    keep_tokens: int | None = None
+    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row."""
 
 
 def rows_of(batch: Batch) -> int:

@@ -22,12 +22,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..budget import Keep
+from ..data.load import load_pool
 from ..errors import UserError
 from ..models.hidden_states import predicting_tokens
 from ..models.layout import candidates_of
 from ..records import RowScores
-from .base import Batch, Measured, OnlineMethod, at_least, one_of
+from .base import Batch, Measured, ModelScored, at_least, one_of
 from .per_example.backward import Gradients, RowGradients
 from .per_example.ghost import PAIRS
 
@@ -36,7 +36,7 @@ Group = tuple[list[int], int]
 
 
 @dataclass(kw_only=True, eq=False)
-class Greats(OnlineMethod):
+class Greats(ModelScored):
     """Keeps K candidates, greedily, by what their gradients do to the validation rows' loss.
 
     >>> Greats(keep=2, validation=held_out_batch, learning_rate=1e-4).select(model, batch).scores.influence
@@ -44,9 +44,8 @@ class Greats(OnlineMethod):
 
     name: ClassVar[str] = "greats"
     across_ranks: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = True
 
-    keep: Keep
-    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
     validation: Any
     """Rows that are not trained on: a batch with labels, a sequence of batches (one per selection, in turn), tokenised
     rows (a data set or a list of dicts, `validation_rows` per selection, in turn), or a file of rows as `load_pool`
@@ -61,17 +60,8 @@ class Greats(OnlineMethod):
     `new_step(learning_rate=...)`."""
     hold_mb: int = 2048
     """Megabytes of gradients held while groups of rows are compared; the rest is computed again when it is needed."""
-    window: str = "micro"
+    window: Literal["micro", "step"] = "micro"
     """`micro` only: inner products are between the candidates of one micro-batch."""
-    scope: str = "global"
-    """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
-    score_tokens: int | None = None
-    """Padded tokens of one scoring pass at most, which bounds its activations; None is the whole batch at once (the
-    trainer hook sets its own)."""
-    keep_tokens: int | None = None
-    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row."""
-    start_step: int = 0
-    """Optimiser steps before the first selection; until then every row is kept."""
 
     def __post_init__(self) -> None:
         self._gradients = Gradients(larger=PAIRS)
@@ -96,12 +86,13 @@ class Greats(OnlineMethod):
         """The file that `use_validation` is to be given the rows of; None where `validation` holds rows itself."""
         return str(self.validation) if isinstance(self.validation, (str, Path)) else None
 
+    def check_files(self) -> None:
+        if self.validation_file is not None:
+            load_pool(self.validation_file)
+
     def use_validation(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take the tokenised rows of the file. Raises `UserError` where none has a label token."""
         self._batches = validation_batches(rows, self.validation_rows)
-
-    def whole_weights(self) -> bool:
-        return True
 
     def new_step(self, *, learning_rate: float | None = None) -> None:
         super().new_step()

@@ -18,39 +18,26 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ..budget import Keep
 from ..models.hidden_states import predicting_tokens
 from ..records import RowScores
-from .base import Batch, Measured, OnlineMethod, one_of
+from .base import Batch, Measured, ModelScored, one_of
 from .logit_access import View
 from .maxloss import over_labels
 from .per_example.backward import Gradients
 
 
 @dataclass(kw_only=True, eq=False)
-class MaxGrad(OnlineMethod):
+class MaxGrad(ModelScored):
     """Keeps the K candidates with the largest gradient norm.
 
     >>> MaxGrad(keep=2).select(model, batch).scores.total
     """
 
     name: ClassVar[str] = "maxgrad"
+    needs_gradients: ClassVar[bool] = True
 
-    keep: Keep
-    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
     variant: Literal["exact", "last-layer"] = "exact"
     """`exact`: over all trained weights. `last-layer`: at the logits, summed over label tokens; no backward pass."""
-    window: str = "micro"
-    """Choose within each micro-batch (`micro`) or across the accumulation window (`step`)."""
-    scope: str = "global"
-    """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
-    score_tokens: int | None = None
-    """Padded tokens of one scoring pass at most, which bounds its activations; None is the whole batch at once (the
-    trainer hook sets its own)."""
-    keep_tokens: int | None = None
-    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row."""
-    start_step: int = 0
-    """Optimiser steps before the first selection; until then every row is kept."""
 
     def __post_init__(self) -> None:
         self._view = View()

@@ -17,11 +17,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ..budget import Keep
 from ..models.hidden_states import exact_math, predicting_tokens
 from ..models.layout import layout_of
 from ..records import RowScores
-from .base import Batch, Measured, OnlineMethod, one_of
+from .base import Batch, Measured, ModelScored, one_of
 from .logit_access import Seen, View
 
 TOKENS = 1024
@@ -29,7 +28,7 @@ TOKENS = 1024
 
 
 @dataclass(kw_only=True, eq=False)
-class MaxLoss(OnlineMethod):
+class MaxLoss(ModelScored):
     """Keeps the K candidates with the largest mean loss, the model's own: shifted by one, -100 left out.
 
     >>> MaxLoss(keep=2).select(model, batch).scores.total
@@ -37,18 +36,6 @@ class MaxLoss(OnlineMethod):
 
     name: ClassVar[str] = "maxloss"
 
-    keep: Keep
-    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
-    window: str = "micro"
-    """Choose within each micro-batch (`micro`) or across the accumulation window (`step`)."""
-    scope: str = "global"
-    """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
-    score_tokens: int | None = None
-    """Padded tokens of one scoring forward at most; None is the whole batch at once (the trainer hook sets its own)."""
-    keep_tokens: int | None = None
-    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row."""
-    start_step: int = 0
-    """Optimiser steps before the first selection; until then every row is kept."""
     compat: Literal["paper"] | None = None
     """`paper`: the attention mask is dropped in the scoring forward, as the original does; changes left-padded rows."""
 

@@ -19,12 +19,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..budget import Keep
 from ..errors import UserError
 from ..files import refuse_special
-from ..models.load import loading
+from ..models.load import find_folder, loading
 from ..records import RowScores
-from .base import Batch, Measured, OnlineMethod
+from .base import Batch, Measured, ModelScored
 from .maxloss import MaxLoss
 from .token_id import token_ids
 
@@ -35,7 +34,7 @@ TABLES = (".parquet", ".safetensors")
 
 
 @dataclass(kw_only=True, eq=False)
-class RhoLoss(OnlineMethod):
+class RhoLoss(ModelScored):
     """Keeps the K candidates with the largest reducible loss.
 
     >>> RhoLoss(keep=2, reference=held_out_model).select(model, batch).scores.irreducible
@@ -44,21 +43,9 @@ class RhoLoss(OnlineMethod):
 
     name: ClassVar[str] = "rho-loss"
 
-    keep: Keep
-    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
     reference: Any
     """Where IL comes from: a causal LM, the folder or hub id of one (loaded at first use, safetensors only), a table
     (`.parquet`, `.safetensors`), or a mapping from `token_id` (bytes or hex) to the loss."""
-    window: str = "micro"
-    """Choose within each micro-batch (`micro`) or across the accumulation window (`step`)."""
-    scope: str = "global"
-    """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
-    score_tokens: int | None = None
-    """Padded tokens of one scoring forward at most; None is the whole batch at once (the trainer hook sets its own)."""
-    keep_tokens: int | None = None
-    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row."""
-    start_step: int = 0
-    """Optimiser steps before the first selection; until then every row is kept."""
 
     def __post_init__(self) -> None:
         self._ours, self._theirs = MaxLoss(keep=self.keep), MaxLoss(keep=self.keep)
@@ -75,6 +62,14 @@ class RhoLoss(OnlineMethod):
                 f"reference={self.reference!r} is no causal LM, folder, hub id, table or mapping; make a table with "
                 "siftune.reference_losses(trainer, ref_model)"
             )
+
+    def check_files(self) -> None:
+        if not isinstance(self.reference, (str, Path)):
+            return
+        if Path(self.reference).suffix not in TABLES:
+            find_folder(str(self.reference), None)
+        elif not Path(self.reference).is_file():
+            raise UserError(f"reference={str(self.reference)!r} does not exist; make it with siftune score-reference")
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         """Columns `loss`, `irreducible` `(B,)` (float64) and `tokens` `(B,)` (int64, label tokens)."""

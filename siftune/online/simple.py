@@ -33,12 +33,6 @@ class Regular(OnlineMethod):
 
     keep: Keep = "all"
     """All rows. Another value is refused: a smaller equal-score cut would silently keep the first rows."""
-    start_step: int = 0
-    """Optimiser steps before the first selection; makes no difference here."""
-    window: str = "micro"
-    """Choose within each micro-batch (`micro`) or across the accumulation window (`step`)."""
-    scope: str = "global"
-    """Ranks choose together (`global`) or each for itself (`local`)."""
 
     def check(self) -> None:
         super().check()
@@ -68,16 +62,8 @@ class Random(OnlineMethod):
     name: ClassVar[str] = "random"
     needs_forward: ClassVar[bool] = False
 
-    keep: Keep
-    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
     seed: int = 0
     """Seed of the draw."""
-    start_step: int = 0
-    """Optimiser steps before the first selection; until then every row is kept."""
-    window: str = "micro"
-    """Choose within each micro-batch (`micro`) or across the accumulation window (`step`)."""
-    scope: str = "global"
-    """Ranks choose together (`global`) or each for itself (`local`)."""
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         return Measured(rows_of(batch))

@@ -21,12 +21,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..budget import Keep
 from ..errors import UserError
 from ..models.head import Factor, Head
 from ..models.hidden_states import exact_math, predicting_tokens, real_tokens
 from ..records import RowScores
-from .base import Batch, Measured, OnlineMethod, at_least, one_of
+from .base import Batch, Measured, ModelScored, at_least, one_of
 from .collected import Collected, Columns, Entry
 from .logit_access import Seen, View
 from .memory import Memory, pairwise
@@ -52,7 +51,7 @@ FORGET = 0.99
 
 
 @dataclass(kw_only=True, eq=False)
-class UDS(OnlineMethod):
+class UDS(ModelScored):
     """Keeps the K candidates with the largest `intra + alpha * inter`.
 
     >>> kept = UDS(keep=2).select(model, batch)
@@ -61,8 +60,6 @@ class UDS(OnlineMethod):
 
     name: ClassVar[str] = "uds"
 
-    keep: Keep
-    """Rows kept per micro-batch (int), or a fraction of the candidates: `8`, `1/8`, `20%`."""
     alpha: float | Literal["auto"] = "auto"
     """Weight of `inter`, >= 0. `auto` is the ratio of the two terms' running spreads among candidates that were
     compared with each other; with `compat="paper"` it stands for the authors' 1.5e-3."""
@@ -72,16 +69,8 @@ class UDS(OnlineMethod):
     """(d₁, d₂) of the sketch, over vocabulary and positions. `uds.sketch.signs` and `.indices` show its draw."""
     norm: Literal["nuclear", "frobenius", "blend"] | float = "nuclear"
     """Norm of the logits. A number w in [0, 1] is `w * nuclear + (1 - w) * frobenius`; `blend` is w = 0.5."""
-    window: str = "micro"
-    """Choose within each micro-batch (`micro`, the paper) or across the accumulation window (`step`)."""
-    scope: str = "global"
-    """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
     tokens: Literal["all", "answer"] = "all"
     """Logits that count: at every real token (the paper), or at those that predict a token with a label."""
-    score_tokens: int | None = None
-    """Padded tokens of one scoring forward at most; None is the whole batch at once (the trainer hook sets its own)."""
-    start_step: int = 0
-    """Optimiser steps before the first selection; until then every row is kept."""
     seed: int = 0
     """Seed of the sketch, of the reservoir and of Lanczos probes."""
     compat: Literal["paper"] | None = None
@@ -334,7 +323,7 @@ class UDS(OnlineMethod):
             state["sketches"] = torch.zeros(0, self.sketch[0] * self.sketch[1], dtype=torch.float64)
         return {
             **state,
-            "selections": self._selections,
+            **super().state_dict(),
             "spread_intra": self._spread_intra,
             "spread_inter": self._spread_inter,
             "drawn": self._drawn(),
@@ -343,7 +332,7 @@ class UDS(OnlineMethod):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises `UserError` when the state belongs to another method or was drawn with other options."""
-        if set(state) != set(self.state_dict()):
+        if set(state) | {"steps"} != set(self.state_dict()):
             raise UserError(f"this is no state of uds: it holds {', '.join(state) or 'nothing'}; start without it")
         for name, mine in self._drawn().items():
             if state["drawn"].get(name) != mine:
@@ -352,7 +341,7 @@ class UDS(OnlineMethod):
                     f"set {name} as it was"
                 )
         self._memory.load_state_dict(state)
-        self._selections = int(state["selections"])
+        self._load_counters(state)
         self._spread_intra, self._spread_inter = float(state["spread_intra"]), float(state["spread_inter"])
         if state["vocabulary"]:
             self._sketch.bind(int(state["vocabulary"]))

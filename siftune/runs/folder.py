@@ -134,10 +134,11 @@ class RunFolder:
     # --- stages ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def stage(self, name: str, key: str) -> Iterator[Stage]:
-        """Enter a stage; it is finished when the body ends without an exception. The body checks `stage.reused`."""
+    def stage(self, name: str, key: str, *, again: bool = False) -> Iterator[Stage]:
+        """Enter a stage; it is finished when the body ends without an exception. The body checks `stage.reused`, which is
+        False with `again`: the stage is computed, finished before or not."""
         record = self._records.get(name)
-        reused = self.finished(name, key)
+        reused = self.finished(name, key) and not again
         stage = Stage(name, key, reused)
         if reused and record is not None:
             stage.counts, stage.files = dict(record["counts"]), list(record["files"])

@@ -5,7 +5,7 @@ before a weight is loaded, and the configuration that identifies the run. Cost: 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -53,7 +53,7 @@ def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, p
     pool = read_pool(options)
     seconds = perf_counter() - started
     method.cache = options.cache
-    domains, labels = check_method(method), labels_of(method, pool)
+    domains, labels = check_method(method), method.labels(pool)
     budget.check(pool, domains or labels, labels=bool(labels))
     if options.shards is not None:
         from ..engines.shard import part_of
@@ -102,45 +102,23 @@ def build(name: str, seed: int, settings: Mapping[str, Any]) -> OfflineMethod:
 
 
 def check_method(method: OfflineMethod) -> tuple[str, ...]:
-    """Check settings, seeds and model folder without reading weights; returns the method's domains, `()` for none.
-
-    A method may define `check()`, which raises `UserError` and returns an object with its `domains`, and `feature_task`,
-    whose `backbone` knows the model's configuration and tokenizer.
-    """
-    check: Callable[[], Any] | None = getattr(method, "check", None)
-    checked = check() if check is not None else None
-    if backbone := getattr(features_of(method), "backbone", None):
+    """Check settings, seeds and model folder without a weight; the method's domains, `()` where it has none."""
+    checked = method.check()
+    if (backbone := method.backbone()) is not None:
         _ = backbone.config, backbone.tokenizer
-    return tuple(getattr(checked, "domains", ()))
-
-
-def labels_of(method: OfflineMethod, pool: Pool) -> tuple[str, ...]:
-    """The domains that the pool's rows name, for a method that reads such labels (it defines `labels(pool)`, which
-    raises `UserError`); `()` for other methods."""
-    labels: Callable[[Pool], tuple[str, ...]] | None = getattr(method, "labels", None)
-    return () if labels is None else labels(pool)
-
-
-def features_of(method: OfflineMethod) -> Any:
-    """The task that reads the model for the fit; None for a method that reads no model."""
-    task: Callable[..., Any] | None = getattr(method, "feature_task", None)
-    return None if task is None else task(for_fit=True)
+    return () if checked is None else checked.domains
 
 
 def inputs_of(method: OfflineMethod) -> dict[str, str]:
-    """Content hashes of the method's inputs besides the pool: the model's layers, the seeds file, other files.
-
-    A method may define `inputs()` for inputs that are not files of its fields: a folder of seeds, a generator.
-    """
+    """Content hashes of what the method reads beside the pool: the files of its fields, its model, its own `inputs`."""
     hashes: dict[str, str] = {}
-    own: Callable[[], dict[str, str]] | None = getattr(method, "inputs", None)
     for item in dataclasses.fields(method):  # type: ignore[arg-type]
         value = getattr(method, item.name)
         if isinstance(value, (str, Path)) and Path(value).is_file():
             hashes[item.name] = hash_file(value)
-    if task := features_of(method):
+    if (task := method.feature_task(for_fit=True)) is not None:
         hashes["model"] = str(task.key)
-    return hashes | (own() if own is not None else {})
+    return hashes | method.inputs()
 
 
 def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[str, Any]:

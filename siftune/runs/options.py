@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import textwrap
@@ -172,11 +173,11 @@ def options_of(cls: type[Any], *, group: str | None = None, skip: Sequence[str] 
     """
     hints = typing.get_type_hints(cls)
     options = {}
+    notes = field_docs(cls)
     for base in cls.__mro__:
         if not dataclasses.is_dataclass(base):
             continue
         title = group or (inspect.getdoc(base) or base.__name__).split("\n")[0].rstrip(".")
-        notes = field_docs(base)
         for item in dataclasses.fields(base):
             if item.name not in inspect.get_annotations(base) or item.name in options:
                 continue
@@ -215,7 +216,18 @@ def textual(hint: Any) -> Any:
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:
-    """The string under each field of a class, on one line."""
+    """The string under each field of a class and of its bases, on one line; a class's own string comes before a base's."""
+    notes: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        notes |= _own_field_docs(base)
+    return notes
+
+
+@functools.cache
+def _own_field_docs(cls: type[Any]) -> dict[str, str]:
+    """The strings under the fields that are written in the class's own body."""
+    if cls is object:
+        return {}
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError):  # a class made at run time has no source

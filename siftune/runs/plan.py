@@ -36,14 +36,18 @@ def plan(options: PlanOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     >>> plan(PlanOptions(pool=["pool.jsonl"]), {"model": "./model"})["estimate"]["minutes"]
     """
+    from ..offline.daar.selector import DaaR
+
     method = build(METHOD, options.seed, settings)
     refuse_overlap({"--out": options.out, "--run": options.run}, named_inputs(options, settings))
-    task = method.feature_task(for_fit=True)  # type: ignore[attr-defined]
+    assert isinstance(method, DaaR), METHOD
+    backbone = method.backbone()
+    assert backbone is not None, "daar reads a model"
     cache = cache_folder(options.cache)
     pools_before = _entries(cache / "pools")
     pool = read_pool(dataclasses.replace(options, on_bad_row="skip"))
-    measured = measure(task.backbone, pool, sample=options.sample, seed=options.seed)
-    probe_rows = min(int(getattr(method, "probe_rows", 0)), max(1, len(pool.eligible) // 2))
+    measured = measure(backbone, pool, sample=options.sample, seed=options.seed)
+    probe_rows = min(method.probe_rows, max(1, len(pool.eligible) // 2))
     return {
         "method": METHOD,
         "model": str(settings.get("model")),

@@ -23,7 +23,7 @@ from ..progress import current
 from ..records import Pool, Scores, Subset
 from .cut import Budget, check_out, copy_out, refuse_inside
 from .folder import CONFIG, MANIFEST, RunFolder, identity, peak_memory_mb, read_manifest
-from .job import Job, features_of, inputs_of, plain, prepare, read_pool, run_folder
+from .job import Job, inputs_of, plain, prepare, read_pool, run_folder
 from .options import KeepOptions, Reading, SelectOptions
 from .stored import ROWS, SCORES, SELECTED, counted, read_scores, write_rows, write_scores
 
@@ -56,8 +56,8 @@ def select(
     job = prepare(method, options, settings or {}, progress=progress or current())
     if options.dry_run:
         facts = {"config": job.config, "rows": counted(job.pool)}
-        if (preview := getattr(job.method, "preview", None)) is not None:  # the requests to a judge
-            facts["preview"] = preview(job.pool)
+        if (preview := job.method.preview(job.pool)) is not None:  # the requests to a judge
+            facts["preview"] = preview
         return Selection(None, facts, pool=job.pool)
     inputs = {"pool": job.pool.fingerprint} | inputs_of(job.method)
     folder = run_folder(options, method, identity(job.config, inputs))
@@ -82,30 +82,27 @@ def _equip(run: RunFolder, job: Job) -> Any:
     from ..models.store import Store
 
     cache = cache_folder(job.options.cache)
-    backbone = getattr(features_of(job.method), "backbone", None)
-    engine = make_engine(job.options, Store(cache / "shards"), backbone=backbone, progress=job.progress)
+    engine = make_engine(job.options, Store(cache / "shards"), backbone=job.method.backbone(), progress=job.progress)
     job.method.engine = engine
     job.method.store = Store(cache / "features")
     return engine
 
 
 def _fit(run: RunFolder, job: Job, key: str) -> OfflineMethod:
-    """The fitted method: fitted now, or loaded from the run folder."""
-    if type(job.method).fit is OfflineMethod.fit:  # there is nothing to fit
+    """The fitted method: loaded from the run folder, or fitted now, as a method that saves nothing is each time."""
+    if not job.method.learns():
         return job.method
     settings = {item.name: getattr(job.method, item.name) for item in dataclasses.fields(job.method) if item.init}  # type: ignore[arg-type]
-    with run.stage("fit", hash_json([key, "fit"])) as stage:
+    with run.stage("fit", hash_json([key, "fit"]), again=not job.method.saves()) as stage:
         if stage.reused:
-            fitted = type(job.method).load(run.folder, **settings)  # type: ignore[attr-defined]
-            assert isinstance(fitted, OfflineMethod)
+            fitted = job.method.load(run.folder, **settings)
             fitted.engine, fitted.store, fitted.cache = job.method.engine, job.method.store, job.method.cache
             return fitted
         engine: Any = job.method.engine
         before = engine.computed, engine.reused
         fitted = job.method.fit(job.pool)
-        if hasattr(fitted, "save"):
-            with run.watch() as stage.files:
-                fitted.save(run.folder)
+        with run.watch() as stage.files:
+            fitted.save(run.folder)
         stage.counts = _shards(engine, before)
     return fitted
 
@@ -117,7 +114,7 @@ def _shards(engine: Any, before: tuple[int, int]) -> dict[str, int]:
 
 def _score(run: RunFolder, job: Job, key: str) -> Scores:
     scored = hash_json([key, "score"])
-    learns = type(job.method).fit is not OfflineMethod.fit
+    learns = job.method.learns()
     if run.finished("score", scored) and (not learns or run.finished("fit", hash_json([key, "fit"]))):
         if learns:
             with run.stage("fit", hash_json([key, "fit"])):

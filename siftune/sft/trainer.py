@@ -24,7 +24,6 @@ from ..hook.selector import selector_of
 from ..models.load import WEIGHT_FILES, find_folder, loading, quiet, read_config, read_tokenizer
 from ..models.tokenize_rows import check_text
 from ..online.base import OnlineMethod
-from ..online.rho_loss import TABLES
 from ..records import Pool
 from ..redaction import shortened
 from .adapters import ADAPTER, is_adapter
@@ -207,10 +206,12 @@ def checked_selector(recipe: Recipe, arguments: Any) -> OnlineMethod | None:
     if recipe.online is None:
         return None
     online = dict(recipe.online)
-    if online.get("method") == "greats":  # a file of validation rows takes the form of the training rows
-        online.setdefault("validation_text", recipe.text)
-    selector = selector_of(online, seed=recipe.seed, section="online")
-    _check_files(selector)
+    # A file of validation rows takes the form of the training rows.
+    selector = selector_of(online, defaults={"seed": recipe.seed, "validation_text": recipe.text}, section="online")
+    try:
+        selector.check_files()
+    except UserError as error:
+        raise UserError(f"online: {error}") from error
     size = int(arguments.per_device_train_batch_size)
     kept = parse_keep(selector.keep).count
     if kept is not None and kept > size:
@@ -223,15 +224,3 @@ def checked_selector(recipe: Recipe, arguments: Any) -> OnlineMethod | None:
     else:
         selector.check_keep(size)
     return selector
-
-
-def _check_files(selector: OnlineMethod) -> None:
-    """What a selector will read is there: a table or a model of reference losses, a file of validation rows."""
-    reference = getattr(selector, "reference", None)
-    if isinstance(reference, (str, Path)):
-        if Path(reference).suffix not in TABLES:
-            find_folder(str(reference), None)
-        elif not Path(reference).is_file():
-            raise UserError(f"online.reference={str(reference)!r} does not exist; make it with siftune score-reference")
-    if (file := getattr(selector, "validation_file", None)) is not None:
-        load_pool(file)

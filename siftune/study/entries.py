@@ -49,6 +49,11 @@ class Entry:
         """The fields of the method's dataclass."""
         return {} if self.method is None else _fields(self.side, self.method)
 
+    @property
+    def scores_with_model(self) -> bool:
+        """Online: whether the method runs the model over its candidates."""
+        return self.method is not None and bool(registry.find(self.side, self.method).load().needs_forward)
+
     def takes_seed(self) -> bool:
         """Whether another seed of the study gives another selection."""
         return "seed" in self.fields or "seeds" in self.places

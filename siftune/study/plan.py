@@ -18,8 +18,6 @@ from .spec import Study
 
 BATCH = 8
 """`per_device_train_batch_size` of SFTConfig where the recipe is silent."""
-BLIND = (None, "regular", "random")
-"""Online methods that never look at the model: their candidates cost no forward pass."""
 SLACK = 4
 """With `equal: tokens`, steps at most, as a multiple of those that mean rows would take."""
 
@@ -64,7 +62,7 @@ def plan_arm(study: Study, arm: Arm, *, rows: int, mean_tokens: float, stop: int
         read = round(read * wanted / max(1, trained))
         trained = round(wanted)
         steps = math.ceil(SLACK * wanted / (kept * micro))
-    scored = 0 if arm.online.method in BLIND else read
+    scored = read if arm.online.scores_with_model else 0
     return Plan(
         rows=selected,
         candidates=batch,

@@ -278,7 +278,7 @@ class TestEveryMethod:
         """The file format, spelled out: checkpoints live longer than code."""
         if name == "uds":
             pytest.skip("its state has tensors; tests/laws/test_online_laws.py holds it")
-        values = {"seed": 0, "selections": 7} if name == "random" else {"selections": 7}
+        values: dict[str, Any] = {"seed": 0, "selections": 7} if name == "random" else {"selections": 7}
         record = {"format": 1, "selector": name, "step": 7, "values": values, "totals": {}}
         folder = tmp_path / "checkpoint-7" / "siftune"
         folder.mkdir(parents=True)
@@ -286,7 +286,7 @@ class TestEveryMethod:
         save_file({}, folder / "selector.safetensors")
         method = make(name)
         method.load_state_dict(checkpoints.read(folder.parent, method).selector)
-        assert method.state_dict() == values
+        assert method.state_dict() == {**values, "steps": 7}
         with pytest.raises(UserError, match=f"{name} keeps"):
             method.load_state_dict({"selections": 7, "sketches": 0})
 
@@ -300,6 +300,19 @@ class TestEveryMethod:
         kept = method.select(model, BATCHES[2])
         assert torch.isfinite(kept.scores.total).all()
         assert len(kept.indices) == (len(LENGTHS) if name in KEEPS_ALL else 2)
+        assert torch.equal(kept.indices, make(name).select(model, BATCHES[2]).indices), "an early step is no selection"
+
+    def test_start_step_counts_optimiser_steps_where_a_loop_accumulates(self, name: str, model: Any) -> None:
+        method = make(name, start_step=1)
+        scored = []
+        for step in range(2):
+            method.new_step()
+            for batch in BATCHES[2 * step : 2 * step + 2]:
+                scored.append(bool(torch.isfinite(method.select(model, batch).scores.total).all()))
+        assert scored == [False, False, True, True]
+        again = make(name, start_step=1)
+        again.load_state_dict(method.state_dict())
+        assert torch.isfinite(again.select(model, BATCHES[0]).scores.total).all(), "a resumed loop starts over"
 
     def test_several_micro_batches_are_one_choice(self, name: str, model: Any) -> None:
         if name in ONE_BATCH:

@@ -245,6 +245,11 @@ class DaaR(OfflineMethod):
             return PaperFeatures(backbone, padded=padded, labelled=labelled, token_budget=self.token_budget)
         return FeatureTask(backbone, embedding=for_fit, token_budget=self.token_budget)
 
+    def backbone(self) -> Backbone | None:
+        """The model's first layers; None where a subclass takes its features from elsewhere."""
+        task = self.feature_task(for_fit=True)
+        return task.backbone if isinstance(task, (FeatureTask, PaperFeatures)) else None
+
     def _backbone(self) -> Backbone:
         """One backbone per method, so that fit and score load the model once."""
         settings = {"layer": self.layer, "max_length": self.max_length, "dtype": self.dtype, "device": self.device}
