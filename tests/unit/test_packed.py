@@ -179,6 +179,15 @@ def test_packed_gradient_norms_are_padded_ones(family: str, kind: str, variant: 
     torch.testing.assert_close(ours.total, theirs.total, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("form", ["padded", "several lines"])
+def test_gradients_do_not_depend_on_chunks(form: str) -> None:
+    model = tiny_model("llama", layers=2)
+    rows = rows_of([12, 4, 9, 6, 11, 5], seed=3)
+    batch = padded(rows) if form == "padded" else pack(rows, "block-mask", width=16)
+    complete, chunked = (MaxGrad(keep=2, score_tokens=tokens).score(model, batch) for tokens in (None, 20))
+    torch.testing.assert_close(chunked.total, complete.total, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", SEPARATED)
 def test_packed_greats_and_rho_loss_are_padded_ones(kind: str) -> None:
     torch.manual_seed(0)

@@ -229,7 +229,7 @@ def _losses(parts: ModelParts, batch: Batch, rows: list[int], width: int) -> tor
     """Each row's mean cross-entropy over its label tokens, `(R,)`, with a graph. Rows have at least one."""
     layout = layout_of(batch)
     owners = [layout.spans[row].line for row in rows]
-    lines = sorted(set(owners))
+    lines = sorted(set(owners)) if layout.packed else owners  # a chunk's rows come in order of length
     wanted = predicting_tokens(batch)[rows][:, :width]
     labels = batch["labels"].detach().cpu()
     targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)[owners, :width].masked_fill(~wanted, -100)
