@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import hash_file, plain_errors, read_json, sync, write_json
+from .protect import check_parents
 
 MARK = ".siftune-export.json"
 
@@ -62,6 +63,7 @@ def check_export(flag: str, folder: Path) -> None:
     here = Path.cwd()
     if folder.resolve() in (here, *here.parents):
         raise UserError(f"{flag} {folder} is the working folder or contains it; pass a separate folder")
+    check_parents(folder.parent, f"{flag} {folder}: its folder")
     check_replaceable(folder, flag)
 
 

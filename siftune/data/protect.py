@@ -76,6 +76,23 @@ def _refuse(flag: str, output: Path, name: str, place: Path) -> None:
         raise UserError(f"{flag} {output} contains {shown}, and inputs are never replaced; choose another path")
 
 
+def check_parents(folder: Path, named: str) -> None:
+    """Raise `UserError` where `folder`, or a part of the path to it, is a file."""
+    for part in (folder, *folder.parents):
+        if part.exists():
+            if not part.is_dir():
+                what = "is" if part == folder else f"lies below {part}, which is"
+                raise UserError(f"{named} {folder} {what} a file, not a folder; choose another path")
+            return
+
+
+def refuse_nested(flag: str, output: Path, name: str, folder: Path) -> None:
+    """Raise `UserError` where two folders to be made are one, or one lies in the other, whether they exist yet or not."""
+    here, there = output.expanduser().resolve(), folder.expanduser().resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UserError(f"{flag} {output} and {name} ({folder}) lie in each other; choose another path")
+
+
 def places(value: Any) -> Iterator[Path]:
     """The existing paths of an input: a path, a glob, or a list of them; nothing for hub ids and other values."""
     if isinstance(value, (list, tuple)):

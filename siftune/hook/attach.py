@@ -128,6 +128,11 @@ class Attachment:
     def describe(self) -> str:
         """Candidates and trained rows of a full step, and what that means for the schedule, in one line."""
         args, name = self.trainer.args, self.selector.name
+        if self._packed:  # how many rows a batch holds is known once the first one came
+            return (
+                f"siftune: {name} scores the rows of every packed batch and trains on keep={self.selector.keep!r} of them, the "
+                "new effective batch; optimiser steps and schedule stay as they are"
+            )
         size, micro, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
         chosen_from = ranks if self._together else 1
         if self.selector.window == "step":
@@ -135,10 +140,9 @@ class Attachment:
         else:
             kept = window_count(self.selector, [size] * chosen_from) * micro
         kept *= ranks // chosen_from
-        unit = "packed lines (chosen by segment)" if self._packed else "candidates"
         processes = f" of {ranks} processes{'' if self._together else ', each by itself,'}" if ranks > 1 else ""
         return (
-            f"siftune: {name} scores {size * micro * ranks} {unit}{processes} per step and trains on {kept} of them, "
+            f"siftune: {name} scores {size * micro * ranks} candidates{processes} per step and trains on {kept} of them, "
             f"the new effective batch; optimiser steps and schedule stay as they are, so an epoch trains on "
             f"{kept / (size * micro * ranks):.1%} of the rows it reads"
         )

@@ -10,7 +10,7 @@ import torch
 
 from ..budget import parse_keep
 from ..errors import UserError
-from ..models.layout import layout_of
+from ..models.layout import BOUNDARIES, layout_of
 from ..online.base import OnlineMethod
 from .packing import packs
 from .selection_step import window_count
@@ -215,6 +215,12 @@ def _check_rows(batch: Mapping[str, Any], trainer: Any) -> None:
     dataset = trainer.train_dataset
     rows = len(dataset) if hasattr(dataset, "__len__") else 0
     split = getattr(trainer.accelerator, "split_batches", False)
+    if packs(trainer) and all(batch.get(name) is None for name in BOUNDARIES):
+        raise UserError(
+            f"this trainer joins rows, and nothing in its first batch ({', '.join(map(str, batch))}) says where they begin, so "
+            "whole lines would be chosen; make the collator return position_ids (return_position_ids=True for "
+            f"DataCollatorWithFlattening), or set to false what joins rows: {_PACKING_KEYS}"
+        )
     if lines < size <= rows // max(1, trainer.args.world_size) and not split and not packs(trainer):
         raise UserError(
             f"the first batch has {lines} line{'s' if lines > 1 else ''} of {width} tokens where per_device_train_batch_size is "

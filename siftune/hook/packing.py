@@ -32,9 +32,8 @@ def packs(trainer: Any) -> bool:
     """Whether the trainer's options or its collator show that rows are packed; its batches may show it all the same."""
     args, collator = trainer.args, trainer.data_collator
     options = any(getattr(args, name, False) is True for name in ("packing", "sample_packing", "padding_free"))
-    flattens = (
-        type(collator).__name__ == "DataCollatorWithFlattening" or getattr(collator, "padding_free", False) is True
-    )
+    kinds = {cls.__name__ for cls in type(collator).__mro__}
+    flattens = "DataCollatorWithFlattening" in kinds or getattr(collator, "padding_free", False) is True
     return options or flattens
 
 

@@ -31,6 +31,8 @@ Batch = Mapping[str, Any]
 
 LENGTHS = ("packed_seq_lengths", "seq_lengths")
 CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k")
+BOUNDARIES = (*LENGTHS, *CUMULATIVE, "seq_idx", "attention_mask", "position_ids")
+"""The keys that may say where segments begin."""
 
 
 class Span(NamedTuple):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .. import __version__
-from ..data.protect import foreign_name
+from ..data.protect import check_parents, foreign_name
 from ..errors import UserError
 from ..files import FolderLock, atomic_path, hash_file, hash_json, read_json, sweep_temporaries, write_json
 from ..progress import doing
@@ -96,7 +96,7 @@ class RunFolder:
         if previous:
             self._agree(previous)
         else:
-            self._refuse_foreign_files()
+            check_run_folder(self.folder)
         self._records = {record["name"]: record for record in previous.get("stages", [])}
         self.manifest = {
             "siftune": __version__,
@@ -123,13 +123,6 @@ class RunFolder:
                         f"run folder {self.folder} holds another run: its {what} {name} was {before.get(name)} and is "
                         f"now {now.get(name)}; pass another --run"
                     )
-
-    def _refuse_foreign_files(self) -> None:
-        if (name := foreign_name(self.folder)) is not None:
-            raise UserError(
-                f"run folder {self.folder} holds {name} and no {MANIFEST}, so it is not a run of siftune; "
-                "pass a new or empty folder as --run"
-            )
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -197,6 +190,20 @@ class RunFolder:
         self.manifest["stages"] = list(self._records.values())
         self.manifest["peak_memory_mb"] = peak_memory_mb()
         write_json(self.folder / MANIFEST, self.manifest)
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise `UserError` where a run cannot be kept at `folder`: a file, below a file, or a folder of the user's."""
+    check_parents(folder, "run folder")
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"run folder {folder} is a symbolic link to nothing; pass a new or empty folder as --run")
+    if (folder / MANIFEST).exists():
+        return
+    if (name := foreign_name(folder)) is not None:
+        raise UserError(
+            f"run folder {folder} holds {name} and no {MANIFEST}, so it is not a run of siftune; "
+            "pass a new or empty folder as --run"
+        )
 
 
 def make_folder(folder: Path) -> None:

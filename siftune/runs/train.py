@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.exports import MARK, check_export, check_replaceable, discard, place, seal
-from ..data.protect import refuse_overlap
+from ..data.protect import refuse_nested, refuse_overlap
 from ..errors import UserError
 from ..files import atomic_path, cache_folder, hash_file, hash_json, remove, temporary_beside
 from ..progress import current
 from ..sft.inputs import recipe_inputs
 from ..sft.recipe import Recipe
-from .folder import RunFolder, identity, versions
+from .folder import RunFolder, check_run_folder, identity, versions
 from .job import RUNS
 from .options import write_yaml
 from .stored import counted
@@ -125,6 +125,7 @@ def tune(
     inputs = _inputs(prepared)
     folder = Path(options.run) if options.run else RUNS / f"train-{identity(config, inputs)}"
     _check_places(recipe, options, file, run=folder, model=prepared.folder)
+    check_run_folder(folder)
     if options.dry_run:
         return Tuned(folder, folder / MODEL, {"config": config, "rows": _row_facts(prepared)})
     with RunFolder(folder, config=config, inputs=inputs) as run:
@@ -186,6 +187,8 @@ def _check_places(
     inputs = {"the recipe": file, **recipe_inputs(recipe), "the model's folder": model}
     refuse_overlap({"--run": options.run, "--out": options.out}, inputs)
     refuse_overlap({"--out": options.out}, {"the run folder": run, "the cache": cache_folder(options.cache)})
+    if options.out is not None and run is not None:
+        refuse_nested("--out", Path(options.out), "the run folder", run)
     if options.out is not None and run is None:  # once, because it reads an earlier export
         check_export("--out", Path(options.out))
 

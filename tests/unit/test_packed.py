@@ -221,3 +221,20 @@ def test_select_gives_a_packed_batch_of_the_kept_segments() -> None:
     expected = pack([rows[index] for index in kept.indices.tolist()], "trl")
     assert kept.batch["input_ids"].tolist() == expected["input_ids"].tolist()
     assert kept.batch["position_ids"].tolist() == expected["position_ids"].tolist()
+
+
+@pytest.mark.parametrize("subclass", [False, True])
+def test_joined_rows_without_boundaries_are_refused(tmp_path: Path, subclass: bool) -> None:
+    from transformers import DataCollatorWithFlattening
+
+    from siftune import attach
+    from tests.trainers import trainer
+
+    class Own(DataCollatorWithFlattening):
+        pass
+
+    live = trainer(tmp_path, max_steps=1)
+    live.data_collator = (Own if subclass else DataCollatorWithFlattening)(return_position_ids=False)
+    attach(live, MaxLoss(keep=1), quiet=True)
+    with pytest.raises(UserError, match="this trainer joins rows, and nothing in its first batch"):
+        live.train()

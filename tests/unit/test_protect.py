@@ -12,11 +12,20 @@ import pytest
 from siftune.data import exports
 from siftune.data.exports import MARK, check_export, check_replaceable, clear, discard, place, seal, why_kept
 from siftune.data.load import load_pool
-from siftune.data.protect import CLAIM, RUN, claim, foreign_name, refuse_foreign, refuse_overlap, setting_inputs
+from siftune.data.protect import (
+    CLAIM,
+    RUN,
+    claim,
+    foreign_name,
+    refuse_foreign,
+    refuse_nested,
+    refuse_overlap,
+    setting_inputs,
+)
 from siftune.errors import UserError
 from siftune.files import atomic_path
 from siftune.records import Scores
-from siftune.runs.folder import RunFolder
+from siftune.runs.folder import RunFolder, check_run_folder
 from tests.training_rows import write_alpaca
 
 
@@ -297,3 +306,19 @@ def test_a_cache_folder_with_another_file_is_not_cleared() -> None:
     (folder / "notes.txt").unlink()
     clear(folder, ["meta.json", "*.npy"])
     assert not folder.exists()
+
+
+def test_a_folder_below_a_file_is_refused_before_anything_is_made() -> None:
+    Path("file").write_text("")
+    with pytest.raises(UserError, match="a file, not a folder"):
+        check_export("--out", Path("file/out"))
+    for name in ("file", "file/run"):
+        with pytest.raises(UserError, match="a file, not a folder"):
+            check_run_folder(Path(name))
+
+
+@pytest.mark.parametrize("output", ["new", "new/out", ".", "other/../new"])
+def test_two_folders_to_be_made_are_never_in_each_other(output: str) -> None:
+    with pytest.raises(UserError, match="lie in each other"):
+        refuse_nested("--out", Path(output), "the run folder", Path("new"))
+    refuse_nested("--out", Path("newer"), "the run folder", Path("new"))
