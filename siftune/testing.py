@@ -16,6 +16,7 @@ import pickle
 import random
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def check_offline_method(method: OfflineMethod, pool: Pool | None = None) -> Non
         _is_keyword_only(method)
 
         def fresh() -> OfflineMethod:
-            return dataclasses.replace(method)  # type: ignore[type-var]
+            return replace(method)  # type: ignore[type-var]
 
         states = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()  # type: ignore[index]  # noqa: NPY002
         fitted = fresh()
@@ -161,7 +162,7 @@ def check_online_method(method: OnlineMethod, model: PreTrainedModel | None = No
     _is_keyword_only(method)
 
     def fresh(**changed: Any) -> OnlineMethod:
-        created: OnlineMethod = dataclasses.replace(method, **changed)
+        created: OnlineMethod = replace(method, **changed)
         return created
 
     _scores_change_nothing(fresh(), network, batches[0])

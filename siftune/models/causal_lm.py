@@ -99,7 +99,7 @@ class CausalLM:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in {**state, "_made": {}}.items():
+        for name, value in {**state, "_cached": {}}.items():
             object.__setattr__(self, name, value)
 
     # --- properties, known without the weights ------------------------------------------------------------------------

@@ -56,6 +56,8 @@ LISTED: dict[tuple[str, str, str], tuple[int, str]] = {
     ("models/store.py", "Store.get", "unlink"): (1, "unit/test_user_files.py::test_an_unsound_entry_is_removed_alone"),
     ("models/journal.py", "Journal.__enter__", "open"): (1, "unit/test_journal.py"),
     ("models/journal.py", "Journal._read", "os.ftruncate"): (1, "unit/test_journal.py"),
+    # the pool of a contract check, in a temporary folder
+    ("testing.py", "example_pool", "write_text"): (1, "contract/test_testing.py"),
     # run folders, and what is beside a table
     ("study/cell.py", "_drop_model", "discard"): (
         1,

@@ -46,7 +46,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["select", "random", "pool.jsonl", "--keep", "51"], ["51", "50 usable rows"]),
         (["select", "random", "pool.jsonl", "--keep", "0.5%"], ["less than one row"]),
         (["select", "random", "pool.jsonl", "--keep", "150%"], ["150%"]),
-        (["select", "random", "pool.jsonl", "--keep", "x"], ["'x'", "not an amount"]),
+        (["select", "random", "pool.jsonl", "--keep", "x"], ["'x'", "cannot parse keep"]),
         (["select", "random", "pool.jsonl", "--keep", "3", "--tokens", "9"], ["--keep and --tokens", "two budgets"]),
         (["select", "random", "pool.jsonl", "--tokens", "0"], ["--tokens must be >= 1, got 0"]),
         (["select", "random", "pool.jsonl", "--quota", "a=5%"], ["--quota", "domains"]),

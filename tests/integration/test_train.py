@@ -518,7 +518,7 @@ def test_the_command_trains_and_says_so(written: Path, capsys: pytest.CaptureFix
         (["recipe.yaml", "--keep", "2"], "online names no method; write method: uds, or give --online METHOD"),
         (["recipe.yaml", "--online", "none", "--keep", "2"], "--keep chooses rows and --online none does not"),
         (["recipe.yaml", "--out", "recipe.yaml"], "--out recipe.yaml is the same as the recipe (recipe.yaml)"),
-        (["recipe.yaml", "--out", "file.txt"], "--out file.txt is a file; give a folder"),
+        (["recipe.yaml", "--out", "file.txt"], "--out file.txt is a file; pass a folder"),
     ],
 )
 def test_the_command_tells_mistakes(
