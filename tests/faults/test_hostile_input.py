@@ -99,7 +99,7 @@ def test_arrays_that_hold_objects_are_refused(tmp_path: Path) -> None:
 
 
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-MAY = {"engines/processes.py", "engines/ray.py"}
+MAY = {"engines/processes.py", "engines/ray.py", "testing.py"}
 """Pipes to a run's own workers; no file is read there."""
 
 
