@@ -220,7 +220,7 @@ def test_evaluate_replaces_nothing_that_it_reads(work: Path) -> None:
     words = ["evaluate", "model", "--suite", "suite.yaml", "--run", "run", "--out"]
     for out in ("model/config.json", "held.jsonl"):
         refusal = untouched(work, [*words, out])
-    assert "no .json file" in refusal
+    assert "not a .json file" in refusal
     Path("held.json").write_bytes(Path("pool.jsonl").read_bytes())
     assert "the held-out rows held (held.json)" in untouched(
         work, ["evaluate", "model", "--held-out", "held=held.json", "--out", "held.json"]
