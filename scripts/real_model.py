@@ -57,7 +57,8 @@ class Done:
     def commands(self) -> str:
         """The command as it ran, and the same with the hub's model."""
         local = shlex.join(["siftune", *self.words])
-        both = dict.fromkeys([local, local.replace(LOCAL, HUB)])
+        note = "    # needs the model" if LOCAL in local else ""  # a page's commands run in the tests, but for these
+        both = dict.fromkeys([local + note, local.replace(LOCAL, HUB) + note])
         return "```bash\n" + "\n".join(both) + "\n```"
 
     @property
@@ -243,7 +244,7 @@ def few_steps(done: dict[str, Done], recipe: str) -> str:
 ```
 
 ```bash
-siftune train recipe.yaml --run run-train
+siftune train recipe.yaml --run run-train    # needs the model
 ```
 
 {training(done["train"])}
