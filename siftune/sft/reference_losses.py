@@ -95,13 +95,10 @@ def _begin(folder: Path, model: torch.nn.Module, rows: int) -> None:
     made_by = {"model": _fingerprint(model), "rows": rows}
     note = folder / NOTE
     if note.is_file():
-        try:
-            previous = read_json(note)
-        except UserError:  # damaged: the parts are measured again
-            previous = None
+        previous = read_json(note)
         if previous == made_by:
             return
-        if previous is not None and (not isinstance(previous, dict) or previous.keys() != made_by.keys()):
+        if not isinstance(previous, dict) or previous.keys() != made_by.keys():
             raise UserError(f"{note} was not written by siftune; move {folder} away, or choose another path")
         clear(folder, PARTS)
     elif (name := foreign_name(folder)) is not None:

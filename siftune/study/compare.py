@@ -176,7 +176,7 @@ def _own(study: Study, folder: Path) -> None:
     before: dict[str, Any] = read_json(path) if path.is_file() else {}
     if not before and (name := foreign_name(folder)) is not None:
         raise UserError(f"{folder} holds {name} and no {STUDY}, so it is no study; give a new --run")
-    if before and not (isinstance(before, dict) and now.keys() <= before.keys()):
+    if before and not (isinstance(before, dict) and {"version of siftune", "model's content"} <= before.keys()):
         raise UserError(f"{path} was not written by siftune; give another --run")
     for name, value in now.items():
         if name in before and before[name] != value:
