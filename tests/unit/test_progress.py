@@ -249,7 +249,7 @@ def test_steps_count(lines: ProgressLines, clock: Clock) -> None:
 def test_domain_rows_and_replies_count(tmp_path: Path, lines: ProgressLines, pushed: list[str]) -> None:
     stage(tmp_path).run(lines, generator=Writer(topics=8), embed=bag)
     assert pushed[0] == "writing domain rows 18 rows"
-    assert pushed[1] == "asking None replies"
+    assert pushed[1] == "requests None replies"
 
 
 def test_replies_of_earlier_rounds_are_counted(tmp_path: Path, lines: ProgressLines, clock: Clock) -> None:
