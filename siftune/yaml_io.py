@@ -11,6 +11,8 @@ from .errors import UserError
 from .file_keys import check_file_keys
 from .files import refuse_special
 
+MAX_VALUES, MAX_DEPTH = 200_000, 100
+"""Of a YAML file with its aliases expanded."""
 _EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
@@ -39,11 +41,29 @@ def parse_yaml(text: str, where: str) -> Any:
     import yaml
 
     try:
-        return yaml.load(text, _loader())
+        value = yaml.load(text, _loader())
+        _check_size(value, where)
+        return value
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deeply, huge numbers
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _check_size(value: Any, where: str) -> None:
+    """Raise `UserError` where aliases make a short file enormous or endless: whoever walks the value would not return."""
+    count, stack = 0, [(value, 0)]
+    while stack:
+        item, depth = stack.pop()
+        count += 1
+        if count > MAX_VALUES or depth > MAX_DEPTH:
+            raise UserError(
+                f"{where} expands to more than {MAX_VALUES:,} values or {MAX_DEPTH} levels; write it without nested aliases"
+            )
+        if isinstance(item, dict):
+            stack.extend((inner, depth + 1) for inner in item.values())
+        elif isinstance(item, (list, tuple, set)):
+            stack.extend((inner, depth + 1) for inner in item)
 
 
 def read_yaml(
