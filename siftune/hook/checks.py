@@ -221,9 +221,9 @@ def _check_rows(batch: Mapping[str, Any], trainer: Any) -> None:
             "whole lines would be chosen; make the collator return position_ids (return_position_ids=True for "
             f"DataCollatorWithFlattening), or set to false what joins rows: {_PACKING_KEYS}"
         )
-    if lines < size <= rows // max(1, trainer.args.world_size) and not split and not packs(trainer):
+    if lines == 1 < size <= rows // max(1, trainer.args.world_size) and not split and not packs(trainer):
         raise UserError(
-            f"the first batch has {lines} line{'s' if lines > 1 else ''} of {width} tokens where per_device_train_batch_size is "
+            f"the first batch has one line of {width} tokens where per_device_train_batch_size is "
             f"{size}, and nothing in it ({', '.join(map(str, batch))}) says where its rows begin; set to false what joins them: "
             f"{_PACKING_KEYS}"
         )

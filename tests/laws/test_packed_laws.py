@@ -180,7 +180,7 @@ class TestRefusals:
         }
         attach(live, MaxLoss(keep=1), quiet=True)
         with pytest.raises(
-            UserError, match=r"1 line of \d+ tokens where per_device_train_batch_size is 8.*neat_packing"
+            UserError, match=r"one line of \d+ tokens where per_device_train_batch_size is 8.*neat_packing"
         ):
             live.train()
 
