@@ -179,6 +179,7 @@ def test_what_no_table_can_be_made_of(tmp_path: Path) -> None:
     iterable = IterableDataset.from_generator(lambda: iter(rows(8)))
     with pytest.raises(UserError, match="iterable"):
         reference_losses(trainer(tmp_path, data=iterable, max_steps=1), held_out)
-    pq.write_table(pq.read_table(reference_losses(trainer(tmp_path), held_out)).select(["row"]), tmp_path / "x.parquet")
+    rows_alone = pq.read_table(reference_losses(trainer(tmp_path), held_out)).select(["row"])
+    pq.write_table(rows_alone.replace_schema_metadata(None), tmp_path / "x.parquet")
     with pytest.raises(UserError, match="token_id and loss"):
         read_table(tmp_path / "x.parquet")
