@@ -100,7 +100,7 @@ def test_arrays_that_hold_objects_are_refused(tmp_path: Path) -> None:
 
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 MAY = {"engines/processes.py", "engines/ray.py", "testing.py"}
-"""Pipes to a run's own workers; no file is read there."""
+"""Pipes to a run's own workers, and a contract check that reads back what it has pickled; no file is read there."""
 
 
 def test_no_module_reads_pickles_or_evaluates_text() -> None:
