@@ -41,7 +41,7 @@ def run(words: list[str]) -> int:
     job = Job(options)
     done = run_job(
         job,
-        told=shown.line if verbose else lambda line: None,
+        on_event=shown.line if verbose else lambda line: None,
         bars=isinstance(progress(enabled=verbose), Bars),
     )
     if done.folder is None:

@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
         options,
         settings,
         progress=progress(enabled=verbose),
-        told=shown.line if verbose else lambda line: None,
+        on_event=shown.line if verbose else lambda line: None,
     )
     facts = [item.facts for item in done]
     if options.json:

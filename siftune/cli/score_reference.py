@@ -73,7 +73,7 @@ def run(words: list[str]) -> int:
         out=out,
         score_tokens=options.score_tokens,
         cache=options.cache,
-        told=say if verbose else lambda line: None,
+        on_event=say if verbose else lambda line: None,
     )
     if options.json:
         print_json({"table": str(done.table), "rows": done.rows, "reused": done.reused})

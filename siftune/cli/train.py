@@ -76,7 +76,7 @@ def run(words: list[str]) -> int:
         recipe,
         options,
         progress=progress(enabled=verbose),
-        told=shown.line if verbose else lambda line: None,
+        on_event=shown.line if verbose else lambda line: None,
     )
     if options.dry_run:
         return _show_dry_run(options, done)

@@ -24,7 +24,7 @@ from transformers import (
 
 from ..models.load import quiet
 from ..progress import current
-from ..sft.progress_callback import Shown
+from ..sft.progress_callback import ProgressCallback
 
 TRAINED = 4
 """Rows trained per step."""
@@ -136,7 +136,7 @@ def fine_tune(
     with torch.random.fork_rng(devices=[]):  # the trainer seeds the global generators
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Shown(current(), lambda line: None))
+        trainer.add_callback(ProgressCallback(current(), lambda line: None))
         if selector is not None:
             from ..hook.attach import attach
 

@@ -74,19 +74,19 @@ class EvaluateOptions(Everywhere):
 
 
 def evaluate(model: str | Path, suite: str | Suite | None = None, **options: Any) -> Results:
-    """Run a suite on a model; `options` are the fields of `EvaluateOptions`, and `told`, which hears a line per task.
+    """Run a suite on a model; `options` are the fields of `EvaluateOptions`, and `on_event`, which hears a line per task.
 
     Raises `UserError` for invalid names, files, rows, adapters or options, before any weight is read.
 
     >>> evaluate("./model", "uds", data="eval", limit=100, skip="humaneval").average
     """
-    told: Callable[[str], None] = options.pop("told", lambda line: None)
+    on_event: Callable[[str], None] = options.pop("on_event", lambda line: None)
     known = [item.name for item in fields(EvaluateOptions)]
     if wrong := [name for name in options if name not in known]:
         raise UserError(f"evaluate() has no option {wrong[0]}; known are {', '.join(known)}")
     loaded = suite if isinstance(suite, Suite) else None
     job = Job(EvaluateOptions(model=str(model), suite=None if loaded else suite, **options), loaded)  # type: ignore[arg-type]
-    return run(job, told=told)
+    return run(job, on_event=on_event)
 
 
 class Job:
@@ -252,7 +252,7 @@ def named(name: str | None, metrics: Sequence[str]) -> str | None:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def run(job: Job, *, told: Callable[[str], None] = lambda line: None, bars: bool = False) -> Results:
+def run(job: Job, *, on_event: Callable[[str], None] = lambda line: None, bars: bool = False) -> Results:
     """Run the tasks that are not finished, and gather the results."""
     if job.options.dry_run:
         return Results(None, {}, {}, None, {}, about=job.plan["tasks"], manifest=job.plan)
@@ -268,14 +268,14 @@ def run(job: Job, *, told: Callable[[str], None] = lambda line: None, bars: bool
         for name, encoded in job.encoded.items():
             with opened.stage(f"held-out {name}", hash_json([key, "held-out", name])) as stage:
                 if not stage.reused:
-                    told(f"held-out {name}: {len(encoded.rows):,} rows")
+                    on_event(f"held-out {name}: {len(encoded.rows):,} rows")
                     stage.files = [_measure(loaded, name, encoded, folder)]
                     stage.counts = {"rows": len(encoded.rows)}
             evaluation.advance()
         for task in job.suite.tasks:
             with opened.stage(task.name, hash_json([key, "task", task.name])) as stage:
                 if not stage.reused:
-                    told(f"{task.name}: running")
+                    on_event(f"{task.name}: running")
                     stage.files = _ask(loaded, task, folder, bars=bars)
                     stage.counts = {"questions": read_json(folder / stage.files[0])["about"]["questions"]}
             evaluation.advance()

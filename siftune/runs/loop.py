@@ -115,9 +115,9 @@ def loop(
     settings: Mapping[str, Any] | None = None,
     *,
     progress: Progress | None = None,
-    told: Callable[[str], None] = lambda line: None,
+    on_event: Callable[[str], None] = lambda line: None,
 ) -> list[Round]:
-    """Choose and tune `options.rounds` times; returns the rounds. `told` hears one line per step.
+    """Choose and tune `options.rounds` times; returns the rounds. `on_event` hears one line per step.
 
     Raises `UserError` for invalid options, and when the command fails or writes no model.
 
@@ -147,7 +147,7 @@ def loop(
         rounds: list[Round] = []
         for number in range(1, options.rounds + 1):
             with doing(f"round {number} of {options.rounds}"):
-                rounds.append(_round(number, folder, words, method, options, values, rounds, progress, told))
+                rounds.append(_round(number, folder, words, method, options, values, rounds, progress, on_event))
             write_json(
                 folder / "loop.json",
                 {"tune": options.tune or f"siftune train {options.recipe}", "rounds": [done.facts for done in rounds]},
@@ -166,11 +166,11 @@ def _round(
     settings: Mapping[str, Any],
     before: list[Round],
     progress: Progress | None,
-    told: Callable[[str], None],
+    on_event: Callable[[str], None],
 ) -> Round:
     run = folder / f"round-{number}"
     model = str(before[-1].tuned) if before else str(settings["model"])
-    told(f"round {number}: choosing with {model}")
+    on_event(f"round {number}: choosing with {model}")
     own: dict[str, Any] = {**settings, "model": model}
     if before and own.get("generator") is not None:  # the rows that the first round wrote serve every round
         own |= {"generator": None, "domains": None, "seeds": str(before[0].selection.folder / SEEDS)}  # type: ignore[operator]
@@ -182,13 +182,13 @@ def _round(
         method, SelectOptions(**{**chosen, "pool": pool, "run": str(run), "out": None}), own, progress=progress
     )
     assert selection.out is not None
-    told(f"round {number}: {selection.manifest['rows']['kept']:,} rows in {selection.out}, tuning on them")
+    on_event(f"round {number}: {selection.manifest['rows']['kept']:,} rows in {selection.out}, tuning on them")
     place = folder / f"tune-{number}"
     if options.recipe is not None:
         tuned, seconds = _by_recipe(place, options, model, selection.out)
     else:
         tuned, seconds = _tune(number, place, words, model, selection.out, options.seed)
-    told(f"round {number}: tuned model in {tuned}")
+    on_event(f"round {number}: tuned model in {tuned}")
     return Round(number, model, selection, tuned, seconds)
 
 

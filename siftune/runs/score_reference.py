@@ -38,7 +38,7 @@ def score_reference(
     out: str | Path = "reference.parquet",
     score_tokens: int = 8192,
     cache: str | Path | None = None,
-    told: Callable[[str], None] = lambda line: None,
+    on_event: Callable[[str], None] = lambda line: None,
 ) -> Scored:
     """Write the table `out` (.parquet or .safetensors) of the recipe's rows under the model, or adapter, `reference`.
 
@@ -66,7 +66,7 @@ def score_reference(
     with FolderLock(cache_folder(cache) / "locks" / hash_json(str(path.absolute()))):
         if _finished(path, key):
             return Scored(path, prepared.rows.meta["rows"], True)
-        told(f"loss of {prepared.rows.meta['rows']:,} rows under {reference}")
+        on_event(f"loss of {prepared.rows.meta['rows']:,} rows under {reference}")
         _compute(path, key, prepared, load_tuned(folder), score_tokens)
     return Scored(path, prepared.rows.meta["rows"], False)
 

@@ -97,9 +97,9 @@ def tune(
     options: TuneOptions | None = None,
     *,
     progress: Progress | None = None,
-    told: Callable[[str], None] = lambda line: None,
+    on_event: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
-    """Fine-tune by a recipe; a killed run resumes, a finished one is returned unchanged. `told` hears a line per event.
+    """Fine-tune by a recipe; a killed run resumes, a finished one is returned unchanged. `on_event` hears a line per event.
 
     Raises `UserError` for an invalid recipe, rows or model, for a run folder or `out` that is an input or
     holds files of the user, before any weight is loaded; and under `torchrun` with several processes, where
@@ -130,7 +130,7 @@ def tune(
         return Tuned(folder, folder / MODEL, {"config": config, "rows": _row_facts(prepared)})
     with RunFolder(folder, config=config, inputs=inputs) as run:
         key = identity(config, inputs)
-        job = _Job(run, prepared, options, progress, told)
+        job = _Job(run, prepared, options, progress, on_event)
         with run.stage("rows", hash_json([key, "rows"])) as stage:
             if not stage.reused:
                 write_rows(run.folder / ROWS, prepared.pool, prepared.rows)
@@ -226,7 +226,7 @@ class _Job:
     prepared: Prepared
     options: TuneOptions
     progress: Progress | None
-    told: Callable[[str], None]
+    on_event: Callable[[str], None]
 
     def train(self) -> tuple[list[str], dict[str, Any]]:
         """Train, from the newest complete checkpoint where there is one; returns the written files and the manifest's facts."""
@@ -235,31 +235,31 @@ class _Job:
 
         from ..hook.row_index import random_state_kept
         from ..models.load import quiet
-        from ..sft.progress_callback import Shown
-        from ..sft.token_counts import Tally
+        from ..sft.progress_callback import ProgressCallback
+        from ..sft.token_counts import TokenCounts
 
         recipe, folder = self.prepared.recipe, self.run.folder
         newest = _newest(folder / CHECKPOINTS)
-        tally = Tally(recipe.stop_at)
+        token_counts = TokenCounts(recipe.stop_at)
         verbose = not (self.options.quiet or self.options.json)
-        trainer = self.prepared.trainer(folder / CHECKPOINTS, tally=tally, quiet=not verbose)
-        trainer.add_callback(Shown(self.progress or current(), self.told))
+        trainer = self.prepared.trainer(folder / CHECKPOINTS, token_counts=token_counts, quiet=not verbose)
+        trainer.add_callback(ProgressCallback(self.progress or current(), self.on_event))
         if newest is not None:
-            self.told(f"resuming from {newest}")
+            self.on_event(f"resuming from {newest}")
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        tally.begin(newest)
+        token_counts.begin(newest)
         with random_state_kept(), quiet():
             set_seed(recipe.seed)
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-        tally.close()
-        counts = tally.counts
+        token_counts.close()
+        totals = token_counts.totals
         facts: dict[str, Any] = {
-            "tokens": counts.tokens,
-            "seconds": round(counts.seconds, 3),
-            "train_loss": counts.train_loss,
-            "steps": counts.steps,
+            "tokens": totals.tokens,
+            "seconds": round(totals.seconds, 3),
+            "train_loss": totals.train_loss,
+            "steps": totals.steps,
             "preset": recipe.preset,
         }
         if cuda:
@@ -321,7 +321,7 @@ class _Job:
         from ..sft.adapters import load_tuned
 
         recipe = self.prepared.recipe
-        self.told(f"held-out loss of {', '.join(recipe.eval)}")
+        self.on_event(f"held-out loss of {', '.join(recipe.eval)}")
         network = load_tuned(self.run.folder / MODEL, dtype=str(recipe.model_kwargs.get("dtype", "auto")))
         if torch.cuda.is_available():
             network = network.to("cuda")

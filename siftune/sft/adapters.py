@@ -1,4 +1,4 @@
-"""An adapter folded into its base, so that what was tuned is a model folder like any other.
+"""An adapter merged into its base, so that the tuned model is a model folder like any other.
 
 Cost: the base's weights in memory, once.
 """
@@ -28,7 +28,7 @@ PREFIX = "base_model.model."
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model of its own."""
+    """Whether a folder holds an adapter and no model weights beside it."""
     return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
 
 
@@ -51,7 +51,7 @@ def load_tuned(folder: Path, *, dtype: str = "auto") -> Any:
 
 
 def adapted(network: Any, adapter: Path) -> Any:
-    """`network` with the adapter folded into its weights; head and embeddings that share one get one each where needed."""
+    """`network` with the adapter merged into its weights; a weight that head and embeddings share is copied where needed."""
     from peft import PeftModel
 
     untie(network, tensor_shapes(adapter / ADAPTER_WEIGHTS))
@@ -88,20 +88,22 @@ def model_key(folder: Path) -> str:
     if not is_adapter(folder):
         return content_key(Backbone(str(folder), layer=1))
     base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-    own = {path.name: hash_file(path) for path in sorted(folder.glob("adapter_*"))}
-    return hash_json([own, content_key(Backbone(str(base), layer=1))])
+    digests = {path.name: hash_file(path) for path in sorted(folder.glob("adapter_*"))}
+    return hash_json([digests, content_key(Backbone(str(base), layer=1))])
 
 
 def merge(adapter: Path, out: Path) -> Path:
-    """Write the adapter, folded into its base, with its tokenizer, as the model folder `out`; complete or absent.
+    """Write the adapter, merged into its base, with its tokenizer, as the model folder `out`; complete or absent.
 
-    An earlier export at `out` is replaced. Raises `UserError` where `adapter` is none or its base is not there, and where
+    An earlier export at `out` is replaced. Raises `UserError` where `adapter` is no adapter, where its base is missing, and where
     `out` holds anything else, is the adapter, its base or the working folder, or contains one of them.
 
     >>> merge(Path("run/model"), Path("run/merged"))
     """
     if not is_adapter(adapter):
-        raise UserError(f"{adapter} holds no adapter ({ADAPTER}); it is a model already, or the wrong folder")
+        raise UserError(
+            f"{adapter} holds no adapter ({ADAPTER}); it is a complete model or the wrong folder; pass the folder of an adapter"
+        )
     check_export("out", out)
     refuse_overlap({"out": out}, {"the adapter": adapter})
     from transformers import AutoTokenizer

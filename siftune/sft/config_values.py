@@ -1,8 +1,8 @@
-"""A mapping of the user's against the dataclass that will take it: unknown keys and values of another type, in one sentence.
+"""A user's mapping checked against the dataclass that it configures: unknown keys and wrong types, one sentence each.
 
-trl, peft and transformers check their options by making an object; what they do not check (an unknown key is a
-`TypeError` over two hundred names, a text where a number belongs fails at step 400) is checked here against the class's
-own fields, so that no list of theirs is copied.
+trl, peft and transformers check their options when the object is created; what they do not check (an unknown key is a
+`TypeError` over two hundred names, a string instead of a number fails at step 400) is checked here against the fields of
+the class, so that no list of options is copied.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from ..errors import UserError, did_you_mean
 
 
-def nearest(said: str, known: Sequence[str]) -> str:
-    """The way out for a name nobody knows, to be put behind the sentence."""
-    listed = f"known: {', '.join(known)}" if len(known) < 30 else "its documentation lists them all"
-    return f"; {did_you_mean(said, known, otherwise=listed)}"
+def nearest(name: str, known_names: Sequence[str]) -> str:
+    """What to do about an unknown name: the nearest known one, or the list. Appended to an error message."""
+    listed = f"known: {', '.join(known_names)}" if len(known_names) < 30 else "its documentation lists them all"
+    return f"; {did_you_mean(name, known_names, otherwise=listed)}"
 
 
-def fitting(cls: type[Any], given: Mapping[str, Any], *, section: str) -> dict[str, Any]:
-    """`given` as keyword arguments of the dataclass `cls`, numbers that YAML left as text made numbers.
+def fitting(cls: type[Any], settings: Mapping[str, Any], *, section: str) -> dict[str, Any]:
+    """`settings` as keyword arguments of the dataclass `cls`, numbers that YAML read as strings converted.
 
     Raises `UserError` for a key that is no field, and for a value that cannot be of a plain field's type.
 
@@ -32,14 +32,14 @@ def fitting(cls: type[Any], given: Mapping[str, Any], *, section: str) -> dict[s
     """
     names = [item.name for item in dataclasses.fields(cls) if item.init]
     hints = typing.get_type_hints(cls)
-    found = {}
-    for key, value in given.items():
+    keywords = {}
+    for key, value in settings.items():
         if key not in names:
             raise UserError(
                 f"{section}.{key} is no key of {cls.__module__.split('.')[0]}.{cls.__name__}{nearest(key, names)}"
             )
-        found[key] = _fitted(value, hints.get(key), f"{section}.{key}")
-    return found
+        keywords[key] = _fitted(value, hints.get(key), f"{section}.{key}")
+    return keywords
 
 
 def _fitted(value: Any, hint: Any, name: str) -> Any:
@@ -49,7 +49,7 @@ def _fitted(value: Any, hint: Any, name: str) -> Any:
         else {hint}
     )
     if not kinds <= {int, float, bool, type(None)} or (value is None and type(None) in kinds):
-        return value  # richer types are the class's own business
+        return value  # richer types are checked by the class itself
     if isinstance(value, bool):
         if bool in kinds:
             return value
@@ -63,5 +63,5 @@ def _fitted(value: Any, hint: Any, name: str) -> Any:
         except ValueError:
             pass
     words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    wanted = " or ".join(words[kind] for kind in (float, int, bool, type(None)) if kind in kinds)
-    raise UserError(f"{name}: {value!r} is not {wanted}")
+    expected = " or ".join(words[kind] for kind in (float, int, bool, type(None)) if kind in kinds)
+    raise UserError(f"{name}: {value!r} is not {expected}")

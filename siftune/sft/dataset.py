@@ -1,9 +1,8 @@
-"""A pool as token rows on disk: `input_ids` and `labels` that a trainer maps into memory, made once per content.
+"""A pool as token rows on disk: `input_ids` and `labels` that a trainer memory-maps, written once per content.
 
-Rows are tokenised in the pool's order, some at a time, into the cache folder (`tokens/<key>/`); the key is the pool's
-content, the tokenizer's, the form and the length, so that a second run or the next cell of a study reads them as they are.
-Memory does not grow with the pool but for its reasons. Cost: the tokenizer's own; 8 bytes a token on
-disk.
+Rows are tokenised in the pool's order, in chunks, into the cache folder (`tokens/<key>/`); the key is a hash of the pool's
+content, the tokenizer, the text form and the length, so that a second run or the next cell of a study reuses them.
+Memory grows only with the number of rows that are left out. Cost: tokenisation; 8 bytes per token on disk.
 
 Shapes: `n` rows that can be trained on.
 """
@@ -51,18 +50,18 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class TrainingRows:
-    """The rows of a pool as a trainer takes them, and what became of the others."""
+    """The rows of a pool as a trainer reads them, and the reasons of those that were left out."""
 
     folder: Path
     meta: Mapping[str, Any]
-    """`key`, `rows`, `cut` (rows that went on beyond the length), `tokens`, `label_tokens`, `beyond` (of the pool, after
+    """`key`, `rows`, `cut` (rows that were truncated), `tokens`, `label_tokens`, `beyond` (rows of the pool after
     `max_rows`)."""
     reasons: Mapping[int, str]
-    """Why a row of the pool that could be read is not among them, by row of the pool."""
+    """Why a readable row of the pool was left out, by its row in the pool."""
 
     @property
     def dataset(self) -> Any:
-        """A `datasets.Dataset` of `input_ids` and `labels`, mapped from the disk."""
+        """A `datasets.Dataset` of `input_ids` and `labels`, memory-mapped from disk."""
         from datasets import Dataset
 
         return Dataset.from_file(str(self.folder / TOKENS)).select_columns(["input_ids", "labels"])
@@ -73,17 +72,17 @@ class TrainingRows:
         return self._column("row")
 
     def lengths(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Tokens, learnt tokens, and whether it was cut, of every row. Each of shape `(n,)`."""
-        tokens, learnt, cut = [], [], []
+        """Tokens, label tokens, and whether the row was truncated, of every row. Each of shape `(n,)`."""
+        tokens, label_tokens, cut = [], [], []
         with pa.memory_map(str(self.folder / TOKENS)) as source:
             for batch in pa.ipc.open_stream(source):
                 ids, labels = batch.column("input_ids"), batch.column("labels")
                 ends = np.asarray(ids.offsets)
                 tokens.append(np.diff(ends))
-                wanted = np.asarray(labels.values) != -100
-                learnt.append(np.add.reduceat(wanted, ends[:-1] - ends[0], dtype=np.int64))
+                is_label = np.asarray(labels.values) != -100
+                label_tokens.append(np.add.reduceat(is_label, ends[:-1] - ends[0], dtype=np.int64))
                 cut.append(np.asarray(batch.column("cut")))
-        return np.concatenate(tokens).astype(np.int64), np.concatenate(learnt), np.concatenate(cut)
+        return np.concatenate(tokens).astype(np.int64), np.concatenate(label_tokens), np.concatenate(cut)
 
     def _column(self, name: str) -> NDArray[Any]:
         with pa.memory_map(str(self.folder / TOKENS)) as source:
@@ -110,9 +109,9 @@ def training_rows(
     max_rows: int | None = None,
     cache: str | Path | None = None,
 ) -> TrainingRows:
-    """The pool's usable rows as tokens, from the cache where they are there. `key` is the tokenizer's (`tokenizer_key`).
+    """The pool's usable rows as tokens, from the cache where available. `key` is the tokenizer's (`tokenizer_key`).
 
-    Raises `UserError` where no row has anything to learn.
+    Raises `UserError` where no row has a label token.
 
     >>> training_rows(pool, tokenizer, key=tokenizer_key(folder), text="auto", max_length=512).meta["rows"]
     4000
@@ -127,13 +126,13 @@ def training_rows(
         raise UserError(f"{folder / META} is damaged; run the same command again, which writes it anew")
     if not meta["rows"]:
         kinds = Counter(reason.partition(":")[0] for reason in reasons.values()).most_common()
-        told = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        raise UserError(f"no row of {_name(pool)} can be trained on ({told}); raise sft.max_length, or mend the rows")
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        raise UserError(f"no row of {_name(pool)} can be trained on ({counts}); raise sft.max_length, or fix the rows")
     return TrainingRows(folder, meta, reasons)
 
 
 def _is_sound(folder: Path) -> bool:
-    """Whether a finished folder is there, every file of it as it was written."""
+    """Whether a finished folder exists with every file as it was written."""
     meta = read_checked_json(folder / META)
     return meta is not None and are_intact(folder, meta["sums"])
 
@@ -144,7 +143,7 @@ def _name(pool: Pool) -> str:
 
 
 def _make(folder: Path, pool: Pool, encode: Encoder, max_rows: int | None, key: str) -> None:
-    """Write the folder aside and give it its name, unless another process was first."""
+    """Write the folder under a temporary name and rename it, unless another process was first."""
     with plain_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(folder)
@@ -185,16 +184,18 @@ def _batches(
                     meta["beyond"] = len(eligible) - start - at
                     break
                 try:
-                    found = encode(row)
+                    encoded = encode(row)
                 except BadRow as bad:
                     reasons[row.row] = str(bad)
                     continue
-                for name, value in zip(_SCHEMA.names, (found.input_ids, found.labels, row.row, found.cut), strict=True):
+                for name, value in zip(
+                    _SCHEMA.names, (encoded.input_ids, encoded.labels, row.row, encoded.cut), strict=True
+                ):
                     columns[name].append(value)
                 meta["rows"] += 1
-                meta["cut"] += found.cut
-                meta["tokens"] += len(found.input_ids)
-                meta["label_tokens"] += found.label_tokens
+                meta["cut"] += encoded.cut
+                meta["tokens"] += len(encoded.input_ids)
+                meta["label_tokens"] += encoded.label_tokens
         if columns["row"]:
             yield pa.record_batch([pa.array(columns[field.name], field.type) for field in _SCHEMA], schema=_SCHEMA)
         if meta["beyond"]:
@@ -202,36 +203,37 @@ def _batches(
 
 
 def write_rows(path: Path, pool: Pool, rows: TrainingRows) -> None:
-    """`rows.parquet`: every row of the pool once: position in the training set, tokens, learnt tokens, cut; or the reason.
+    """`rows.parquet`: every row of the pool once: position in the training set, tokens, label tokens, cut; or the reason.
 
-    Streamed in pieces, so that memory does not grow with the texts.
+    Streamed in chunks, so that memory does not grow with the texts.
     """
     from ..data.checked_parquet import open_writer
 
     position = np.full(len(pool), -1, dtype=np.int64)
     position[rows.positions] = np.arange(rows.meta["rows"])
-    tokens, learnt, cut = rows.lengths()
+    tokens, label_tokens, cut = rows.lengths()
     reasons = {**rows.reasons, **pool.reasons}
     writer = None
     with atomic_path(path) as temporary:
         for start in range(0, len(pool), LINES_AT_ONCE):
-            some = range(start, min(start + LINES_AT_ONCE, len(pool)))
-            at = position[some.start : some.stop]
-            absent, places = at < 0, pool.source.locations(some)
-            left = [
-                reasons.get(row, "beyond max_rows") if lost else None for row, lost in zip(some, absent, strict=True)
+            chunk = range(start, min(start + LINES_AT_ONCE, len(pool)))
+            chunk_positions = position[chunk.start : chunk.stop]
+            absent, places = chunk_positions < 0, pool.source.locations(chunk)
+            chunk_reasons = [
+                reasons.get(row, "beyond max_rows") if is_absent else None
+                for row, is_absent in zip(chunk, absent, strict=True)
             ]
             table = pa.table(
                 {
-                    "row": pa.array(some, pa.int64()),
-                    "id": pa.array(pool.source.ids(some), pa.string()),
+                    "row": pa.array(chunk, pa.int64()),
+                    "id": pa.array(pool.source.ids(chunk), pa.string()),
                     "file": pa.array([file for file, _ in places], pa.string()),
                     "line": pa.array([line for _, line in places], pa.int64()),
-                    "position": pa.array(at, pa.int64(), mask=absent),
-                    "tokens": pa.array(tokens[at], pa.int64(), mask=absent),
-                    "label_tokens": pa.array(learnt[at], pa.int64(), mask=absent),
-                    "cut": pa.array(cut[at], pa.bool_(), mask=absent),
-                    "reason": pa.array(left, pa.string()),
+                    "position": pa.array(chunk_positions, pa.int64(), mask=absent),
+                    "tokens": pa.array(tokens[chunk_positions], pa.int64(), mask=absent),
+                    "label_tokens": pa.array(label_tokens[chunk_positions], pa.int64(), mask=absent),
+                    "cut": pa.array(cut[chunk_positions], pa.bool_(), mask=absent),
+                    "reason": pa.array(chunk_reasons, pa.string()),
                 }
             )
             writer = writer or open_writer(temporary, table.schema, compression="zstd")

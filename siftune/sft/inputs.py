@@ -9,11 +9,11 @@ from .recipe import Recipe
 
 
 def recipe_inputs(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe reads, by the key that names it, for `refuse_overlap`.
+    """The files and folders that a recipe reads, by the key that names them, for `refuse_overlap`.
 
     >>> recipe_inputs(Recipe.read("recipe.yaml"))
     {'model': './model', 'train': ('rows.jsonl',)}
     """
-    given: dict[str, Any] = {"model": recipe.model, "train": recipe.train}
-    given |= {f"eval.{name}": files for name, files in recipe.eval.items()}
-    return given | setting_inputs(recipe.online or {}, "online.{}")
+    inputs: dict[str, Any] = {"model": recipe.model, "train": recipe.train}
+    inputs |= {f"eval.{name}": files for name, files in recipe.eval.items()}
+    return inputs | setting_inputs(recipe.online or {}, "online.{}")

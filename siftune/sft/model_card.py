@@ -1,4 +1,4 @@
-"""The model card: what was trained, on which rows, and how they were chosen; every number from the run's own records."""
+"""The model card: what was trained, on which rows, and how they were chosen; every number is from the run's records."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ MANIFEST = "manifest.json"
 
 
 def selection_behind(files: Sequence[str]) -> list[dict[str, Any]]:
-    """For every training file that lies in the run folder of a selection: what that run chose, from its manifest."""
-    found = []
+    """For every training file in the run folder of a selection: what that run chose, from its manifest."""
+    selections = []
     for file in files:
         path = Path(file).expanduser().parent / MANIFEST
         if not path.is_file():
@@ -27,7 +27,7 @@ def selection_behind(files: Sequence[str]) -> list[dict[str, Any]]:
         config = manifest.get("config") if isinstance(manifest, Mapping) else None
         if isinstance(config, Mapping) and config.get("command") == "select":
             rows = manifest.get("rows", {})
-            found.append(
+            selections.append(
                 {
                     "file": file,
                     "method": config.get("method"),
@@ -37,7 +37,7 @@ def selection_behind(files: Sequence[str]) -> list[dict[str, Any]]:
                     "domains": rows.get("domains", {}),
                 }
             )
-    return found
+    return selections
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -71,10 +71,10 @@ def model_card(facts: Mapping[str, Any]) -> str:
 def _front(base: str, *, adapter: bool) -> str:
     import yaml
 
-    said: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+    front_matter: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
     if not Path(base).expanduser().exists():  # a hub id, which the hub can link
-        said["base_model"] = base
-    return f"---\n{yaml.safe_dump({**said, 'tags': ['siftune', 'sft']}, sort_keys=False)}---\n"
+        front_matter["base_model"] = base
+    return f"---\n{yaml.safe_dump({**front_matter, 'tags': ['siftune', 'sft']}, sort_keys=False)}---\n"
 
 
 def _table(lines: Sequence[tuple[str, str]]) -> str:
@@ -90,7 +90,10 @@ def _row_lines(recipe: Mapping[str, Any], rows: Mapping[str, Any]) -> list[tuple
     lines = [
         ("files", ", ".join(recipe["train"])),
         ("read", f"{rows['read']:,}"),
-        ("trained on", f"{rows['used']:,} rows, {rows['tokens']:,} tokens, {rows['label_tokens']:,} of them learnt"),
+        (
+            "trained on",
+            f"{rows['used']:,} rows, {rows['tokens']:,} tokens, {rows['label_tokens']:,} of them label tokens",
+        ),
         ("cut to max_length", f"{rows['cut']:,}"),
     ]
     if rows["beyond"]:
@@ -101,7 +104,7 @@ def _row_lines(recipe: Mapping[str, Any], rows: Mapping[str, Any]) -> list[tuple
 
 
 def _selection(chosen: Mapping[str, Any]) -> str:
-    """What the selection that a training file comes from did."""
+    """The selection that wrote a training file, as Markdown."""
     settings = ", ".join(f"{name} {value}" for name, value in chosen["settings"].items() if name != "pool")
     lines = [
         ("method", str(chosen["method"])),
@@ -139,7 +142,7 @@ def _training_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("optimiser steps", f"{facts['steps']:,}"),
         ("trained rows", f"{tokens['trained_rows']:,}"),
-        ("trained tokens", f"{tokens['trained_tokens']:,}, {tokens['trained_label_tokens']:,} of them learnt"),
+        ("trained tokens", f"{tokens['trained_tokens']:,}, {tokens['trained_label_tokens']:,} of them label tokens"),
         ("forward tokens, scoring included", f"{tokens['forward_tokens']:,}"),
         ("mean training loss", "-" if loss is None else f"{loss:.4f}"),
         ("seconds", f"{facts['seconds']:.1f}"),

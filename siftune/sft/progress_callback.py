@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a bar's steps and one line per line of the trainer's log."""
+"""The progress of a training run: the steps of a progress bar, and one line per line of the trainer's log."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers import TrainerCallback
 from ..engines.shard import Progress
 
 
-class Shown(TrainerCallback):
-    """Moves `progress`, where there is one, a step at a time, and hands the log's numbers to `told` as a line."""
+class ProgressCallback(TrainerCallback):
+    """Advances `progress`, if any, by one per step, and passes the log's numbers to `on_event` as a line."""
 
-    def __init__(self, progress: Progress | None, told: Callable[[str], None]) -> None:
+    def __init__(self, progress: Progress | None, on_event: Callable[[str], None]) -> None:
         self._progress = progress
-        self._told = told
+        self._on_event = on_event
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is not None:
@@ -30,7 +30,7 @@ class Shown(TrainerCallback):
         if logs and "loss" in logs:
             rate = f"  learning rate {logs['learning_rate']:.3g}" if "learning_rate" in logs else ""
             kept = f"  kept {logs['sift/kept_fraction']:.0%}" if "sift/kept_fraction" in logs else ""
-            self._told(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}{rate}{kept}")
+            self._on_event(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}{rate}{kept}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is not None:

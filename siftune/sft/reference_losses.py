@@ -1,8 +1,8 @@
-"""The losses of a trainer's rows under a reference model, made once, for RHO-Loss (arXiv 2206.07137).
+"""The losses of a trainer's rows under a reference model, computed once, for RHO-Loss (arXiv 2206.07137).
 
 Rows go through the trainer's own data preparation and collator and are named by `token_id`, so the table fits whatever
-order, batch or epoch they come in later. Work is done in parts of 512 rows, written under a temporary name and renamed;
-an interrupted run goes on where it stopped and gives the same file. Cost: one forward of the reference model per row.
+order, batch or epoch they come in later. Losses are computed in parts of 512 rows, written under a temporary name and
+renamed; an interrupted run resumes and gives the same file. Cost: one forward of the reference model per row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PART = 512
 CHUNK = 32
 """Rows collated together."""
 NOTE = "made-by.json"
-"""Which model made the parts: the mark of their folder."""
+"""Which model computed the parts; its presence marks their folder."""
 PARTS = (NOTE, "part-*.parquet", ".*.siftune-tmp")
 
 _SCHEMA = pa.schema(
@@ -54,8 +54,8 @@ def reference_losses(
 
     `out` (default `OUTPUT_DIR/siftune/reference.parquet`) ends in `.parquet` (columns `row`, `token_id` in hex, `loss`
     or null, `tokens`, `reason`) or `.safetensors` (`token_id` uint8 `(n, 16)`, `loss` float64 `(n,)`, NaN without one).
-    `score_tokens` bounds the padded tokens of one forward pass. A finished table is made again; an interrupted one goes
-    on. Raises `UserError` for iterable data, for a collator that merges rows, and for another ending of `out`.
+    `score_tokens` bounds the padded tokens of one forward pass. A finished table is computed again; an interrupted one is
+    resumed. Raises `UserError` for iterable data, for a collator that merges rows, and for another ending of `out`.
 
     >>> table = siftune.reference_losses(trainer, ref_model)
     >>> siftune.attach(trainer, siftune.RhoLoss(keep="1/8", reference=table))
@@ -68,7 +68,7 @@ def reference_losses(
     dataset, collate = loader.dataset, loader.collate_fn
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise UserError(
-            "the training set is iterable and has no length, so no table can be made; pass ref_model itself"
+            "the training set is iterable and has no length, so no table can be written; pass ref_model itself"
         )
     folder = path.with_name(path.name + ".parts")
     _begin(folder, ref_model, len(dataset))
@@ -90,8 +90,8 @@ def reference_losses(
 
 
 def _begin(folder: Path, model: torch.nn.Module, rows: int) -> None:
-    """Keep the parts of an interrupted run only where they were made by this model. Raises `UserError` for a folder of
-    the user's."""
+    """Keep the parts of an interrupted run only where this model computed them. Raises `UserError` for a folder that
+    siftune did not write."""
     made_by = {"model": _fingerprint(model), "rows": rows}
     note = folder / NOTE
     if note.is_file():
@@ -107,7 +107,7 @@ def _begin(folder: Path, model: torch.nn.Module, rows: int) -> None:
 
 
 def _holds(part: Path, names: list[str]) -> bool:
-    """Whether a part is there, sound, and of these rows."""
+    """Whether a part exists, is undamaged, and holds these rows."""
     try:
         return part.is_file() and read_checked(part, way_out="")["token_id"].to_pylist() == names
     except UserError:
@@ -140,11 +140,11 @@ def _measured(
 ) -> pa.Table:
     columns: dict[str, list[Any]] = {"row": list(rows), "token_id": names, "loss": [], "tokens": [], "reason": []}
     for batch in batches:
-        found = method.measure(model, batch)
-        for index, loss in enumerate(found.columns["loss"].tolist()):
-            columns["loss"].append(None if index in found.reasons else loss)
-            columns["reason"].append(found.reasons.get(index))
-        columns["tokens"].extend(found.columns["tokens"].tolist())
+        measured = method.measure(model, batch)
+        for index, loss in enumerate(measured.columns["loss"].tolist()):
+            columns["loss"].append(None if index in measured.reasons else loss)
+            columns["reason"].append(measured.reasons.get(index))
+        columns["tokens"].extend(measured.columns["tokens"].tolist())
     return pa.table(columns, schema=_SCHEMA)
 
 

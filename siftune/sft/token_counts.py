@@ -1,9 +1,9 @@
-"""What a training run cost, counted where it happens: rows, tokens, learnt tokens, loss, seconds; it outlives a kill.
+"""The cost of a training run: rows, tokens, label tokens, loss and seconds, kept over interruptions.
 
-`Tally` binds itself to a live trainer around two public methods: `get_batch_samples` once below the selection (every call:
-candidates, then the kept rows again) and once above it (what is trained on), and `training_step` for the loss. The counts
-go into every checkpoint (`siftune/tally.json`) and come back from the one that a run resumes from. `stop_at` ends training
-at the first optimiser step that reaches a number of trained tokens. Cost: two sums a micro-batch.
+`TokenCounts` wraps two public methods of a live trainer: `get_batch_samples` once below the selection (every call:
+candidates, then the kept rows again) and once above it (what is trained on), and `training_step` for the loss. The totals
+are written into every checkpoint (`siftune/tally.json`) and read from the one that a run resumes from. `stop_at` ends
+training at the first optimiser step that reaches a number of trained tokens. Cost: two sums per micro-batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IGNORED = -100
 
 
 @dataclass
-class Counts:
+class Totals:
     """Totals since the start of training."""
 
     trained_rows: int = 0
@@ -34,14 +34,14 @@ class Counts:
     """Real (non-padding) tokens of the rows that were back-propagated."""
     trained_label_tokens: int = 0
     candidates: int = 0
-    """Rows that were read; without a selection those that were trained on."""
+    """Rows that the selection chose from; without a selection the trained rows."""
     scored_tokens: int = 0
-    """Real tokens of the candidates that went forward to be scored."""
+    """Real tokens of the forward passes that score candidates."""
     loss: float = 0.0
     """Sum over optimiser steps of the step's loss."""
     steps: int = 0
     seconds: float = 0.0
-    """From the start of training to its end, interruptions left out."""
+    """From the start of training to its end, without interruptions."""
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -61,26 +61,26 @@ class Counts:
 
 
 @dataclass(eq=False)
-class Tally:
-    """Counts of one trainer; a callback to give to it, then `below` and `above` around `siftune.attach`."""
+class TokenCounts:
+    """Counts of one trainer: add its callbacks to it, and call `below` before and `above` after `siftune.attach`."""
 
     stop_at: Mapping[str, int] | None = None
-    counts: Counts = field(default_factory=Counts)
+    totals: Totals = field(default_factory=Totals)
     _loss: Any = None
-    """Of the steps since the counts were last closed, on the trainer's device: no synchronisation a step."""
+    """Sum over the steps since the last `close`, on the trainer's device, so that no step synchronises."""
     _began: float = 0.0
     _below: tuple[int, int] = (0, 0)
     """Rows and tokens that the trainer has collated for the step so far."""
 
     @property
     def reached(self) -> bool:
-        """Whether the number of tokens to stop at is there."""
-        return any(getattr(self.counts, name) >= wanted for name, wanted in (self.stop_at or {}).items())
+        """Whether the number of tokens to stop at is reached."""
+        return any(getattr(self.totals, name) >= limit for name, limit in (self.stop_at or {}).items())
 
     # --- bound to a trainer -----------------------------------------------------------------------------------------
 
     def below(self, trainer: Any) -> None:
-        """Count what the trainer's own method hands out; before a selector is attached."""
+        """Count what the trainer's own method returns; call before a selector is attached."""
         previous = trainer.get_batch_samples
 
         def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ class Tally:
         trainer.get_batch_samples = get_batch_samples
 
     def above(self, trainer: Any, selector: Any) -> None:
-        """Count what is trained on, and the loss; after a selector (or None) is attached."""
+        """Count what is trained on, and the loss; call after a selector (or None) is attached."""
         selected, step = trainer.get_batch_samples, trainer.training_step
 
         def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
@@ -103,52 +103,52 @@ class Tally:
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             loss = step(*args, **kwargs)
-            found = loss.detach().double() if loss.device.type != "mps" else loss.detach()
-            self._loss = found if self._loss is None else self._loss + found
+            step_loss = loss.detach().double() if loss.device.type != "mps" else loss.detach()
+            self._loss = step_loss if self._loss is None else self._loss + step_loss
             return loss
 
         trainer.get_batch_samples, trainer.training_step = get_batch_samples, training_step
 
     def _count(self, batches: Any, selector: Any, step: int) -> None:
         rows, tokens, labels = _sizes(batches)
-        counts = self.counts
-        counts.trained_rows += rows
-        counts.trained_tokens += tokens
-        counts.trained_label_tokens += labels
+        totals = self.totals
+        totals.trained_rows += rows
+        totals.trained_tokens += tokens
+        totals.trained_label_tokens += labels
         if selector is None:
-            counts.candidates += rows
+            totals.candidates += rows
             return
-        counts.candidates += self._below[0] - rows
+        totals.candidates += self._below[0] - rows
         if selector.needs_forward and step >= selector.start_step:
-            counts.scored_tokens += self._below[1] - tokens
+            totals.scored_tokens += self._below[1] - tokens
 
     def close(self) -> None:
-        """Bring loss and seconds up to now."""
+        """Update loss and seconds to the present."""
         if self._loss is not None:
-            self.counts.loss += float(self._loss)
+            self.totals.loss += float(self._loss)
             self._loss = None
         now = time.perf_counter()
-        self.counts.seconds += now - self._began
+        self.totals.seconds += now - self._began
         self._began = now
 
     # --- over interruptions -----------------------------------------------------------------------------------------
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Start, or take back what the checkpoint to resume from has counted."""
+        """Start from zero, or from the totals of the checkpoint to resume from."""
         self._began = time.perf_counter()
         if checkpoint is not None:
             path = _file(checkpoint)
             check(checkpoint, path.name)
             try:
-                self.counts = Counts(**json.loads(path.read_text(encoding="utf-8")))
+                self.totals = Totals(**json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError) as error:
                 raise damaged(path) from error
 
     def save(self, checkpoint: Path) -> None:
-        """Into a checkpoint."""
+        """Write the totals into a checkpoint."""
         self.close()
         with atomic_path(_file(checkpoint)) as temporary:
-            temporary.write_text(json.dumps(asdict(self.counts)) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(asdict(self.totals)) + "\n", encoding="utf-8")
 
     def callbacks(self) -> tuple[TrainerCallback, TrainerCallback]:
         """The first belongs before the selector's own callback, the second after it."""
@@ -156,14 +156,14 @@ class Tally:
 
 
 class _Counting(TrainerCallback):
-    """Steps are counted, the end is called, counts go into checkpoints."""
+    """Counts steps, stops training at the limit, and writes the totals into checkpoints."""
 
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
+    def __init__(self, token_counts: TokenCounts) -> None:
+        self._token_counts = token_counts
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tally.counts.steps = state.global_step
-        if self._tally.reached:
+        self._token_counts.totals.steps = state.global_step
+        if self._token_counts.reached:
             control.should_training_stop = True
         _no_last_checkpoint(args, control)
 
@@ -171,11 +171,11 @@ class _Counting(TrainerCallback):
         _no_last_checkpoint(args, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tally.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._token_counts.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class _Completing(TrainerCallback):
-    """Marks a checkpoint as whole once everything is in it, where no selector does."""
+    """Marks a checkpoint as complete once everything is in it, where no selector does."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -194,8 +194,8 @@ def _file(checkpoint: Path) -> Path:
 
 
 def _sizes(batches: Any) -> tuple[int, int, int]:
-    """Rows (or segments), real tokens and label tokens of some micro-batches. Rows without a label token are not counted."""
-    rows = tokens = learnt = 0
+    """Rows (or segments), real tokens and label tokens of micro-batches. Rows without a label token are not counted."""
+    rows = tokens = labelled = 0
     for batch in batches:
         ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
         if (layout := layout_of(batch)).packed and isinstance(labels, torch.Tensor):
@@ -205,12 +205,12 @@ def _sizes(batches: Any) -> tuple[int, int, int]:
             ]
             rows += sum(count > 0 for _, count in per_segment)
             tokens += sum(size for size, count in per_segment if count > 0)
-            learnt += sum(count for _, count in per_segment)
+            labelled += sum(count for _, count in per_segment)
             continue
-        wanted = (labels != IGNORED).sum(dim=1) if isinstance(labels, torch.Tensor) else torch.zeros(len(ids))
+        label_counts = (labels != IGNORED).sum(dim=1) if isinstance(labels, torch.Tensor) else torch.zeros(len(ids))
         real = mask.sum(dim=1) if isinstance(mask, torch.Tensor) else torch.full((len(ids),), ids.shape[1])
-        counted = wanted > 0
+        counted = label_counts > 0
         rows += int(counted.sum())
         tokens += int(real[counted].sum())
-        learnt += int(wanted.sum())
-    return rows, tokens, learnt
+        labelled += int(label_counts.sum())
+    return rows, tokens, labelled

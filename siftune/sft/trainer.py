@@ -1,11 +1,11 @@
 """A recipe becomes a live `trl.SFTTrainer`, its selector attached: checked first, weights last.
 
-    prepare      every mistake of the user's: keys, files, model folder, template, budget; no weight is read
-    Prepared     what was found; `.trainer(output_dir)` loads the weights and builds the trainer
+    prepare      checks all that the user configures: keys, files, model folder, template, budget; no weight is read
+    Prepared     the result; `.trainer(output_dir)` loads the weights and builds the trainer
     build_trainer  both at once
 
-The trainer gets rows that are tokens already (`siftune.sft.dataset`), so what is learnt is decided in one place, and the
-same on every trl. Cost: importing trl once, the rows' tokens once per content, the weights.
+The trainer gets rows that are tokens already (`siftune.sft.dataset`), so which tokens have labels is decided in one place
+for every version of trl. Cost: importing trl once, the rows' tokens once per content, the weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .adapters import ADAPTER, is_adapter
 from .configs import lora_config, quantization_config, sft_config
 from .dataset import TrainingRows, tokenizer_key, training_rows
 from .recipe import Recipe
-from .token_counts import Tally
+from .token_counts import TokenCounts
 
 
 def build_trainer(recipe: Recipe, output_dir: str | Path) -> Any:
@@ -69,7 +69,7 @@ class Prepared:
 
     @cached_property
     def rows(self) -> TrainingRows:
-        """The training rows as tokens, made on first use."""
+        """The training rows as tokens, tokenised on first use."""
         return self._tokens(self.pool, self.recipe.max_rows)
 
     def _tokens(self, pool: Pool, max_rows: int | None = None) -> TrainingRows:
@@ -84,28 +84,33 @@ class Prepared:
         )
 
     def trainer(
-        self, output_dir: str | Path, *, tally: Tally | None = None, network: Any = None, quiet: bool = True
+        self,
+        output_dir: str | Path,
+        *,
+        token_counts: TokenCounts | None = None,
+        network: Any = None,
+        quiet: bool = True,
     ) -> Any:
-        """The trainer. `tally` is bound to it; `network` is used instead of loading the recipe's weights; without `quiet`
-        the line of `siftune.attach` is said."""
+        """The trainer. `token_counts` counts on it; `network` is used instead of loading the recipe's weights; without
+        `quiet` the line of `siftune.attach` is printed."""
         recipe, dataset = self.recipe, self.rows.dataset
         arguments = sft_config(recipe, output_dir)
         selector = checked_selector(recipe, arguments)
-        counting: tuple[Any, ...] = () if tally is None else tally.callbacks()
+        counting: tuple[Any, ...] = () if token_counts is None else token_counts.callbacks()
         with random_state_kept():  # trl and transformers seed the global generators
-            made = self._made(arguments, dataset, counting[:1], network)
-        if tally is not None:
-            tally.below(made)
+            trainer = self._build(arguments, dataset, counting[:1], network)
+        if token_counts is not None:
+            token_counts.below(trainer)
         if selector is not None:
             from ..hook.attach import attach
 
-            attach(made, selector, quiet=quiet)
-        if tally is not None:
-            tally.above(made, selector)
-            made.add_callback(counting[-1])
-        return made
+            attach(trainer, selector, quiet=quiet)
+        if token_counts is not None:
+            token_counts.above(trainer, selector)
+            trainer.add_callback(counting[-1])
+        return trainer
 
-    def _made(self, arguments: Any, dataset: Any, callbacks: Any, network: Any) -> Any:
+    def _build(self, arguments: Any, dataset: Any, callbacks: Any, network: Any) -> Any:
         from transformers import PrinterCallback, ProgressCallback, set_seed
         from trl import SFTTrainer  # type: ignore[attr-defined]
 
@@ -114,7 +119,7 @@ class Prepared:
         held_out = {name: self._tokens(pool).dataset for name, pool in self.held_out.items()}
         with quiet():
             try:
-                made = SFTTrainer(
+                trainer = SFTTrainer(
                     model=load_model(self.recipe, self.folder) if network is None else network,
                     args=arguments,
                     train_dataset=dataset,
@@ -126,8 +131,8 @@ class Prepared:
             except (ValueError, TypeError) as error:
                 raise UserError(f"trl refuses the recipe: {shortened(error, 300)}") from error
         for callback in (PrinterCallback, ProgressCallback):
-            made.remove_callback(callback)
-        return made
+            trainer.remove_callback(callback)
+        return trainer
 
 
 def prepare(recipe: Recipe, *, cache: str | Path | None = None) -> Prepared:
@@ -180,7 +185,7 @@ def model_folder(model: str) -> Path:
 
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
         raise UserError(
-            f"model={model!r} is an adapter for {base}; give that model, or merge the adapter into it first "
+            f"model={model!r} is an adapter for {base}; pass that model, or merge the adapter into it first "
             "(siftune.sft.adapters)"
         )
     return folder
@@ -190,8 +195,10 @@ def load_model(recipe: Recipe, folder: Path) -> Any:
     """The recipe's model with its head, on the CPU unless quantised. Raises `UserError` where it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
-    said = Path(recipe.model).expanduser()
-    name = str(said.absolute()) if said.is_dir() else recipe.model  # what an adapter will call its base
+    local_path = Path(recipe.model).expanduser()
+    name = (
+        str(local_path.absolute()) if local_path.is_dir() else recipe.model
+    )  # the base's name in the adapter's configuration
     options: dict[str, Any] = {"dtype": "float32" if recipe.peft is None else "auto", **recipe.model_kwargs}
     if (quantized := quantization_config(recipe)) is not None:
         options["quantization_config"] = quantized
@@ -202,7 +209,7 @@ def load_model(recipe: Recipe, folder: Path) -> Any:
 
 
 def checked_selector(recipe: Recipe, arguments: Any) -> OnlineMethod | None:
-    """The recipe's selector, its budget held against the batch, or None. Raises `UserError`."""
+    """The recipe's selector, its budget checked against the batch, or None. Raises `UserError`."""
     if recipe.online is None:
         return None
     online = dict(recipe.online)

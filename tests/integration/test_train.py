@@ -212,7 +212,7 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(said: Callable[..., Recipe
     (folder / "checkpoint-4" / "model.safetensors").write_bytes(b"cut")
     (Path("run") / "model" / "model.safetensors").unlink()
     heard: list[str] = []
-    again = tune(recipe, TuneOptions(run="run"), told=heard.append)
+    again = tune(recipe, TuneOptions(run="run"), on_event=heard.append)
     assert "resuming from run/checkpoints/checkpoint-2" in heard
     assert sum(line.startswith("step ") for line in heard) == 4
     assert again.manifest["tokens"] == whole.manifest["tokens"]
@@ -286,9 +286,9 @@ def test_tokens_are_made_once_per_content(said: Callable[..., Recipe], monkeypat
     assert other.folder != first.folder
     few = prepare(said(max_rows=10)).rows
     assert (few.meta["rows"], few.meta["beyond"], len(few.dataset)) == (10, 30, 10)
-    tokens, learnt, cut = first.lengths()
+    tokens, label_tokens, cut = first.lengths()
     assert [len(row["input_ids"]) for row in first.dataset] == tokens.tolist()
-    assert [sum(label != -100 for label in row["labels"]) for row in first.dataset] == learnt.tolist()
+    assert [sum(label != -100 for label in row["labels"]) for row in first.dataset] == label_tokens.tolist()
     whole = Encoder(tiny_tokenizer(), "auto", 10_000)
     assert cut.tolist() == [len(whole(row).input_ids) > 64 for row in load_pool("pool.jsonl").read(range(40))]
     assert 0 < sum(cut.tolist()) < 40
@@ -382,13 +382,13 @@ def test_a_base_of_four_bits_is_scored_and_its_adapter_trained(said: Callable[..
         ({"sft": {"learning_rat": 1}}, "sft.learning_rat is no key of trl.SFTConfig; did you mean learning_rate?"),
         ({"sft": {"max_steps": "many"}}, "sft.max_steps: 'many' is not a whole number"),
         ({"sft": {"lr_scheduler_type": "cosin"}}, "sft: .*cosin.* is not a valid SchedulerType"),
-        ({"sft": {"output_dir": "x"}}, "sft.output_dir has no place in a recipe: the run folder holds it"),
-        ({"sft": {"save_only_model": True}}, "sft.save_only_model has no place in a recipe: a run goes on from its"),
+        ({"sft": {"output_dir": "x"}}, "sft.output_dir is not allowed in a recipe: the run folder holds it"),
+        ({"sft": {"save_only_model": True}}, "sft.save_only_model is not allowed in a recipe: a run resumes from its"),
         ({"sft": {"assistant_only_loss": True}}, "sft.assistant_only_loss has no place"),
         ({"sft": {"packing": True}, "online": {"method": "uds", "keep": 1}}, "sft.packing joins rows"),
         ({"sft": {"padding_free": True}}, "sft.padding_free joins rows"),
         ({"peft": {"rank": 8}}, "peft.rank is no key of peft.LoraConfig; did you mean rank_pattern?"),
-        ({"peft": {"r": 0}}, "peft.r=0 gives an adapter of no rank"),
+        ({"peft": {"r": 0}}, "peft.r must be >= 1, got 0"),
         ({"peft": {"r": "eight"}}, "peft.r: 'eight' is not a whole number"),
         (
             {"online": {"method": "uds", "keep": 5}},

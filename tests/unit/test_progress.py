@@ -24,7 +24,7 @@ from siftune.errors import UserError
 from siftune.evaluation.held_out import Encoded, measure
 from siftune.models.journal import Journal, Journaled
 from siftune.progress import VARIABLE, ProgressLines, counted, current, doing
-from siftune.sft.progress_callback import Shown
+from siftune.sft.progress_callback import ProgressCallback
 from siftune.study.schedule import Task, run_tasks
 from tests.faults.inputs import inter, write_inputs
 from tests.hostile import hostile
@@ -236,7 +236,7 @@ def test_a_training_names_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_steps_count(lines: ProgressLines, clock: Clock) -> None:
-    shown = Shown(lines, lambda line: None)
+    shown = ProgressCallback(lines, lambda line: None)
     state: Any = SimpleNamespace(max_steps=10, global_step=0)
     shown.on_train_begin(None, state, None)
     clock.now += 4

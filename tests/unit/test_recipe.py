@@ -106,9 +106,9 @@ def test_merging_is_key_by_key(below: dict[str, Any], above: dict[str, Any]) -> 
         ({**BASE, "on_bad_row": "drop"}, "on_bad_row: drop is not one of error, skip"),
         ({**BASE, "max_rows": 0}, "max_rows: 0 is not a whole number of at least 1"),
         ({**BASE, "seed": "x"}, "seed: 'x' is not a whole number"),
-        ({**BASE, "stop_at": {"tokens": 5}}, "stop_at holds tokens; give one of trained_tokens"),
+        ({**BASE, "stop_at": {"tokens": 5}}, "stop_at holds tokens; set one of trained_tokens"),
         ({**BASE, "stop_at": {"trained_tokens": 0}}, "stop_at.trained_tokens: 0 is not a whole number of at least 1"),
-        ({**BASE, "preset": "dar-paper"}, "preset: dar-paper is not known; give one of daar-paper, uds-paper"),
+        ({**BASE, "preset": "dar-paper"}, "preset: dar-paper is not known; choose one of daar-paper, uds-paper"),
         ({**BASE, "train": [[]]}, "train: \\[\\] is not a path"),
         ({**BASE, "eval": {"a": 3}}, "eval.a: 3 is not a path"),
     ],
@@ -143,7 +143,7 @@ def test_files_that_are_no_recipe_are_told(tmp_path: Path) -> None:
 
 def test_max_length_must_leave_something() -> None:
     for length in (1, True, "512", None):
-        with pytest.raises(UserError, match=r"sft.max_length=.* leaves nothing to learn"):
+        with pytest.raises(UserError, match=r"sft.max_length=.* leaves no label token"):
             _ = Recipe.read({**BASE, "sft": {"max_length": length}}).max_length
 
 

@@ -24,7 +24,7 @@ from siftune.online.simple import Random
 from siftune.records import RowScores
 from tests import packed
 from tests.trainers import Drifting
-from tests.unit.test_attach_deal import batch_of, real_rows
+from tests.unit.test_hook_parts import batch_of, real_rows
 
 
 class Meeting:

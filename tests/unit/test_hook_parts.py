@@ -23,7 +23,7 @@ from siftune.hook.ledger import Ledger
 from siftune.hook.rebalance import build_batches, rebalance
 from siftune.hook.row_index import index_rows
 from siftune.online.token_id import token_ids
-from siftune.sft.token_counts import Tally
+from siftune.sft.token_counts import TokenCounts
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import Drifting, rows
 
@@ -39,7 +39,7 @@ def batch_of(lengths: list[int], *, left: bool = False, width: int | None = None
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def deal(batches: list[Any], kept: torch.Tensor, padding: Padding) -> list[Any]:
+def rebalanced(batches: list[Any], kept: torch.Tensor, padding: Padding) -> list[Any]:
     """The kept rows of an accumulation window over its micro-batches, in a world of one."""
     origins = [(0, micro, row) for micro, batch in enumerate(batches) for row in range(len(batch["input_ids"]))]
     plan = rebalance([(0, micro) for micro in range(len(batches))], [origins[index] for index in kept.tolist()])
@@ -109,31 +109,31 @@ class TestDeal:
         everything = real_rows(batches)
         count = int(draw.integers(1, sum(sizes) + 1))
         kept = torch.tensor(sorted(draw.choice(sum(sizes), size=count, replace=False).tolist()))
-        dealt = deal(batches, kept, Padding(left=True))
-        assert len(dealt) == len(batches)
-        full = [one for one in dealt if (one["labels"] != -100).any()]
+        result = rebalanced(batches, kept, Padding(left=True))
+        assert len(result) == len(batches)
+        full = [one for one in result if (one["labels"] != -100).any()]
         assert real_rows(full) == [everything[index] for index in kept.tolist()]
         counts = [len(one["input_ids"]) for one in full]
         assert max(counts) - min(counts) <= 1
         assert len(full) == min(count, len(batches))
         for one in full:
             assert (one["labels"] != -100).sum() == real_tokens(one).sum()
-        for blank in dealt[len(full) :]:
-            assert blank["input_ids"].shape[0] == 1
-            assert real_tokens(blank).all()
+        for dummy in result[len(full) :]:
+            assert dummy["input_ids"].shape[0] == 1
+            assert real_tokens(dummy).all()
 
     def test_columns_without_rows_and_lists_of_rows(self) -> None:
         one = {**batch_of([3, 4]), "names": ["a", "b"], "scale": 2.0, "flag": torch.tensor(1)}
         two = {**batch_of([2, 6]), "names": ["c", "d"], "scale": 2.0, "flag": torch.tensor(1)}
-        first, second = deal([one, two], torch.tensor([1, 2, 3]), Padding())
+        first, second = rebalanced([one, two], torch.tensor([1, 2, 3]), Padding())
         assert first["names"] == ["b", "c"]
         assert second["names"] == ["d"]
         assert first["scale"] == 2.0
         assert first["flag"].item() == 1
 
-    def test_blanks_leave_the_candidates_alone(self) -> None:
+    def test_dummy_batches_leave_the_candidates_alone(self) -> None:
         batches = [batch_of([4]), batch_of([5])]
-        deal(batches, torch.tensor([0]), Padding())
+        rebalanced(batches, torch.tensor([0]), Padding())
         assert (batches[0]["labels"] != -100).all()
 
 
@@ -324,14 +324,14 @@ class TestDamage:
                 checkpoint.read(tmp_path, Drifting(keep=1))
 
     def test_damaged_counts_of_a_training_run_are_one_sentence(self, tmp_path: Path) -> None:
-        tally = Tally(None)
-        tally.save(tmp_path)
+        counts = TokenCounts(None)
+        counts.save(tmp_path)
         checkpoint.finish(tmp_path, step=7)
         path = tmp_path / "siftune" / "tally.json"
         for content in (path.read_bytes().replace(b'"steps": 0', b'"steps": 8'), b"{", b'{"a": 1}'):
             path.write_bytes(content)
             with pytest.raises(UserError, match=r"tally.json is damaged; delete"):
-                Tally(None).begin(tmp_path)
+                TokenCounts(None).begin(tmp_path)
 
 
 def flipped(content: bytes, place: int) -> bytes:

@@ -1,4 +1,4 @@
-"""A row as token ids and labels: what is learnt, to the token, in both forms and at every length."""
+"""A row as token ids and labels: which tokens have labels, exactly, in both forms and at every length."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ CHAT = Row(1, "", "…", "", "4 it is", TURNS)
 PLAIN = Row(2, "", "", "", "Once upon a time.")
 
 
-def learnt(tokenizer: object, row: Row, text: str, length: int = 400) -> tuple[str, str]:
-    """What is not learnt and what is, as text; and the shapes are right."""
+def split_by_label(tokenizer: object, row: Row, text: str, length: int = 400) -> tuple[str, str]:
+    """The text without labels and the text of the labels; shapes are checked."""
     ids, labels = answer_tokens(row, tokenizer, text=text, max_length=length)
     assert len(ids) == len(labels) <= length
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
@@ -45,24 +45,26 @@ def learnt(tokenizer: object, row: Row, text: str, length: int = 400) -> tuple[s
 
 
 def test_a_prompt_is_the_question_a_newline_the_answer_and_the_end() -> None:
-    assert learnt(tiny_tokenizer(), ALPACA, "prompt") == ("Add the numbers.\n1 + 1\n", "It is 2.<eos>")
+    assert split_by_label(tiny_tokenizer(), ALPACA, "prompt") == ("Add the numbers.\n1 + 1\n", "It is 2.<eos>")
 
 
 def test_auto_takes_the_template_where_there_is_one() -> None:
     expected = ("<|im_start|>user\nAdd the numbers.\n1 + 1<|im_end|>\n<|im_start|>assistant\n", "It is 2.<|im_end|>")
-    assert learnt(tiny_tokenizer(), ALPACA, "auto") == expected
-    assert learnt(tiny_tokenizer(), ALPACA, "chat") == expected
-    assert learnt(tiny_tokenizer(template=False), ALPACA, "auto") == learnt(tiny_tokenizer(), ALPACA, "prompt")
+    assert split_by_label(tiny_tokenizer(), ALPACA, "auto") == expected
+    assert split_by_label(tiny_tokenizer(), ALPACA, "chat") == expected
+    assert split_by_label(tiny_tokenizer(template=False), ALPACA, "auto") == split_by_label(
+        tiny_tokenizer(), ALPACA, "prompt"
+    )
 
 
 @pytest.mark.parametrize("template", [UNMARKED, REWRITING])
-def test_without_marks_the_last_answer_and_its_end_are_learnt(template: str) -> None:
+def test_without_marks_the_last_answer_and_its_end_have_labels(template: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    before, after = learnt(tokenizer, ALPACA, "chat")
+    before, after = split_by_label(tokenizer, ALPACA, "chat")
     assert after == "It is 2.<|im_end|>"
     assert before.endswith("1 + 1<|im_end|>\n<|im_start|>assistant\n")
-    before, after = learnt(tokenizer, CHAT, "chat")
+    before, after = split_by_label(tokenizer, CHAT, "chat")
     assert after == "4 it is<|im_end|>"
     assert "assistant\n2<|im_end|>" in before
 
@@ -76,8 +78,8 @@ def test_marks_and_no_marks_agree_to_the_token_on_one_turn() -> None:
         )
 
 
-def test_with_marks_every_answer_is_learnt() -> None:
-    before, after = learnt(tiny_tokenizer(), CHAT, "auto")
+def test_with_marks_every_answer_has_labels() -> None:
+    before, after = split_by_label(tiny_tokenizer(), CHAT, "auto")
     assert after == "2<|im_end|>4 it is<|im_end|>"
     assert before.startswith("<|im_start|>system\nBe brief.<|im_end|>")
 
@@ -85,19 +87,19 @@ def test_with_marks_every_answer_is_learnt() -> None:
 def test_a_template_without_a_system_turn_gets_it_in_the_users() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = NO_SYSTEM
-    before, after = learnt(tokenizer, CHAT, "chat")
+    before, after = split_by_label(tokenizer, CHAT, "chat")
     assert before.startswith("<|im_start|>user\nBe brief.\n\n1 + 1?<|im_end|>")
     assert after == "4 it is<|im_end|>"
 
 
 def test_messages_as_a_prompt_are_their_turns_and_the_last_answer() -> None:
     row = Row(4, "", "Be brief.\n1 + 1?", "", "2", (("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2")))
-    assert learnt(tiny_tokenizer(template=False), row, "prompt") == ("Be brief.\n1 + 1?\n", "2<eos>")
+    assert split_by_label(tiny_tokenizer(template=False), row, "prompt") == ("Be brief.\n1 + 1?\n", "2<eos>")
 
 
-def test_plain_text_is_learnt_but_for_its_first_token() -> None:
+def test_plain_text_has_labels_but_for_its_first_token() -> None:
     for text in ("auto", "prompt"):
-        assert learnt(tiny_tokenizer(), PLAIN, text) == ("O", "nce upon a time.<eos>")
+        assert split_by_label(tiny_tokenizer(), PLAIN, text) == ("O", "nce upon a time.<eos>")
     with pytest.raises(BadRow, match="no question"):
         answer_tokens(PLAIN, tiny_tokenizer(), text="chat", max_length=99)
 
@@ -116,10 +118,10 @@ def test_the_tokenizers_own_opening_stands_in_front_once() -> None:
     ids, _ = answer_tokens(ALPACA, tokenizer, text="chat", max_length=99)
     assert 2 not in ids
     assert 1 not in ids
-    assert learnt(tokenizer, PLAIN, "prompt") == ("<bos>", "Once upon a time.<eos>")
+    assert split_by_label(tokenizer, PLAIN, "prompt") == ("<bos>", "Once upon a time.<eos>")
 
 
-def test_a_token_that_would_grow_into_the_answer_is_not_learnt_as_a_part_of_it() -> None:
+def test_a_token_that_would_grow_into_the_answer_has_no_label() -> None:
     """Tokens before the answer are those of the question alone, also where the tokenizer would join both."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -163,11 +165,11 @@ def test_an_answer_that_the_template_rewrites_is_refused() -> None:
 
 
 @given(question=st.text(max_size=12), answer=st.text(min_size=1, max_size=12), text=st.sampled_from(["chat", "prompt"]))
-def test_any_text_is_learnt_whole_and_nothing_else(question: str, answer: str, text: str) -> None:
+def test_all_of_any_answer_has_labels_and_nothing_else(question: str, answer: str, text: str) -> None:
     question = "Q" + "".join(c for c in question if not "\ud800" <= c <= "\udfff")
     answer = "".join(c for c in answer if not "\ud800" <= c <= "\udfff") or "A"
     end = "<|im_end|>" if text == "chat" else "<eos>"
-    assert learnt(tiny_tokenizer(), Row(0, "", question, "", answer), text)[1] == answer + end
+    assert split_by_label(tiny_tokenizer(), Row(0, "", question, "", answer), text)[1] == answer + end
 
 
 def test_what_the_model_sees_when_asked_is_what_comes_before_the_answer() -> None:
