@@ -1,10 +1,10 @@
-"""The contract of a method as functions: what siftune's own methods are tested by, for a method of any package.
+"""The contract of a method as functions: the tests of siftune's own methods, for a method of any package.
 
     from siftune.testing import check_offline_method
     def test_my_method(): check_offline_method(MyMethod())
 
-Each raises AssertionError that says what does not hold. No pytest. Cost: seconds, on a pool of 120 short rows and a model
-of a few thousand weights, made on the spot.
+Each raises an AssertionError that names the broken rule. No pytest is needed. Cost: seconds, on a pool of 120 short rows and
+a model of a few thousand weights, both created in the call.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ LENGTHS = (12, 30, 7, 21, 3, 16)
 
 
 def check_offline_method(method: OfflineMethod, pool: Pool | None = None) -> None:
-    """Hold an offline method to the contract; `method` is an instance that is not fitted, and it stays so.
+    """Check an offline method against the contract; `method` is an unfitted instance and is left unfitted.
 
-    `pool` is one of your own, for a method that needs special rows; the default has 120 rows with a column `source`.
+    `pool` is for a method that needs special rows; the default has 120 rows with a column `source`.
     Raises AssertionError.
 
     >>> check_offline_method(DistinctWords(least=2))
@@ -82,10 +82,10 @@ def check_offline_method(method: OfflineMethod, pool: Pool | None = None) -> Non
         _budgets_are_nested(scores, pool)
         _task_survives_pickling(fitted, pool)
         for expected in ("computed", "reused"):
-            other = fresh()
-            engine = other.engine = LocalEngine(Store(Path(folder) / "shards"))
-            other.store = Store(Path(folder) / "fits")
-            through = other.fit(pool).score(pool)
+            with_engine = fresh()
+            engine = with_engine.engine = LocalEngine(Store(Path(folder) / "shards"))
+            with_engine.store = Store(Path(folder) / "fits")
+            through = with_engine.fit(pool).score(pool)
             assert through.values.tobytes() == values.tobytes(), "an engine with a cache gives other scores"
             assert getattr(engine, expected) > 0, f"the engine {expected} no shard: is the task's key stable?"
         if method.saves():
@@ -151,9 +151,9 @@ def _task_survives_pickling(fitted: OfflineMethod, pool: Pool) -> None:
 
 
 def check_online_method(method: OnlineMethod, model: PreTrainedModel | None = None) -> None:
-    """Hold an online method to the contract; `method` is an instance that has selected nothing, with `keep` of 2 rows.
+    """Check an online method against the contract; `method` is an instance that has selected nothing, with `keep` of 2 rows.
 
-    `model` is one of your own; the default is a Llama of a few thousand weights. Raises AssertionError.
+    `model` defaults to a Llama of a few thousand weights. Raises AssertionError.
 
     >>> check_online_method(MyLoss(keep=2))
     """
@@ -178,7 +178,7 @@ def check_online_method(method: OnlineMethod, model: PreTrainedModel | None = No
 
 
 def example_model() -> PreTrainedModel:
-    """A Llama of two layers and 32 numbers per token, on the CPU, the same weights each time."""
+    """A Llama of two layers and width 32, on the CPU, with the same weights each time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -205,7 +205,7 @@ def example_batch(seed: int = 0, *, extra: int = 0) -> dict[str, torch.Tensor]:
 
 
 def _plain(state: Mapping[str, Any]) -> str:
-    """A selector's state as text, which is possible for tensors and JSON values alone."""
+    """A selector's state as text, which only tensors and JSON values allow."""
     values = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
     return json.dumps(values, sort_keys=True)
 
@@ -230,12 +230,12 @@ def _scores_change_nothing(method: OnlineMethod, model: Any, batch: Mapping[str,
 
 
 def _selections_follow(fresh: Callable[..., OnlineMethod], model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
-    """`select` is measure, combine, choose, commit; it keeps `count` rows, ascending, and leaves a trace."""
+    """`select` is measure, combine, choose, commit; it keeps `count` rows, ascending, and changes the state."""
     method, steps = fresh(), fresh()
     for batch in batches:
         before = _plain(method.state_dict())
         kept = method.select(model, batch)
-        assert _plain(method.state_dict()) != before, "select leaves no trace in state_dict()"
+        assert _plain(method.state_dict()) != before, "select does not change state_dict()"
         chosen = kept.indices.tolist()
         assert chosen == sorted(set(chosen)), "indices are not ascending and distinct"
         assert len(chosen) == method.count(len(LENGTHS)), f"{len(chosen)} rows kept, not {method.count(len(LENGTHS))}"
@@ -257,10 +257,10 @@ def _model_is_left_alone(method: OnlineMethod, model: Any, batch: dict[str, torc
         flags = [(module.training, len(module._forward_hooks)) for module in model.modules()]
         return weights, flags, float(next(model.parameters()).grad.sum()), torch.get_rng_state().tolist()
 
-    before, given = facts(), {name: value.clone() for name, value in batch.items()}
+    before, copied = facts(), {name: value.clone() for name, value in batch.items()}
     method.select(model, batch)
     assert facts() == before, "select changes weights, gradients, training flags, hooks or the global random state"
-    assert all(torch.equal(batch[name], value) for name, value in given.items()), "select changes the batch"
+    assert all(torch.equal(batch[name], value) for name, value in copied.items()), "select changes the batch"
 
 
 def _state_travels(fresh: Callable[..., OnlineMethod], model: Any, batches: list[dict[str, torch.Tensor]]) -> None:

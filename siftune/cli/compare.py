@@ -40,12 +40,12 @@ class CompareOptions(Everywhere):
 
 def command() -> Command:
     """The options of `siftune compare`."""
-    own = options_of(CompareOptions)
+    compare_options = options_of(CompareOptions)
     return Command(
         "compare",
         "siftune compare STUDY.yaml [options]",
         "Methods x budgets x seeds at the same number of trained rows or tokens: table, intervals, figures.",
-        own,
+        compare_options,
         positional="study",
         fixed=(),
         examples=(
@@ -191,11 +191,13 @@ def _show(study: Study, done: Outcome) -> None:
     frame = done.frame
     value = main_value(frame.names)
     for group in groups_of(frame.arms):
-        by = {one.arm: one.found for one in frame.compared(group) if one.value == value}
+        difference_by_arm = {
+            comparison.arm: comparison.found for comparison in frame.compared(group) if comparison.value == value
+        }
         lines = []
         for arm in frame.arms:
             if arm.group in (group, None):
-                difference = interval(by[arm]).replace("**", "") if arm in by else "-"
+                difference = interval(difference_by_arm[arm]).replace("**", "") if arm in difference_by_arm else "-"
                 tokens = f"{frame.tokens(arm, 'trained_tokens').mean:,.0f}" if frame.of(arm, value) else "-"
                 lines.append((arm.label, len(frame.of(arm, value)), tokens, shown(frame.mean(arm, value)), difference))
         columns = (

@@ -69,5 +69,5 @@ def _show_plan(plan: Mapping[str, Any], *, as_json: bool, verbose: bool) -> None
         for name, about in plan["tasks"].items():
             count = "all" if about["questions"] is None else f"{about['questions']:,}"
             say(f"  {name}: {count} questions, {about['shots']} worked examples, from {about['source']}")
-        for name, held in plan["held_out"].items():
-            say(f"  held-out {name}: {held['rows']:,} rows")
+        for name, facts in plan["held_out"].items():
+            say(f"  held-out {name}: {facts['rows']:,} rows")

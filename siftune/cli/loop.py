@@ -12,12 +12,12 @@ def run(words: list[str]) -> int:
     from ..runs.loop import LoopOptions, loop
 
     method, words = which_method(words, command="loop") if words[:1] not in (["-h"], ["--help"]) else ("daar", words)
-    own = own_options(str(method))
+    method_options = own_options(str(method))
     command = Command(
         f"loop {method}",
         f"siftune loop {method} POOL... --model MODEL --recipe FILE | --tune COMMAND [options]",
         f"Choose rows with {method}, tune the model on them (by a recipe or your command), choose again with the tuned model.",
-        [*own, *options_of(LoopOptions)],
+        [*method_options, *options_of(LoopOptions)],
         positional="pool",
         examples=(
             f"siftune loop {method} pool.jsonl --model ./model --seeds seeds.jsonl --keep 10% --recipe recipe.yaml",
@@ -28,7 +28,7 @@ def run(words: list[str]) -> int:
     values = read(command, words)
     if values is None:
         return 0
-    settings = {option.name: values.pop(option.name) for option in own}
+    settings = {option.name: values.pop(option.name) for option in method_options}
     options = LoopOptions(**values)
     from ..screen import console
     from .terminal import progress, show_rounds

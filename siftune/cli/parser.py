@@ -78,7 +78,7 @@ class Command:
                 positional.append(word)
                 continue
             flag, has_value, value = word.partition("=")
-            option = self._known(flag)
+            option = self._option_named(flag)
             if option.is_switch:
                 if has_value:
                     raise UserError(f"{flag} is a switch and has no value, got {value!r}; remove it to turn it off")
@@ -89,7 +89,7 @@ class Command:
                 raise UserError(f"{flag} needs a value ({option.expects}); see {self.where} --help")
         return raw, positional
 
-    def _known(self, flag: str) -> Option:
+    def _option_named(self, flag: str) -> Option:
         named = [option for option in self.options if option.type != list[str]]
         for option in named:
             if flag == option.flag:

@@ -11,19 +11,19 @@ from .parser import Command
 
 
 def run(words: list[str]) -> int:
-    own = own_options("daar")
+    method_options = own_options("daar")
     command = Command(
         "plan",
         "siftune plan POOL... --model MODEL [options]",
         "Before a selection runs: rows, bad rows, tokens, time, memory, speed on this machine, cached results.",
-        [*own, *options_of(PlanOptions)],
+        [*method_options, *options_of(PlanOptions)],
         positional="pool",
         examples=("siftune plan pool.jsonl --model ./model",),
     )
     values = read(command, words)
     if values is None:
         return 0
-    settings = {option.name: values.pop(option.name) for option in own}
+    settings = {option.name: values.pop(option.name) for option in method_options}
     options = PlanOptions(**values)
     from ..runs.plan import plan
 

@@ -23,16 +23,18 @@ EXAMPLES = {
 """Example values of a method's options, for its help."""
 
 
-def select_command(method: str, own: Sequence[Option]) -> Command:
+def select_command(method: str, method_options: Sequence[Option]) -> Command:
     """The options of `siftune select METHOD`."""
     entry = registry.find("offline", method)
     groups = [options_of(cls) for cls in (Reading, Cutting, Running, Everywhere)]
-    arguments = "".join(f" {option.flag} {EXAMPLES[option.name]}" for option in own if option.name in EXAMPLES)
+    arguments = "".join(
+        f" {option.flag} {EXAMPLES[option.name]}" for option in method_options if option.name in EXAMPLES
+    )
     return Command(
         f"select {method}",
         f"siftune select {method} POOL... [options]",
         f"{method}: {entry.summary}\npaper: {entry.paper}; needs: {entry.needs}",
-        [*own, *(option for group in groups for option in group)],
+        [*method_options, *(option for group in groups for option in group)],
         positional="pool",
         examples=(
             f"siftune select {method} pool.jsonl{arguments} --keep 20% --out selected.jsonl",
@@ -47,11 +49,11 @@ def run(words: list[str]) -> int:
     if method is None:
         _select_overview()
         return 0
-    own = own_options(method)
-    values = read(select_command(method, own), words)
+    method_options = own_options(method)
+    values = read(select_command(method, method_options), words)
     if values is None:
         return 0
-    settings = {option.name: values.pop(option.name) for option in own}
+    settings = {option.name: values.pop(option.name) for option in method_options}
     options = SelectOptions(**values)
     from ..runs.select import select
     from .terminal import progress

@@ -163,8 +163,8 @@ def _summary(shown: Any, done: Any, options: TuneOptions) -> None:
     ]
     for name, text in lines:
         shown.line(f"  {name:<10}{text}")
-    if held := manifest.get("held_out"):
-        held_lines = [
+    if held_out := manifest.get("held_out"):
+        held_out_lines = [
             (
                 name,
                 f"{facts['loss']:.4f}",
@@ -172,11 +172,11 @@ def _summary(shown: Any, done: Any, options: TuneOptions) -> None:
                 f"{facts['rows']:,}",
                 f"{facts['tokens']:,}",
             )
-            for name, facts in held.items()
+            for name, facts in held_out.items()
         ]
         shown.print()
         shown.print(
-            table("", ("held out", "loss", "token accuracy", "rows", "tokens"), held_lines, numbers=(1, 2, 3, 4))
+            table("", ("held out", "loss", "token accuracy", "rows", "tokens"), held_out_lines, numbers=(1, 2, 3, 4))
         )
     shown.print()
     show_stages(shown, manifest)

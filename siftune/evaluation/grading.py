@@ -1,7 +1,7 @@
-"""Is what the model wrote right? One small function per kind of answer: text in, 1.0 or 0.0 out.
+"""Grades of generated answers. One small function per kind of answer: text in, 1.0 or 0.0 out.
 
-Numbers and short answers are compared after tidying, MATH's as LaTeX text: two ways of writing one value that tidying
-does not unite count as different, so the share of right answers is a lower bound. Code counts when it passes its tests.
+Numbers and short answers are compared after normalisation, MATH's as LaTeX text: two ways of writing one value that
+normalisation does not unify count as different, so the accuracy is a lower bound. Code counts when it passes its tests.
 
     tidy("The Danube!") == "danube",    tidy_math(r"\\dfrac34") == tidy_math(r"\\frac{3}{4}")
 """
@@ -27,9 +27,9 @@ class Failed(float):
 
     def __new__(cls, reason: str) -> Self:
         """A grade of 0.0."""
-        made = super().__new__(cls, 0.0)
-        made.reason = reason
-        return made
+        grade = super().__new__(cls, 0.0)
+        grade.reason = reason
+        return grade
 
 
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+", re.ASCII)
@@ -37,8 +37,8 @@ NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+", re.
 
 def last_number(row: Mapping[str, Any], written: str) -> float:
     """The last number written equals the one after `####` in the row's `answer` (GSM8K)."""
-    said = number(written)
-    return float(said is not None and said == number(str(row["answer"]).rpartition("####")[2]))
+    answer = number(written)
+    return float(answer is not None and answer == number(str(row["answer"]).rpartition("####")[2]))
 
 
 def number(text: str) -> Decimal | None:
@@ -47,8 +47,8 @@ def number(text: str) -> Decimal | None:
     >>> number("so 1,250.0 in all.")
     Decimal('1250.0')
     """
-    found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    numbers = NUMBER.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
 # --- short answers ----------------------------------------------------------------------------------------------------
@@ -56,8 +56,8 @@ def number(text: str) -> Decimal | None:
 
 def short_answer(row: Mapping[str, Any], written: str) -> float:
     """Equal to any of the row's `answers` but for case, punctuation, articles and spaces (NQ, TriviaQA)."""
-    said = tidy(written)
-    return float(bool(said) and any(said == tidy(answer) for answer in row["answers"]))
+    tidied = tidy(written)
+    return float(bool(tidied) and any(tidied == tidy(answer) for answer in row["answers"]))
 
 
 def tidy(text: str) -> str:
@@ -76,30 +76,30 @@ def tidy(text: str) -> str:
 
 def boxed(row: Mapping[str, Any], written: str) -> float:
     r"""The last `\boxed{}` written, tidied, equals that of the row's `solution` (MATH)."""
-    said, known = last_boxed(written), last_boxed(str(row["solution"]))
-    if said is None or known is None:
+    answer, solution = last_boxed(written), last_boxed(str(row["solution"]))
+    if answer is None or solution is None:
         return 0.0
-    said, known = tidy_math(said), tidy_math(known)
-    if said == known:
+    answer, solution = tidy_math(answer), tidy_math(solution)
+    if answer == solution:
         return 1.0
-    values = [_value(text) for text in (said, known)]
+    values = [_value(text) for text in (answer, solution)]
     return float(None not in values and values[0] == values[1])
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}` or `\fbox{...}` with balanced braces; None without one.
+    r"""The content of the last `\boxed{...}` or `\fbox{...}` with balanced braces; None without one.
 
     >>> last_boxed(r"so \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
-    for found in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|[^\s{])", text))):
-        if found[1] != "{":
-            return found[1]
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|[^\s{])", text))):
+        if match[1] != "{":
+            return match[1]
         depth = 0
-        for place in range(found.end() - 1, len(text)):
+        for place in range(match.end() - 1, len(text)):
             depth += {"{": 1, "}": -1}.get(text[place], 0)
             if depth == 0:
-                return text[found.end() : place]
+                return text[match.end() : place]
     return None
 
 
@@ -133,20 +133,20 @@ def tidy_math(text: str) -> str:
     return _UNIT.sub("", text)
 
 
-def _spelt(found: re.Match[str]) -> str:
-    above, below = (part for part in found.groups() if part is not None)
+def _spelt(match: re.Match[str]) -> str:
+    above, below = (part for part in match.groups() if part is not None)
     return f"\\frac{{{above}}}{{{below}}}"
 
 
 def _value(text: str) -> Decimal | None:
     """The value of a plain number or a fraction of two, to 12 digits."""
-    found = re.fullmatch(r"\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}|(-?[\d.]+)", text)
+    match = re.fullmatch(r"\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}|(-?[\d.]+)", text)
     try:
-        if found is None:
+        if match is None:
             return None
-        if found[3] is not None:
-            return Decimal(found[3])
-        return round(Decimal(found[1]) / Decimal(found[2]), 12)
+        if match[3] is not None:
+            return Decimal(match[3])
+        return round(Decimal(match[1]) / Decimal(match[2]), 12)
     except (InvalidOperation, ZeroDivisionError):
         return None
 
@@ -155,12 +155,12 @@ def _value(text: str) -> Decimal | None:
 
 
 def completes_function(row: Mapping[str, Any], written: str) -> float:
-    """The row's `prompt` with what was written passes the row's `test` (HumanEval, pass@1). Runs the code."""
+    """The row's `prompt` with the written code passes the row's `test` (HumanEval, pass@1). Runs the code."""
     return _grade_of(f"{row['prompt']}{written}\n\n{row['test']}\n\ncheck({row['entry_point']})\n")
 
 
 def passes_tests(row: Mapping[str, Any], written: str) -> float:
-    """What was written passes every test of the row's `test_list` (MBPP, pass@1). Runs the code."""
+    """The written code passes every test of the row's `test_list` (MBPP, pass@1). Runs the code."""
     before = str(row.get("test_setup_code") or "").replace("\r\n", "\n")
     return _grade_of("\n".join([before, written, *row["test_list"]]) + "\n")
 
@@ -180,4 +180,4 @@ GRADES: dict[str, tuple[Grade, str, tuple[str, ...]]] = {
 """Ways of grading by name: the function, its metric's name, and the fields of a row that it reads."""
 
 RUN_PROGRAMS = ("completes_function", "passes_tests")
-"""Of these, the ways that run what the model wrote."""
+"""Those that run code that the model wrote."""

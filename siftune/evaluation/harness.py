@@ -1,9 +1,9 @@
-"""lm-evaluation-harness underneath: its tasks built by name, any tasks run, its results as ours.
+"""lm-evaluation-harness: its tasks built by name, any tasks run, its results as siftune's.
 
 The harness's `evaluate` does the work: batches, likelihoods, generation, chat templates. What siftune adds: rows are
 drawn by a seed over the whole task, a task's parts (MMLU's subjects) are pooled by question, and every question with its
 answer and grade can be read afterwards. No global random state is touched.
-Cost: the model's; the harness's index of its own tasks takes seconds to build, ours need none.
+Cost: the model's; the harness's index of its own tasks takes seconds to build, siftune's tasks need none.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What came of a task."""
+class TaskResult:
+    """The result of one task."""
 
     metrics: Mapping[str, Metric]
     questions: int
     prompts_cut: int
-    """Questions whose prompt was cut on the left to fit the model."""
+    """Questions whose prompt was truncated on the left to fit the model."""
     samples: list[dict[str, Any]] = field(repr=False, default_factory=list)
-    """Per question: prompt, what the model said (or the options' log-likelihoods), grades."""
+    """Per question: prompt, generated answer (or the options' log-likelihoods), grades."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +84,10 @@ def _manager() -> Any:
         return TaskManager()
 
 
-def check_known(name: str, *, own: Sequence[str]) -> None:
+def check_known(name: str, *, own_tasks: Sequence[str]) -> None:
     """Raise `UserError` for a task that neither siftune nor the harness has."""
     if name not in (known := _manager().all_tasks):
-        raise UserError(f"task {name} is none of siftune's nor of lm-eval's; {_close(name, [*own, *known])}")
+        raise UserError(f"task {name} is none of siftune's nor of lm-eval's; {_close(name, [*own_tasks, *known])}")
 
 
 def _close(name: str, known: Sequence[str]) -> str:
@@ -104,14 +104,14 @@ def build_hub(
     seed: int,
     needs: str | None = None,
 ) -> Built:
-    """A task of the harness by its name there, its data from the hub. Raises `UserError` where that cannot be had."""
+    """A task of the harness by its name there, its data from the hub. Raises `UserError` where it cannot be loaded."""
     try:
         with silent():
             tasks: dict[str, Any] = _manager().load([name])["tasks"]
     except Exception as error:
         missing = f"; run: pip install '{needs}'" if needs and isinstance(error, ImportError) else ""
         raise UserError(
-            f"task {title}: lm-eval's {name} cannot be had ({short_reason(error)}){missing or '; give --data FOLDER'}"
+            f"task {title}: lm-eval's {name} cannot be loaded ({short_reason(error)}){missing or '; pass --data FOLDER'}"
         ) from error
     for task in tasks.values():
         usual = task.get_config("num_fewshot")
@@ -132,13 +132,13 @@ def build_hub(
 
 
 def short_reason(error: BaseException) -> str:
-    """The first line of an error, or its type where it says nothing."""
+    """The first line of an error, or its type where it has no message."""
     return shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
 
 
 @contextlib.contextmanager
 def sandboxed() -> Iterator[None]:
-    """Inside, the harness fills templates without access to Python's insides: a task file may come from anyone."""
+    """Inside, the harness fills templates in a Jinja sandbox, because a task file may come from anyone."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
@@ -157,7 +157,7 @@ def sandboxed() -> Iterator[None]:
 
 
 def model_of(network: Any, tokenizer: Any, *, batch_size: int, length: int) -> Any:
-    """The model as the harness holds it."""
+    """The model, wrapped for the harness."""
     import copy
 
     from lm_eval.models.huggingface import HFLM
@@ -167,8 +167,8 @@ def model_of(network: Any, tokenizer: Any, *, batch_size: int, length: int) -> A
         return HFLM(pretrained=network, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=length)
 
 
-def ask(model: Any, built: Built, *, chat: bool, allow_code: bool, bars: bool) -> Asked:
-    """Put every question to the model and grade the answers."""
+def run_task(model: Any, built: Built, *, chat: bool, allow_code: bool, bars: bool) -> TaskResult:
+    """Run every question of a task on the model and grade the answers."""
     from lm_eval.evaluator import evaluate
 
     before = os.environ.get("HF_ALLOW_CODE_EVAL")
@@ -176,7 +176,7 @@ def ask(model: Any, built: Built, *, chat: bool, allow_code: bool, bars: bool) -
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     try:
         with silent(bars=bars), sandboxed():
-            found: Any = evaluate(
+            output: Any = evaluate(
                 lm=model,
                 task_dict={"tasks": dict(built.tasks)},
                 samples=None if built.samples is None else dict(built.samples),
@@ -190,12 +190,12 @@ def ask(model: Any, built: Built, *, chat: bool, allow_code: bool, bars: bool) -
         if allow_code:
             _restore("HF_ALLOW_CODE_EVAL", before)
     samples = [
-        _sample(part, sample, built.reasons.get(part, {})) for part in built.tasks for sample in found["samples"][part]
+        _sample(part, sample, built.reasons.get(part, {})) for part in built.tasks for sample in output["samples"][part]
     ]
     first = {(sample["part"], sample["question"]): sample for sample in reversed(samples)}
     with silent():
         cut = sum(_is_cut(model, sample) for sample in first.values())
-    return Asked(_pooled(built, found), len(first), cut, samples)
+    return TaskResult(_pooled(built, output), len(first), cut, samples)
 
 
 def _restore(name: str, value: str | None) -> None:
@@ -206,7 +206,7 @@ def _restore(name: str, value: str | None) -> None:
 
 
 def _sample(part: str, sample: Mapping[str, Any], reasons: Mapping[int, str]) -> dict[str, Any]:
-    """One question as it is kept: what was asked, what was said, how it was graded."""
+    """One question as samples/TASK.jsonl holds it: prompt, generated answer, grades."""
     prompt, second = sample["arguments"][0][:2]
     facts = {"part": part, "question": sample["doc_id"], "filter": sample["filter"], "prompt": prompt}
     if isinstance(second, dict):
@@ -215,7 +215,7 @@ def _sample(part: str, sample: Mapping[str, Any], reasons: Mapping[int, str]) ->
     else:
         facts["options"] = [arguments[1] for arguments in sample["arguments"]]
         facts["log_likelihood"] = [
-            said[0][0] if isinstance(said[0], (list, tuple)) else said[0] for said in sample["resps"]
+            response[0][0] if isinstance(response[0], (list, tuple)) else response[0] for response in sample["resps"]
         ]
     target = sample["target"]
     facts["target"] = target if isinstance(target, (str, int, list)) else str(target)
@@ -224,30 +224,30 @@ def _sample(part: str, sample: Mapping[str, Any], reasons: Mapping[int, str]) ->
 
 
 def _is_cut(model: Any, sample: Mapping[str, Any]) -> bool:
-    """Did the harness cut the prompt on the left?"""
+    """Whether the harness truncated the prompt on the left."""
     if "said" in sample:
         return len(model.tok_encode(sample["prompt"])) > int(model.max_length) - (sample["max_tokens"] or 0)
     longest = max(sample["options"], key=len)
     return len(model.tok_encode(sample["prompt"] + longest)) > int(model.max_length) + 1
 
 
-def _pooled(built: Built, found: Mapping[str, Any]) -> dict[str, Metric]:
+def _pooled(built: Built, output: Mapping[str, Any]) -> dict[str, Metric]:
     """Every metric over all questions of all parts; a metric that is no mean only where there is one part."""
     from lm_eval.api.metrics import mean
 
     values: dict[str, list[float]] = {}
     plain: dict[str, Metric] = {}
     for part, task in built.tasks.items():
-        for sample in found["samples"][part]:
+        for sample in output["samples"][part]:
             for metric in sample["metrics"]:
                 value, title = sample[metric], _title(metric, sample["filter"])
                 averaged = task.aggregation().get(metric, mean) is mean
                 if averaged and isinstance(value, (bool, int, float, np.number)):
                     values.setdefault(title, []).append(float(value))
                 elif len(built.tasks) == 1:
-                    own = found["results"][part].get(f"{metric},{sample['filter']}")
-                    plain[title] = Metric(_number(own), math.nan, len(found["samples"][part]))
-    return {title: averaged_metric(some) for title, some in values.items()} | plain
+                    part_value = output["results"][part].get(f"{metric},{sample['filter']}")
+                    plain[title] = Metric(_number(part_value), math.nan, len(output["samples"][part]))
+    return {title: averaged_metric(numbers) for title, numbers in values.items()} | plain
 
 
 def averaged_metric(values: Sequence[float]) -> Metric:
@@ -256,9 +256,9 @@ def averaged_metric(values: Sequence[float]) -> Metric:
     >>> averaged_metric([0.0, 1.0, 1.0, 0.0])
     Metric(value=0.5, stderr=0.28867513459481287, n=4)
     """
-    some = np.asarray(values, dtype=np.float64)
-    error = float(some.std(ddof=1) / math.sqrt(len(some))) if len(some) > 1 else math.nan
-    return Metric(float(some.mean()), error, len(some))
+    array = np.asarray(values, dtype=np.float64)
+    error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan
+    return Metric(float(array.mean()), error, len(array))
 
 
 def _title(metric: str, name: str) -> str:
@@ -271,7 +271,7 @@ def _number(value: Any) -> float:
 
 @contextlib.contextmanager
 def silent(*, bars: bool = False) -> Iterator[None]:
-    """The harness's notes do not reach the user, its bars only with `bars`; nothing of it reaches standard output."""
+    """Suppress the harness's log and standard output, and its progress bars unless `bars`."""
     from ..models.load import quiet
 
     log = logging.getLogger("lm_eval")

@@ -1,4 +1,4 @@
-"""A task file in lm-evaluation-harness's own YAML: read as data, refused where it names code, handed to the harness.
+"""A task file in lm-evaluation-harness's own YAML: read as data, refused where it names code, passed to the harness.
 
 A file may come from anyone. Refused are `!function` tags, Python classes, metrics of the `evaluate` library (programs of the
 hub or of a folder) and data sets that are scripts or pickles; templates are filled in a sandbox (`harness.sandboxed`).
@@ -24,7 +24,7 @@ from .harness import Built, require, sandboxed, short_reason, silent
 MARKS = ("dataset_path", "doc_to_text", "output_type", "group")
 """Keys that only a task file of the harness has; so has one whose `task` is a name."""
 DATA_FILES = ("json", "csv", "parquet", "arrow", "text")
-"""Builders of `datasets` that read local files as data alone; its others unpickle, or want what is no text."""
+"""Builders of `datasets` that read local files as data alone; its others unpickle, or read files that are not text."""
 NOT_HERE = {
     "group": "a group of tasks is no task; name its tasks in a suite",
     "task_list": "a list of tasks is no task; name them in a suite",
@@ -36,7 +36,7 @@ NOT_HERE = {
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessFile:
-    """A task of the harness, as a file of the user's describes it."""
+    """A task of the harness, described by a file of the user."""
 
     path: Path
     config: Mapping[str, Any]
@@ -47,18 +47,18 @@ class HarnessFile:
 
     @property
     def name(self) -> str:
-        """What the file calls the task."""
+        """The task's name in the file."""
         return str(self.config["task"])
 
     @property
     def content(self) -> str:
-        """Hash of all that the file says and of the local data files it names."""
+        """Hash of the file's content and of the local data files it names."""
         files = {str(path): hash_file(path) for path in _local_files(self.config)}
         return hash_json([repr(self.config), files])  # repr: YAML's keys may be dates
 
 
 def is_harness_file(path: Path, *, what: str = "task") -> bool:
-    """Does this YAML file hold a task in the harness's own keys?
+    """Whether this YAML file holds a task in the harness's own keys.
 
     >>> is_harness_file(Path("capitals.yaml"))
     False
@@ -68,15 +68,15 @@ def is_harness_file(path: Path, *, what: str = "task") -> bool:
 
 
 def read_harness_file(path: Path) -> HarnessFile:
-    """The task of a file. Raises `UserError` for keys that the harness has not, that name code, or data that is missing."""
+    """The task of a file. Raises `UserError` for unknown keys, keys that name code, and missing data."""
     require(f"the task file {path}")
     where = f"task {path}"
     config = _merged(path, ())
     _check_keys(config, where)
     if not isinstance(config.get("task"), str) or not config["task"].strip():
-        raise UserError(f"{where}: task is {config.get('task')!r}; give the task's name")
+        raise UserError(f"{where}: task is {config.get('task')!r}; set it to the task's name")
     if config.get("dataset_path") is None:
-        raise UserError(f"{where} has no dataset_path; give json with data_files under dataset_kwargs, or a data set")
+        raise UserError(f"{where} has no dataset_path; set json with data_files under dataset_kwargs, or a data set")
     _check_metrics(config, where)
     _check_data(config, where)
     return HarnessFile(path=path, config=config)
@@ -85,7 +85,7 @@ def read_harness_file(path: Path) -> HarnessFile:
 def build_file(
     task: HarnessFile, *, title: str, shots: int | None, limit: int | None, share: float | None, seed: int
 ) -> Built:
-    """The task as the harness builds it, every question that is drawn filled once. Raises `UserError` where that fails."""
+    """The task as the harness builds it; the prompt of every drawn question is filled once. Raises `UserError`."""
     from lm_eval.tasks import TaskManager
 
     where = f"task {title} ({task.path})"
@@ -112,7 +112,7 @@ def build_file(
 def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """The file's keys over those of the files it includes, as the harness merges them; local paths absolute."""
     if (place := path.resolve()) in above:
-        raise UserError(f"task {path} includes itself; take the include out")
+        raise UserError(f"task {path} includes itself; remove the include")
     content = read_yaml(path, what="task", names=True)
     includes = content.pop("include", None) or []
     config: dict[str, Any] = {}
@@ -143,8 +143,8 @@ def _without_known_filters(config: Mapping[str, Any], where: str) -> dict[str, A
     try:
         for pipeline in pipelines:
             for step in pipeline["filter"]:
-                known = isinstance(step["function"], str) and step["function"] in filter_registry
-                steps.append({key: value for key, value in step.items() if key != "function" or not known})
+                is_known = isinstance(step["function"], str) and step["function"] in filter_registry
+                steps.append({key: value for key, value in step.items() if key != "function" or not is_known})
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{where}: filter_list is not one; write [{{name: n, filter: [{{function: regex}}]}}]"
@@ -164,26 +164,26 @@ def _check_metrics(config: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: metric_list holds {metric!r}; write [{{metric: acc}}]")
         if name not in metric_registry or metric.get("hf_evaluate"):
             raise UserError(
-                f"{where}: metric {name} is none of lm-eval's own, and another is code, which no file may name"
+                f"{where}: metric {name} is none of lm-eval's own; any other is code, which a task file must not name"
             )
-        if (way := metric.get("aggregation")) is not None and way not in aggregation_registry:
-            raise UserError(f"{where}: aggregation {way} of metric {name} is none of lm-eval's, such as mean")
+        if (aggregation := metric.get("aggregation")) is not None and aggregation not in aggregation_registry:
+            raise UserError(f"{where}: aggregation {aggregation} of metric {name} is none of lm-eval's, such as mean")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
 def _absolute(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The same keys, with local paths of data as seen from the file's folder."""
-    found = dict(content)
-    source = found.get("dataset_path")
+    """The same keys, with local data paths relative to the file's folder."""
+    config = dict(content)
+    source = config.get("dataset_path")
     if isinstance(source, str) and (folder / source).exists() and source not in DATA_FILES:
-        found["dataset_path"] = str(folder / source)
-    if isinstance(options := found.get("dataset_kwargs"), Mapping):
-        found["dataset_kwargs"] = {
+        config["dataset_path"] = str(folder / source)
+    if isinstance(options := config.get("dataset_kwargs"), Mapping):
+        config["dataset_kwargs"] = {
             key: _paths(value, folder) if key in ("data_files", "data_dir") else value for key, value in options.items()
         }
-    return found
+    return config
 
 
 def _paths(value: Any, folder: Path) -> Any:
@@ -199,17 +199,17 @@ def _check_data(config: Mapping[str, Any], where: str) -> None:
 
     source = str(config["dataset_path"])
     if source in _PACKAGED_DATASETS_MODULES and source not in DATA_FILES:
-        raise UserError(f"{where}: dataset_path: {source} is not supported; give one of {', '.join(DATA_FILES)}")
+        raise UserError(f"{where}: dataset_path: {source} is not supported; use one of {', '.join(DATA_FILES)}")
     if source.endswith(".py") or (os.path.isdir(source) and any(Path(source).glob("*.py"))):
         raise UserError(
-            f"{where}: dataset_path: {source} is a script, and code is what no file may name; give its data"
+            f"{where}: dataset_path: {source} is a script, and a task file must not name code; use its data"
         )
     if not isinstance(config.get("dataset_kwargs") or {}, Mapping):
         raise UserError(f"{where}: dataset_kwargs is no mapping; write {{data_files: {{test: rows.jsonl}}}}")
     for path in _local_files(config):
         refuse_special(path)
         if not path.exists():
-            raise UserError(f"{where}: its data file {path} is not there; put it there or correct dataset_kwargs")
+            raise UserError(f"{where}: its data file {path} does not exist; create it or correct dataset_kwargs")
 
 
 def _local_files(config: Mapping[str, Any]) -> Iterator[Path]:
@@ -250,7 +250,9 @@ def _check_row(built: Any, document: Mapping[str, Any], where: str) -> None:
         target = built.doc_to_target(document)
         options = None if built.config.doc_to_choice is None else built.doc_to_choice(document)
     except Exception as error:
-        raise UserError(f"{where} cannot be asked ({short_reason(error)}); correct the row or the templates") from error
+        raise UserError(
+            f"{where} cannot be rendered ({short_reason(error)}); correct the row or the templates"
+        ) from error
     if options is None or isinstance(target, list):
         return
     if target not in (range(len(options)) if isinstance(target, int) else options):
@@ -258,7 +260,7 @@ def _check_row(built: Any, document: Mapping[str, Any], where: str) -> None:
 
 
 def _check_examples(built: Any, document: Mapping[str, Any], where: str, seed: int) -> None:
-    """Raise `UserError` where there are fewer worked examples than are to be shown."""
+    """Raise `UserError` where there are fewer worked examples than the task's shots."""
     count = built.get_config("num_fewshot")
     if not count:
         return

@@ -46,13 +46,13 @@ class HeldOut:
     loss: float
     """Mean cross-entropy of an answer token, in nats; NaN where no row could be read."""
     token_accuracy: float
-    """Share of answer tokens that the model itself would have written next."""
+    """Share of answer tokens that are the model's most likely next token."""
     tokens: int
     """Answer tokens, over all rows."""
     rows: int
     """Rows that were measured."""
     skipped: Mapping[str, int] = field(default_factory=dict)
-    """Rows that were not, counted by reason."""
+    """Rows that were left out, counted by reason."""
     loss_stderr: float = math.nan
     """Standard error of `loss`, rows being the draws: sqrt(R/(R-1) sum_r (sum CE_r - loss*tokens_r)^2) / tokens."""
     accuracy_stderr: float = math.nan
@@ -60,7 +60,7 @@ class HeldOut:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The fields as a JSON object."""
         return asdict(self)
 
 
@@ -88,8 +88,8 @@ def held_out(
     """Loss and token accuracy of every domain's rows, in the order of `files` (name -> anything `load_pool` reads).
 
     `max_rows` takes the first rows of each domain that can be measured; `max_length` cuts a row on the right, in tokens, at
-    the model's own number of positions at most; `token_budget` is the tokens of a batch, padding counted, and bounds memory, not the result. The model is left as it
-    was found (mode, gradients, random state); PEFT and compiled models are measured as they are. Raises `UserError`
+    the model's own number of positions at most; `token_budget` is the tokens of a batch, padding counted, and bounds memory, not the result. The model's mode,
+    gradients and random state are restored; PEFT and compiled models are measured as they are. Raises `UserError`
     for files that cannot be read, for a text form the tokenizer lacks, and for a domain without a single usable row.
 
     >>> held_out(model, tokenizer, {"mathematics": "held.jsonl"})["mathematics"].loss
@@ -111,11 +111,11 @@ def encode(
 ) -> dict[str, Encoded]:
     """The rows of every domain as tokens: all that can go wrong before a model is loaded. Raises `UserError`."""
     if not files:
-        raise UserError("no held-out file was given; give name=file for each domain")
+        raise UserError("no held-out file; pass name=file for each domain")
     if max_rows is not None and max_rows < 1:
-        raise UserError(f"max_rows={max_rows} measures nothing; give at least 1")
+        raise UserError(f"max_rows must be >= 1, got {max_rows}")
     if max_length < 2:
-        raise UserError(f"max_length={max_length} leaves no token to predict; give at least 2")
+        raise UserError(f"max_length must be >= 2, so that a token can be predicted, got {max_length}")
     return {
         name: _encode(name, source, tokenizer, text, max_length, max_rows, columns, format)
         for name, source in files.items()
@@ -140,16 +140,16 @@ def _encode(
         _count(skipped, reason)
     rows: list[tuple[list[int], list[int]]] = []
     with quiet():  # transformers warns of rows longer than the model reads before they are cut
-        for _, found in Encoder(tokenizer, text, max_length).over(pool, pool.eligible.tolist()):
+        for _, encoded in Encoder(tokenizer, text, max_length).over(pool, pool.eligible.tolist()):
             if len(rows) == max_rows:
                 break
-            if isinstance(found, BadRow):
-                _count(skipped, str(found))
+            if isinstance(encoded, BadRow):
+                _count(skipped, str(encoded))
             else:
-                rows.append((found.input_ids, found.labels))
+                rows.append((encoded.input_ids, encoded.labels))
     if not rows:
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-        raise UserError(f"held-out {name}: none of the rows of {source} can be measured ({why}); mend the file")
+        raise UserError(f"held-out {name}: none of the rows of {source} can be measured ({why}); fix the file")
     return Encoded(rows, skipped)
 
 
@@ -164,7 +164,7 @@ def _count(skipped: dict[str, int], reason: str) -> None:
 def measure(model: torch.nn.Module, encoded: Encoded, *, token_budget: int = 8192) -> HeldOut:
     """`HeldOut` of rows that are tokens already."""
     if token_budget < 1:
-        raise UserError(f"token_budget={token_budget} holds no token; give at least 1")
+        raise UserError(f"token_budget must be >= 1, got {token_budget}")
     loss_R, right_R, tokens_R = sums(model, encoded.rows, token_budget=token_budget)
     skipped = dict(encoded.skipped)
     finite_R = np.isfinite(loss_R)
@@ -177,25 +177,25 @@ def measure(model: torch.nn.Module, encoded: Encoded, *, token_budget: int = 819
 
 
 def positions(model: torch.nn.Module) -> int:
-    """Tokens of a sequence that the model can read; a very large number where it does not say."""
-    said = getattr(unwrap_model(model).config, "max_position_embeddings", None)
-    return said if isinstance(said, int) and said > 0 else 1 << 30
+    """Tokens of a sequence that the model can read; a very large number where its configuration has no limit."""
+    limit = getattr(unwrap_model(model).config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else 1 << 30
 
 
-def ratio(part_R: NDArray[np.float64], whole_R: NDArray[np.float64]) -> tuple[float, float]:
+def ratio(part_R: NDArray[np.float64], total_R: NDArray[np.float64]) -> tuple[float, float]:
     """sum(part) / sum(whole) and its standard error (linearised), rows being the draws; NaN where it is not defined.
 
     >>> ratio(np.array([1.0, 3.0]), np.array([1.0, 1.0]))
     (2.0, 1.0)
     """
-    rows, whole = len(whole_R), float(whole_R.sum())
-    if rows == 0 or whole == 0:
+    rows, total = len(total_R), float(total_R.sum())
+    if rows == 0 or total == 0:
         return math.nan, math.nan
-    value = float(part_R.sum()) / whole
+    value = float(part_R.sum()) / total
     if rows == 1:
         return value, math.nan
-    rest = float(((part_R - value * whole_R) ** 2).sum())
-    return value, math.sqrt(rows / (rows - 1) * rest) / whole
+    rest = float(((part_R - value * total_R) ** 2).sum())
+    return value, math.sqrt(rows / (rows - 1) * rest) / total
 
 
 def sums(
@@ -203,10 +203,11 @@ def sums(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Per row: summed cross-entropy, answer tokens predicted right, answer tokens. Shape `(R,)` each, float64."""
     loss_R, right_R, tokens_R = (np.zeros(len(rows)) for _ in range(3))
-    known, largest = int(unwrap_model(model).config.vocab_size), max((max(ids) for ids, _ in rows), default=-1)
-    if largest >= known:
+    vocabulary, largest = int(unwrap_model(model).config.vocab_size), max((max(ids) for ids, _ in rows), default=-1)
+    if largest >= vocabulary:
         raise UserError(
-            f"the tokenizer gives token {largest}, and the model knows {known}; the two do not belong together"
+            f"the tokenizer gives token {largest}, and the model's vocabulary has {vocabulary} tokens; use the model's own "
+            "tokenizer"
         )
     view = View()
     length_R = np.array([len(ids) for ids, _ in rows], dtype=np.int32)
@@ -244,14 +245,14 @@ def against(
         aim_N = target_N.to(block.device)
         top, place = block.max(dim=1)
         piece, place = torch.logsumexp(block, dim=1).double(), place + start
-        own = block.gather(1, (aim_N - start).clamp(0, stop - start - 1)[:, None])[:, 0].double()
+        target_logit = block.gather(1, (aim_N - start).clamp(0, stop - start - 1)[:, None])[:, 0].double()
         if total is None:
             total, label, best, chosen = piece, torch.zeros_like(piece), top, place
         else:
             total = torch.logaddexp(total, piece)
             better = top > best
             best, chosen = torch.where(better, top, best), torch.where(better, place, chosen)
-        label = torch.where((aim_N >= start) & (aim_N < stop), own, label)
+        label = torch.where((aim_N >= start) & (aim_N < stop), target_logit, label)
     assert total is not None, "a head without a vocabulary"
     return (total - label).cpu(), (chosen == aim_N).cpu()
 

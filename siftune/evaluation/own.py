@@ -1,7 +1,7 @@
-"""A task of ours as lm-evaluation-harness runs it: prompts, worked examples, options, grading.
+"""One of siftune's tasks in the form that lm-evaluation-harness runs: prompts, worked examples, options, grading.
 
-The harness sees documents that hold a row's number; texts are looked up and prompts filled here, so that what stands in
-a row is never read as a template. Cost: filling a template per prompt, tens of microseconds.
+The harness sees documents that hold a row's number; texts are looked up and prompts filled here, so that the text of a row
+is never read as a template. Cost: filling a template per prompt, tens of microseconds.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .harness import Built, silent
 from .tasks import LETTERS, Questions, Rows, TaskSpec
 
 
-def build_own(asked: Questions, *, length: int) -> Built:
-    """Our task as the harness's, one part per value of `by`. `length` is the model's, half of it for a written answer."""
+def build_own(questions: Questions, *, length: int) -> Built:
+    """The task for the harness, one part per value of `by`. `length` is the model's, half of it for a written answer."""
     from lm_eval.api.task import ConfigurableTask
 
-    spec = asked.spec
+    spec = questions.spec
     tasks, reasons = {}, {}
     with silent():
-        for value, rows, shots in asked.leaves():
+        for value, rows, shots in questions.leaves():
             name = f"{spec.name}/{value}" if value else spec.name
             reasons[name] = dict[int, str]()
             tasks[name] = ConfigurableTask(config=_config(name, spec, rows, shots, length, reasons[name]))
@@ -32,13 +32,13 @@ def build_own(asked: Questions, *, length: int) -> Built:
 
 
 def _config(name: str, spec: TaskSpec, rows: Rows, shots: Rows, length: int, reasons: dict[int, str]) -> dict[str, Any]:
-    """The harness's configuration. A document is a row's number; what it says is looked up here, so that the text of a
-    row is never read as a template."""
+    """The harness's configuration. A document is a row's number; its text is looked up here, so that the text of a row is
+    never read as a template."""
     every = [*rows, *shots]
 
     def row_of(doc: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = every[doc["row"]]
-        return found
+        row: dict[str, Any] = every[doc["row"]]
+        return row
 
     def documents(**_: Any) -> dict[str, Any]:
         from datasets import Dataset
@@ -66,7 +66,7 @@ def _config(name: str, spec: TaskSpec, rows: Rows, shots: Rows, length: int, rea
 def _written(
     spec: TaskSpec, row_of: Callable[[Any], dict[str, Any]], length: int, reasons: dict[int, str]
 ) -> dict[str, Any]:
-    """`reasons` gets, by row, why an answer has the grade 0, where its grade says so."""
+    """`reasons` collects, by row, why an answer has the grade 0, where its grade has a reason."""
     grade, metric, _ = GRADES[str(spec.grade)]
 
     def graded(doc: Mapping[str, Any], answers: list[str]) -> dict[str, float]:
@@ -103,13 +103,13 @@ def _chosen(spec: TaskSpec, row_of: Callable[[Any], dict[str, Any]]) -> dict[str
 
 @cache
 def _templates() -> Any:
-    """Jinja without access to Python's insides: a suite may come from anyone."""
+    """Sandboxed Jinja, because a suite may come from anyone."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
-    made = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    made.filters["regex_replace"] = lambda text, pattern, new="": re.sub(pattern, new, text)
-    return made
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.filters["regex_replace"] = lambda text, pattern, new="": re.sub(pattern, new, text)
+    return environment
 
 
 def rendered(template: str, row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The script in which a program of a model runs, and that holds on to all that the program starts. Imports nothing of siftune.
+"""The script that runs a program written by a model and reaps all processes that it starts. Imports nothing of siftune.
 
     keeper          started by `programs`; a subreaper: what a double fork orphans becomes its child
       first         where the system allows it, process 1 of a PID namespace: when it ends, the kernel ends all others
@@ -36,7 +36,7 @@ def main(options: dict[str, Any]) -> int:
     _prctl(_PDEATHSIG, signal.SIGKILL)
     _prctl(_NO_NEW_PRIVILEGES, 1)
     _prctl(_SUBREAPER, 1)
-    isolated = "" if not options["namespaces"] else _own_namespace()
+    isolated = "" if not options["namespaces"] else _new_namespace()
     if isolated:
         first = os.fork()
         if first:
@@ -61,7 +61,7 @@ def _prctl(option: int, value: int) -> int:
     return -1
 
 
-def _own_namespace() -> str:
+def _new_namespace() -> str:
     """A PID namespace for the children of this process: `user` with a user namespace around it, `pid` alone, or empty."""
     uid, gid = os.getuid(), os.getgid()
     try:
@@ -76,7 +76,7 @@ def _own_namespace() -> str:
     return "pid" if unshare(_NEW_PID) == 0 else ""
 
 
-def _limit(options: dict[str, Any], *, own_count: bool) -> None:
+def _limit(options: dict[str, Any], *, counted_apart: bool) -> None:
     import resource  # absent on Windows, where `programs` imports this module and runs nothing
 
     limits = {
@@ -86,7 +86,7 @@ def _limit(options: dict[str, Any], *, own_count: bool) -> None:
         resource.RLIMIT_CORE: 0,
     }
     release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2] if part.isdigit())
-    if own_count and release >= _COUNTED_BY_NAMESPACE:
+    if counted_apart and release >= _COUNTED_BY_NAMESPACE:
         limits[resource.RLIMIT_NPROC] = options["processes"]
     for kind, most in limits.items():
         hard = resource.getrlimit(kind)[1]
@@ -97,7 +97,7 @@ def _limit(options: dict[str, Any], *, own_count: bool) -> None:
 
 
 def _wait(program: int) -> int:
-    """Wait for the program, then a moment for what it started; orphans become our children and are reaped here."""
+    """Wait for the program, then a moment for what it started; orphans become children of this process and are reaped here."""
     code, until = None, 0.0
     while True:
         try:
@@ -113,7 +113,7 @@ def _wait(program: int) -> int:
 
 
 def _kill_children() -> None:
-    """Kill until none is left: the children of whoever is killed become ours."""
+    """Kill until none is left: the children of a killed process become children of this one."""
     until = time.monotonic() + KILLING
     while time.monotonic() < until:
         for pid in _children():
@@ -129,11 +129,11 @@ def _kill_children() -> None:
 
 def _children() -> list[int]:
     children = []
-    own = str(os.getpid()).encode()
+    parent = str(os.getpid()).encode()
     for name in os.listdir("/proc") if os.path.isdir("/proc") else []:
         if name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-                if file.read().rpartition(b")")[2].split()[1] == own:
+                if file.read().rpartition(b")")[2].split()[1] == parent:
                     children.append(int(name))
     return children
 

@@ -2,8 +2,8 @@
 
 This is no sandbox. The program runs as the same user, may read and write what that user may and may open connections; the
 limits (wall and CPU time, memory, processes, size of files and of its folder, no inherited environment) stop accidents and
-not attacks. So nothing here runs before the user says so; for models you do not trust, run inside a container.
-Whatever a program does costs its own answer alone, with a reason. Cost: one Python start per program, tens of milliseconds.
+not attacks. So nothing here runs unless the user allows it; for untrusted models, run inside a container.
+A program that fails costs only its own answer, with a reason. Cost: one Python start per program, tens of milliseconds.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _KEEPER = Path(program_keeper.__file__)
 
 
 def passes(program: str, *, seconds: float = SECONDS) -> bool:
-    """Does the program run to its end without an exception, within the limits?
+    """Whether the program runs to its end without an exception, within the limits.
 
-    A program that leaves early, by `exit()` with whatever code, has not passed: its last line has to be reached.
-    What it prints is thrown away.
+    A program that exits early, by `exit()` with any code, has not passed: its last line has to be reached.
+    Its output is discarded.
 
     >>> passes("assert 1 + 1 == 2")
     True
@@ -114,13 +114,13 @@ def _run(place: str, folder: int, seconds: float) -> str | None:
 
 
 def _environment(place: str) -> dict[str, str]:
-    """Nothing of ours; libraries that start a thread per core start one."""
+    """No variable of this process; libraries that start a thread per core start one."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": place, "TMPDIR": place, **threads}
 
 
 def _received(reading: int) -> bytes:
-    """What came through the pipe, which a process of the program may have filled with anything."""
+    """The bytes in the pipe, which a process of the program may have filled with anything."""
     try:
         return os.read(reading, 1024)
     except BlockingIOError:
@@ -141,9 +141,9 @@ def _watch(process: subprocess.Popen[bytes], folder: int, seconds: float) -> str
             if time.monotonic() >= until:
                 return f"took longer than {seconds:g} s"
         alive = list(_descendants(process.pid))
-        if sum(one.threads for one in alive) > PROCESSES + 2:  # the keeper's own
+        if sum(child.threads for child in alive) > PROCESSES + 2:  # the keeper's own
             return f"ran more than {PROCESSES} processes and threads"
-        if sum(one.resident for one in alive) > MEMORY_MB << 20:
+        if sum(child.resident for child in alive) > MEMORY_MB << 20:
             return f"held more than {MEMORY_MB} MB of memory"
         if _size(folder) > FOLDER_MB << 20:
             return _TOO_LARGE
@@ -172,20 +172,20 @@ def _descendants(pid: int) -> Iterator[_Process]:
         except OSError:  # it has ended
             continue
         if fields[0] not in (b"Z", b"X"):
-            one = _Process(int(name), int(fields[1]), int(fields[17]), int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
-            children.setdefault(one.parent, []).append(one)
+            process = _Process(int(name), int(fields[1]), int(fields[17]), int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
+            children.setdefault(process.parent, []).append(process)
     waiting = [pid]
     while waiting:
-        for one in children.get(waiting.pop(), []):
-            yield one
-            waiting.append(one.pid)
+        for process in children.get(waiting.pop(), []):
+            yield process
+            waiting.append(process.pid)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill all that is below the keeper, and the keeper last: while it lives, orphans become its children."""
     until = time.monotonic() + program_keeper.KILLING
-    while process.poll() is None and (left := [one.pid for one in _descendants(process.pid)]):
-        for pid in left:
+    while process.poll() is None and (pids := [child.pid for child in _descendants(process.pid)]):
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > until:
@@ -195,7 +195,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-# --- its folder, known by a descriptor: its name may lead elsewhere ------------------------------------------------------
+# --- its folder, by descriptor, because its path may lead elsewhere ------------------------------------------------------
 
 
 def _size(folder: int, depth: int = 0) -> int:
@@ -208,7 +208,7 @@ def _size(folder: int, depth: int = 0) -> int:
                 total += max(_BLOCK, facts.st_blocks * 512)
                 if stat.S_ISDIR(facts.st_mode):
                     total += most + 1 if depth == DEPTH else _size_inside(folder, entry.name, depth + 1)
-            except PermissionError:  # closed against us, so that it cannot be counted
+            except PermissionError:  # not readable, so that it cannot be counted
                 return most + 1
             except OSError:  # gone, or another kind of file meanwhile
                 continue
@@ -226,25 +226,25 @@ def _size_inside(folder: int, name: str, depth: int) -> int:
 
 
 def _is_at(folder: int, place: str) -> bool:
-    """Is the folder still where it was made?"""
+    """Whether the folder is still where it was created."""
     try:
-        there, here = os.lstat(place), os.fstat(folder)
+        at_path, opened = os.lstat(place), os.fstat(folder)
     except OSError:
         return False
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+    return (at_path.st_dev, at_path.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def _remove(place: str, folder: int) -> str | None:
-    """Remove the folder, wherever it is by now, and no other; what could not be removed, in words."""
-    here = place
+    """Remove the folder, wherever it was moved, and no other; returns what could not be removed, in words."""
+    path = place
     try:
         _empty(folder)
         if os.path.islink(place):
             os.unlink(place)
         if os.path.isdir("/proc/self/fd"):
-            here = os.readlink(f"/proc/self/fd/{folder}")
-        if _is_at(folder, here):
-            os.rmdir(here)
+            path = os.readlink(f"/proc/self/fd/{folder}")
+        if _is_at(folder, path):
+            os.rmdir(path)
     except OSError as error:
         return f"left files that cannot be removed ({error.strerror})"
     return None

@@ -1,4 +1,4 @@
-"""What an evaluation found: its numbers, as JSON, as a table for people, and the average over tasks."""
+"""The results of an evaluation: as JSON, as Markdown tables, and the average over tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HELD_COLUMNS = ("held-out", "loss", "±", "token accuracy", "tokens", "rows", "s
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation found.
+    """The results of an evaluation.
 
     >>> results.tasks["gsm8k"]["exact_match"]["value"], results.held_out["mathematics"]["loss"]
     """
@@ -24,7 +24,7 @@ class Results:
     tasks: Mapping[str, Mapping[str, Mapping[str, float]]]
     """task -> metric -> {value, stderr, n}; a share is between 0 and 1, an undefined number None."""
     standing: Mapping[str, str]
-    """task -> the metric that stands for it in the average."""
+    """task -> its headline metric, the one that enters the average."""
     average: Mapping[str, Any] | None
     """{value, stderr, tasks} over the tasks that count; None where there are none."""
     held_out: Mapping[str, Mapping[str, Any]]
@@ -49,7 +49,7 @@ def averaged(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def facts(results: Results) -> dict[str, Any]:
-    """As results.json has it."""
+    """The content of results.json."""
     return {name: getattr(results, name) for name in ("tasks", "standing", "average", "held_out", "about")}
 
 
@@ -59,42 +59,42 @@ def lines(results: Results) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]
     for name, metrics in results.tasks.items():
         about = results.about[name]
         shots = "-" if about["shots"] is None else str(about["shots"])
-        for metric, found in metrics.items():
+        for metric, result in metrics.items():
             mark = "" if metric == results.standing.get(name) else " (aside)"
-            tasks.append((name, metric + mark, *shown(found), f"{found['n']:,}", shots, f"{about['prompts_cut']:,}"))
+            tasks.append((name, metric + mark, *shown(result), f"{result['n']:,}", shots, f"{about['prompts_cut']:,}"))
     if results.average is not None:
         tasks.append(("average", f"{results.average['tasks']} tasks", *shown(results.average), "", "", ""))
-    held = [
+    held_out = [
         (
             name,
-            _fixed(one["loss"], 4),
-            _fixed(one["loss_stderr"], 4),
-            _fixed(one["token_accuracy"], 2, times=100),
-            f"{one['tokens']:,}",
-            f"{one['rows']:,}",
-            ", ".join(f"{count} {reason}" for reason, count in one["skipped"].items()) or "-",
+            _fixed(result["loss"], 4),
+            _fixed(result["loss_stderr"], 4),
+            _fixed(result["token_accuracy"], 2, times=100),
+            f"{result['tokens']:,}",
+            f"{result['rows']:,}",
+            ", ".join(f"{count} {reason}" for reason, count in result["skipped"].items()) or "-",
         )
-        for name, one in results.held_out.items()
+        for name, result in results.held_out.items()
     ]
-    return tasks, list(held)
+    return tasks, list(held_out)
 
 
 def _fixed(value: float | None, digits: int, *, times: float = 1) -> str:
     return "-" if value is None else f"{times * value:.{digits}f}"
 
 
-def shown(found: Mapping[str, Any]) -> tuple[str, str]:
+def shown(result: Mapping[str, Any]) -> tuple[str, str]:
     """A value and its standard error: shares in percent."""
-    value, error = found["value"], found["stderr"]
+    value, error = result["value"], result["stderr"]
     times = 100 if value is not None and 0 <= value <= 1 else 1
     return _fixed(value, 2, times=times), _fixed(error, 2, times=times)
 
 
 def markdown(title: str, results: Results) -> str:
     """table.md: both tables, and what the columns mean."""
-    tasks, held = lines(results)
+    tasks, held_out = lines(results)
     text = [f"# {title}", ""]
-    for columns, rows in ((TASK_COLUMNS, tasks), (HELD_COLUMNS, held)):
+    for columns, rows in ((TASK_COLUMNS, tasks), (HELD_COLUMNS, held_out)):
         if rows:
             text += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
             text += ["| " + " | ".join(row) + " |" for row in rows] + [""]

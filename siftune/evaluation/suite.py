@@ -30,19 +30,19 @@ class SuiteTask:
     """One task of a suite."""
 
     name: str
-    """As it stands in the results."""
+    """Its name in the results."""
     shots: int | None = None
-    """Worked examples in front of every question; None is the task's own habit (0 for siftune's)."""
+    """Worked examples in front of every question; None is the task's own default (0 for siftune's)."""
     limit: int | None = None
-    """Questions at most; more are cut by a seeded draw."""
+    """Questions at most; of more, a seeded draw is used."""
     share: float | None = None
-    """Share of the questions that is asked at most, over 0 and below 1, drawn likewise."""
+    """Share of the questions at most, over 0 and below 1, drawn likewise."""
     metric: str | None = None
-    """The number that stands for the task; None is the task's own."""
+    """The headline metric; None is the task's own."""
     average: bool = True
     """Counts in the suite's average."""
     spec: TaskSpec | None = None
-    """What siftune knows of it; None for a task of the harness alone."""
+    """siftune's description of the task; None for a task of the harness alone."""
     file: HarnessFile | None = None
     """The user's file of a task of the harness."""
 
@@ -67,36 +67,38 @@ class Suite:
     """Domain -> file or files of rows."""
 
     @classmethod
-    def read(cls, said: str | Path) -> Self:
+    def read(cls, source: str | Path) -> Self:
         """`daar`, `uds`, `held-out`, or the path of a YAML file. Raises `UserError` for anything else."""
-        if str(said) == HELD_OUT:
+        if str(source) == HELD_OUT:
             return cls(name=HELD_OUT, about="loss and token accuracy of held-out rows, per domain")
         shipped = {path.stem: path for path in SUITES.glob("*.yaml")}
-        path = shipped.get(str(said), Path(said))
-        if str(said) not in shipped and path.suffix not in (".yaml", ".yml"):
+        path = shipped.get(str(source), Path(source))
+        if str(source) not in shipped and path.suffix not in (".yaml", ".yml"):
             known = [*sorted(shipped), HELD_OUT]
-            raise UserError(f"suite {said} is not known; {did_you_mean(str(said), known)}, or the path of a .yaml file")
-        if str(said) not in shipped and is_harness_file(path, what="suite"):
+            raise UserError(
+                f"suite {source} is not known; {did_you_mean(str(source), known)}, or the path of a .yaml file"
+            )
+        if str(source) not in shipped and is_harness_file(path, what="suite"):
             task = read_harness_file(path)
             return cls(name=path.stem, tasks=(SuiteTask(name=task.name, file=task),))
-        made = read_yaml(path, what="suite")
+        content = read_yaml(path, what="suite")
         where = f"suite {path.stem}"
-        check_keys(made, ("name", "about", "tasks", "held_out"), where)
-        tasks = _tasks(made.get("tasks") or {}, path, where)
-        held = made.get("held_out") or {}
-        if not isinstance(held, dict):
-            raise UserError(f"{where}: held_out is a {type(held).__name__}; write one `domain: file` a line")
-        if not tasks and not held:
+        check_keys(content, ("name", "about", "tasks", "held_out"), where)
+        tasks = _tasks(content.get("tasks") or {}, path, where)
+        held_out = content.get("held_out") or {}
+        if not isinstance(held_out, dict):
+            raise UserError(f"{where}: held_out is a {type(held_out).__name__}; write one `domain: file` a line")
+        if not tasks and not held_out:
             raise UserError(f"{where} has neither tasks nor held_out files; name some")
-        files = {str(name): _beside(path, source) for name, source in held.items()}
-        return cls(name=path.stem, about=str(made.get("about", "")), tasks=tasks, held_out=files)
+        files = {str(name): _beside(path, source) for name, source in held_out.items()}
+        return cls(name=path.stem, about=str(content.get("about", "")), tasks=tasks, held_out=files)
 
     def without(self, names: Sequence[str]) -> Self:
         """The suite without some tasks. Raises `UserError` for a name it does not have."""
-        known = [task.name for task in self.tasks]
+        task_names = [task.name for task in self.tasks]
         for name in names:
-            if name not in known:
-                raise UserError(f"suite {self.name} has no task {name} to skip; {did_you_mean(name, known)}")
+            if name not in task_names:
+                raise UserError(f"suite {self.name} has no task {name} to skip; {did_you_mean(name, task_names)}")
         return replace(self, tasks=tuple(task for task in self.tasks if task.name not in names))
 
     def limited(self, limit: float | None) -> Self:
@@ -112,21 +114,21 @@ class Suite:
         return replace(self, tasks=tuple(tasks))
 
     def check_code(self, allowed: bool) -> None:
-        """Raise `UserError` where a task would run code that the model wrote and nobody allowed it."""
+        """Raise `UserError` where a task would run code that the model wrote and that is not allowed."""
         running = [task.name for task in self.tasks if task.spec is not None and task.spec.runs_programs]
         if running and not allowed:
             raise UserError(
-                f"{' and '.join(running)} of suite {self.name} run code that the model writes, in no sandbox; give "
+                f"{' and '.join(running)} of suite {self.name} run code that the model writes, in no sandbox; pass "
                 f"--allow-code (best inside a container), or --skip {','.join(running)}"
             )
 
 
 def _not_a_limit(limit: Any) -> str | None:
-    """What is wrong with a number of questions or a share of them; None where nothing is."""
+    """The error message for an invalid number or share of questions; None where it is valid."""
     number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
     if number and (0 < limit < 1 or (isinstance(limit, int) and limit >= 1)):
         return None
-    return "is no number of questions; give a whole number of at least 1, or a share over 0 and below 1"
+    return "is no number of questions; use a whole number of at least 1, or a share over 0 and below 1"
 
 
 def _beside(path: Path, source: Any) -> str | list[str]:
@@ -137,12 +139,12 @@ def _beside(path: Path, source: Any) -> str | list[str]:
     return str(beside) if beside.exists() else str(source)
 
 
-def _tasks(said: Any, path: Path, where: str) -> tuple[SuiteTask, ...]:
-    if isinstance(said, list):
-        said = {str(name): None for name in said}
-    if not isinstance(said, dict):
-        raise UserError(f"{where}: tasks is a {type(said).__name__}; write one `task: {{shots: n}}` a line")
-    return tuple(_task(str(name), options, path, f"{where}, task {name}") for name, options in said.items())
+def _tasks(listed: Any, path: Path, where: str) -> tuple[SuiteTask, ...]:
+    if isinstance(listed, list):
+        listed = {str(name): None for name in listed}
+    if not isinstance(listed, dict):
+        raise UserError(f"{where}: tasks is a {type(listed).__name__}; write one `task: {{shots: n}}` a line")
+    return tuple(_task(str(name), options, path, f"{where}, task {name}") for name, options in listed.items())
 
 
 def _task(name: str, options: Any, path: Path, where: str) -> SuiteTask:
@@ -152,17 +154,17 @@ def _task(name: str, options: Any, path: Path, where: str) -> SuiteTask:
     check_keys(options, ("shots", "limit", "metric", "average", "task"), where)
     shots, limit = options.get("shots"), options.get("limit")
     if shots is not None and (not isinstance(shots, int) or isinstance(shots, bool) or shots < 0):
-        raise UserError(f"{where}: shots: {shots} is no number of shots; give a whole number of at least 0")
+        raise UserError(f"{where}: shots: {shots} is no number of shots; use a whole number of at least 0")
     if limit is not None and (wrong := _not_a_limit(limit)) is not None:
         raise UserError(f"{where}: limit: {limit} {wrong}")
     if not isinstance(options.get("average", True), bool):
-        raise UserError(f"{where}: average: {options['average']} is not known; give true or false")
-    given = {key: value for key, value in options.items() if key != "task"}
+        raise UserError(f"{where}: average: {options['average']} is not known; use true or false")
+    settings = {key: value for key, value in options.items() if key != "task"}
     if isinstance(limit, float):
-        given["share"] = given.pop("limit")
+        settings["share"] = settings.pop("limit")
     if "task" not in options:
-        return SuiteTask(name=name, spec=own_tasks().get(name), **given)
+        return SuiteTask(name=name, spec=own_tasks().get(name), **settings)
     file = path.parent / str(options["task"])
     if is_harness_file(file):
-        return SuiteTask(name=name, file=read_harness_file(file), **given)
-    return SuiteTask(name=name, spec=read_task(file), **given)
+        return SuiteTask(name=name, file=read_harness_file(file), **settings)
+    return SuiteTask(name=name, spec=read_task(file), **settings)

@@ -1,8 +1,8 @@
 """The model that is evaluated: a folder or hub id, with or without a LoRA adapter, checked before its weights are read.
 
 An adapter is merged into its base before anything is measured, so that likelihoods are those of one plain model. Whether
-the two belong together is told from the shapes in the adapter's header against the base's configuration, and from the
-base that the adapter names. Cost of the checks: headers and configurations; the base's hash where its name differs.
+the adapter fits the base is decided by the shapes in the adapter's header, the base's configuration, and the base that
+the adapter names. Cost of the checks: headers and configurations; the base's hash where its name differs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ..models.load import find_folder, quiet
 from ..sft.adapters import ADAPTER, ADAPTER_WEIGHTS, PREFIX, adapted, is_adapter, tensor_shapes
 
 DEFAULT_LENGTH = 2048
-"""Tokens of a prompt and its answer where the model's configuration does not say."""
+"""Tokens of a prompt and its answer where the model's configuration has no limit."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model to evaluate, known to be sound; its weights are read by `load`.
+    """A checked model to evaluate; its weights are read by `load`.
 
     >>> Target.find("./base", adapter="./adapter").load()
     """
@@ -44,7 +44,7 @@ class Target:
     def find(
         cls, model: str | Path, *, adapter: str | Path | None = None, device: str = "auto", dtype: DType = "auto"
     ) -> Target:
-        """The model, checked. A folder that holds an adapter and no model stands for the base it names, adapted.
+        """The model, checked. A folder that holds only an adapter is read as the base it names with that adapter.
 
         Raises `UserError` for what is no causal language model, and for an adapter of another base.
         """
@@ -52,11 +52,13 @@ class Target:
         if is_adapter(folder):
             if adapter is not None:
                 raise UserError(
-                    f"model={str(model)!r} is an adapter itself; give its base as the model, or no --adapter"
+                    f"model={str(model)!r} is an adapter itself; pass its base as the model, or no --adapter"
                 )
             base = read_json(folder / ADAPTER).get("base_model_name_or_path")
             if not base:
-                raise UserError(f"adapter {folder} names no base model; give the base as the model and it as --adapter")
+                raise UserError(
+                    f"adapter {folder} names no base model; pass the base as the model and the adapter as --adapter"
+                )
             model, adapter = str(base), folder
         target = cls(str(model), None if adapter is None else _adapter_folder(str(adapter)), device, dtype)
         target.lm.check()
@@ -116,28 +118,30 @@ def _adapter_folder(adapter: str) -> Path:
         raise UserError(str(error).replace("model=", "adapter=", 1)) from error
     for name in (ADAPTER, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"adapter={adapter!r} holds no {name}; give the folder that PEFT's save_pretrained wrote")
+            raise UserError(f"adapter={adapter!r} holds no {name}; pass the folder that PEFT's save_pretrained wrote")
     return folder
 
 
 def check_adapter(adapter: Path, base: Backbone) -> None:
-    """Raise `UserError` unless the adapter's shapes and the base it names fit; warn where that cannot be told."""
+    """Raise `UserError` unless the adapter's shapes and the base it names fit; warn where that cannot be decided."""
     named = read_json(adapter / ADAPTER).get("base_model_name_or_path")
-    said = f"adapter {adapter} was trained on {named or 'a base it does not name'}"
+    origin = f"adapter {adapter} was trained on {named or 'a base it does not name'}"
     if (misfit := _misfit(tensor_shapes(adapter / ADAPTER_WEIGHTS), _skeleton(base))) is not None:
-        raise UserError(f"{said}, and does not fit {base.model}: {misfit}; give the base it was trained on")
+        raise UserError(f"{origin}, and does not fit {base.model}: {misfit}; pass the base it was trained on")
     if not named or str(named) == base.model:
         return
-    known, here = Path(str(named)).expanduser(), Path(base.model).expanduser()
-    if known.is_dir():
-        if not here.is_dir() or known.resolve() != here.resolve():
-            other = Backbone(str(known), layer=1, device=base.device, dtype=base.dtype)
-            if chat.content_key(other) != chat.content_key(base):
-                raise UserError(f"{said}, whose weights are not those of {base.model}; give {named} as the model")
-    elif known.name.lower() != here.name.lower():
-        if not here.is_dir():  # two names of the hub
-            raise UserError(f"{said}, not on {base.model}; give {named} as the model")
-        warnings.warn(f"{said}; its shapes fit {base.model}, and whether it is the same cannot be told", stacklevel=2)
+    named_path, base_path = Path(str(named)).expanduser(), Path(base.model).expanduser()
+    if named_path.is_dir():
+        if not base_path.is_dir() or named_path.resolve() != base_path.resolve():
+            named_base = Backbone(str(named_path), layer=1, device=base.device, dtype=base.dtype)
+            if chat.content_key(named_base) != chat.content_key(base):
+                raise UserError(f"{origin}, whose weights are not those of {base.model}; pass {named} as the model")
+    elif named_path.name.lower() != base_path.name.lower():
+        if not base_path.is_dir():  # two names of the hub
+            raise UserError(f"{origin}, not on {base.model}; pass {named} as the model")
+        warnings.warn(
+            f"{origin}; its shapes fit {base.model}, but whether it is the same model is unknown", stacklevel=2
+        )
 
 
 def _skeleton(base: Backbone) -> torch.nn.Module:
@@ -145,24 +149,24 @@ def _skeleton(base: Backbone) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     with quiet(), torch.device("meta"):
-        made: torch.nn.Module = AutoModelForCausalLM.from_config(base.config)
-    return made
+        skeleton: torch.nn.Module = AutoModelForCausalLM.from_config(base.config)
+    return skeleton
 
 
 def _misfit(shapes: dict[str, tuple[int, ...]], skeleton: torch.nn.Module) -> str | None:
-    """The first tensor of a LoRA adapter that has no place in the base, in words; None where all fit."""
+    """The first tensor of a LoRA adapter that does not fit the base, in words; None where all fit."""
     modules = dict(skeleton.named_modules())
     for name, shape in shapes.items():
         path, _, rest = name.removeprefix(PREFIX).partition(".lora_")
-        which = rest.split(".")[0]
-        if which not in ("A", "B"):
-            continue  # copies of whole modules, embeddings, other kinds of adapter: PEFT itself says what is wrong
+        matrix = rest.split(".")[0]
+        if matrix not in ("A", "B"):
+            continue  # copies of whole modules, embeddings, other kinds of adapter: PEFT itself reports the error
         module = modules.get(path)
         weight = getattr(module, "weight", None)
         if weight is None:
             return f"it changes {path}, which that model does not have"
         outputs, inputs = weight.shape if isinstance(module, torch.nn.Linear) else reversed(weight.shape)
-        wanted, found = (inputs, shape[-1]) if which == "A" else (outputs, shape[0])
-        if wanted != found:
-            return f"its {path} is {found} wide and that model's {wanted}"
+        expected, actual = (inputs, shape[-1]) if matrix == "A" else (outputs, shape[0])
+        if expected != actual:
+            return f"its {path} is {actual} wide and that model's {expected}"
     return None

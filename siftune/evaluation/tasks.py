@@ -1,8 +1,8 @@
-"""A task of ours: its YAML, its rows from a local file or the hub, checked before any model is loaded.
+"""One of siftune's tasks: its YAML, its rows from a local file or the hub, checked before any model is loaded.
 
-`tasks/NAME.yaml` says how a question is put, how an answer is graded, which file of the data folder holds the rows and
-which fields they need, and what the task is called in lm-evaluation-harness. The prompts are our own wording; with the
-harness's own task (no data folder) its wording and grading hold instead.
+`tasks/NAME.yaml` has the prompt of a question, the grading of an answer, the file of the data folder that holds the rows,
+the fields that they need, and the task's name in lm-evaluation-harness. The prompts are siftune's own wording; with the
+harness's own task (no data folder) its wording and grading apply instead.
 Cost: reading the file; a few microseconds per row.
 """
 
@@ -34,20 +34,20 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """One task, as its YAML says it."""
+    """One task, as its YAML describes it."""
 
     name: str
     """The file's name without its ending."""
     kind: Literal["write", "choose"]
     """The model writes an answer, or its likeliest option counts."""
     file: str | None = None
-    """The rows: FILE.jsonl.gz or FILE.jsonl in the data folder; a path, for a task file of the user's."""
+    """The rows: FILE.jsonl.gz or FILE.jsonl in the data folder; a path, for the user's own task file."""
     fields: dict[str, FieldKind] = field(default_factory=dict)
     """What a row must hold: `text`, `texts` (a list) or `index` (of the right option, from 0)."""
     prompt: str = ""
     """Jinja over a row's fields: the question as the model reads it."""
     opening: str = ""
-    """Jinja: what stands once in front of examples and question."""
+    """Jinja: text that comes once before the examples and the question."""
     shown: str | None = None
     """Jinja: the answer of a worked example; None for options."""
     delimiter: str = " "
@@ -67,72 +67,76 @@ class TaskSpec:
     options: Literal["letters", "texts"] = "letters"
     """What is weighed: the letter of an option, or its text."""
     metric: str | None = None
-    """The number that stands for the task; a `write` task has that of its grade."""
+    """The headline metric; a `write` task has that of its grade."""
     runs_code: bool = False
     """Grading runs code that the model wrote."""
     hub: str | None = None
     """The task's name in lm-evaluation-harness ..."""
     hub_metric: str | None = None
-    """... and the number there that stands for it (`metric` or `metric,filter`)."""
+    """... and its headline metric there (`metric` or `metric,filter`)."""
     hub_needs: str | None = None
     """What to install for it beside lm-eval."""
     hub_rows: Mapping[str, str] | None = None
-    """Or, where the harness has no such task: the hub's data set for our own one (path, split, shots_split, without,
+    """Or, where the harness has no such task: the hub's data set for siftune's (path, split, shots_split, without,
     first)."""
 
     def __post_init__(self) -> None:
         where = f"task {self.name}"
         if self.kind not in ("write", "choose"):
-            raise UserError(f"{where}: kind: {self.kind} is not known; give write or choose")
+            raise UserError(f"{where}: kind: {self.kind} is not known; use write or choose")
         for name, kind in self.fields.items():
             if kind not in ("text", "texts", "index"):
-                raise UserError(f"{where}: field {name} is {kind}, which is not known; give text, texts or index")
+                raise UserError(f"{where}: field {name} is {kind}, which is not known; use text, texts or index")
         if self.kind == "write" and self.grade not in GRADES:
-            raise UserError(f"{where}: grade: {self.grade} is not known; give one of {', '.join(GRADES)}")
+            raise UserError(f"{where}: grade: {self.grade} is not known; use one of {', '.join(GRADES)}")
         if self.kind == "choose" and {"choices", "answer"} - set(self.fields):
             raise UserError(f"{where} chooses, so its fields need choices: texts and answer: index")
         if self.kind == "choose" and self.metric not in ("acc", "acc_norm"):
-            raise UserError(f"{where}: metric: {self.metric} is not known; give acc or acc_norm")
+            raise UserError(f"{where}: metric: {self.metric} is not known; use acc or acc_norm")
         if self.grade is not None and (lacking := set(GRADES[self.grade][2]) - set(self.fields)):
             raise UserError(f"{where}: grade: {self.grade} reads {', '.join(sorted(lacking))}; name it under fields")
         if self.options not in ("letters", "texts"):
-            raise UserError(f"{where}: options: {self.options} is not known; give letters or texts")
+            raise UserError(f"{where}: options: {self.options} is not known; use letters or texts")
         if not self.prompt:
             raise UserError(f"{where} has no prompt; write one, such as 'Question: {{{{ question }}}}\\nAnswer:'")
 
     @property
     def runs_programs(self) -> bool:
-        """Whether grading runs code that the model wrote, whatever the YAML says of it."""
+        """Whether grading runs code that the model wrote, whatever `runs_code` is."""
         return self.runs_code or self.grade in RUN_PROGRAMS
 
     @property
     def own_metric(self) -> str:
-        """The metric of our own grading."""
+        """The metric of siftune's own grading."""
         return GRADES[self.grade][1] if self.grade is not None else str(self.metric)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Every metric of our own grading."""
+        """Every metric of siftune's own grading."""
         return (self.own_metric,) if self.kind == "write" or self.options == "letters" else ("acc", "acc_norm")
 
     @property
     def key(self) -> str:
-        """Content hash of all that the YAML says."""
+        """Content hash of the YAML."""
         return hash_json(dataclasses.asdict(self))
 
 
 def read_task(path: Path) -> TaskSpec:
     """The task of a YAML file. Raises `UserError` for a key or a value that a task does not have."""
-    said = read_yaml(path, what="task")
-    known = [item.name for item in dataclasses.fields(TaskSpec) if item.name != "name"]
-    check_keys(said, known, f"task {path}")
-    if "kind" not in said:
-        raise UserError(f"task {path} has no kind; give write or choose")
-    made: dict[str, Any] = {name: tuple(value) if name in ("shots", "stop") else value for name, value in said.items()}
-    if path.parent != TASKS:  # a user's file lies beside the YAML that names it
-        made |= {name: str((path.parent / made[name]).resolve()) for name in ("file", "shots_file") if made.get(name)}
+    content = read_yaml(path, what="task")
+    known_keys = [item.name for item in dataclasses.fields(TaskSpec) if item.name != "name"]
+    check_keys(content, known_keys, f"task {path}")
+    if "kind" not in content:
+        raise UserError(f"task {path} has no kind; set write or choose")
+    values: dict[str, Any] = {
+        name: tuple(value) if name in ("shots", "stop") else value for name, value in content.items()
+    }
+    if path.parent != TASKS:  # a user's file is beside the YAML that names it
+        values |= {
+            name: str((path.parent / values[name]).resolve()) for name in ("file", "shots_file") if values.get(name)
+        }
     try:
-        return TaskSpec(name=path.stem, **made)
+        return TaskSpec(name=path.stem, **values)
     except TypeError as error:
         raise UserError(f"task {path}: {error}") from error
 
@@ -148,14 +152,14 @@ def own_tasks() -> Mapping[str, TaskSpec]:
 
 @dataclass(frozen=True, eq=False)
 class Questions:
-    """A task's rows as they will be asked: drawn, checked, with their worked examples."""
+    """A task's rows that are evaluated: drawn, checked, with their worked examples."""
 
     spec: TaskSpec
     rows: Rows
     """The rows drawn, in the file's order."""
     shots: Mapping[str, Rows]
     """Worked examples per value of `spec.by` ("" without)."""
-    held: int
+    total: int
     """Rows of the file."""
     source: str
     content: str
@@ -173,7 +177,7 @@ class Questions:
 def questions(
     spec: TaskSpec, folder: Path | None, *, shots: int, limit: int | None, share: float | None = None, seed: int
 ) -> Questions:
-    """The rows that a task asks, from the data folder, or from the hub where that is None.
+    """The rows of a task, from the data folder, or from the hub where that is None.
 
     Where there are more than `limit` or than the `share` of them, they are drawn by `seed` (`draw`). Raises `UserError` for a missing file, a row that lacks a field, or too few worked examples.
     """
@@ -185,14 +189,14 @@ def questions(
         rows, source, examples = read_rows(spec, path), str(path), [dict(row) for row in spec.shots]
         content = hash_file(path)
         if shots and spec.shots_file is not None:
-            other = find_file(spec, folder, spec.shots_file)
-            examples, content = read_rows(spec, other), hash_json([content, hash_file(other)])
-    held = len(rows)
-    if (drawn := draw(held, limit, share, seed)) is not None:
+            shots_path = find_file(spec, folder, spec.shots_file)
+            examples, content = read_rows(spec, shots_path), hash_json([content, hash_file(shots_path)])
+    total = len(rows)
+    if (drawn := draw(total, limit, share, seed)) is not None:
         limit = len(drawn)
         rows = [rows[index] for index in drawn]
     chosen = _examples(spec, rows, examples, shots)
-    return Questions(spec, rows, chosen, held, source, hash_json([content, shots, limit, seed]))
+    return Questions(spec, rows, chosen, total, source, hash_json([content, shots, limit, seed]))
 
 
 def _examples(spec: TaskSpec, rows: Rows, examples: Rows, shots: int) -> dict[str, Rows]:
@@ -200,26 +204,26 @@ def _examples(spec: TaskSpec, rows: Rows, examples: Rows, shots: int) -> dict[st
     if not shots:
         return {}
     values = list(dict.fromkeys(str(row[spec.by]) if spec.by else "" for row in rows))
-    found = {}
+    by_value = {}
     for value in values:
-        some = [row for row in examples if not spec.by or str(row[spec.by]) == value][:shots]
-        if len(some) < shots:
+        matching = [row for row in examples if not spec.by or str(row[spec.by]) == value][:shots]
+        if len(matching) < shots:
             of = f" for {spec.by} {value}" if spec.by else ""
             raise UserError(
-                f"task {spec.name} asks for {shots} worked examples{of} and has {len(some)}"
+                f"task {spec.name} asks for {shots} worked examples{of} and has {len(matching)}"
                 + (f" in {spec.shots_file}" if spec.shots_file else "")
                 + "; lower its shots"
             )
-        found[value] = some
-    return found
+        by_value[value] = matching
+    return by_value
 
 
 def find_file(spec: TaskSpec, folder: Path | None, name: str | None) -> Path:
     """The file of a task's rows in the data folder. Raises `UserError` where there is none."""
     if name is None:
-        raise UserError(f"task {spec.name} names no file of rows; leave --data out, or --skip {spec.name}")
+        raise UserError(f"task {spec.name} names no file of rows; remove --data, or pass --skip {spec.name}")
     if folder is None and not Path(name).is_absolute() and spec.hub is not None:
-        raise UserError(f"task {spec.name} has its rows in a data folder; give --data FOLDER")
+        raise UserError(f"task {spec.name} has its rows in a data folder; pass --data FOLDER")
     base = Path(name) if folder is None else folder / name
     tried = [base, *(base.with_name(base.name + ending) for ending in ENDINGS)]
     for path in tried:
@@ -227,7 +231,7 @@ def find_file(spec: TaskSpec, folder: Path | None, name: str | None) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"task {spec.name} needs {tried[1]} (or {ENDINGS[1]}), which is not there; put it there, or --skip {spec.name}"
+        f"task {spec.name} needs {tried[1]} (or {ENDINGS[1]}), which does not exist; create it, or pass --skip {spec.name}"
     )
 
 
@@ -257,7 +261,7 @@ def _object(line: str) -> Any:
 def checked(spec: TaskSpec, row: Any, where: str) -> dict[str, Any]:
     """The row, if it has every field of the task. Raises `UserError`."""
     if not isinstance(row, dict):
-        raise UserError(f"task {spec.name}: {where} is not a JSON object; mend it")
+        raise UserError(f"task {spec.name}: {where} is not a JSON object; fix it")
     for name, kind in spec.fields.items():
         value = row.get(name)
         texts = isinstance(value, list) and value and all(isinstance(part, str) for part in value)
@@ -281,29 +285,29 @@ def _from_hub(spec: TaskSpec, shots: int) -> tuple[Rows, Rows, str]:
     """Rows and worked examples of a data set on the hub."""
     from datasets import load_dataset
 
-    asked = spec.hub_rows
-    assert asked is not None
-    wanted: Sequence[str] = [asked["split"], *([asked["shots_split"]] if shots else [])]
+    hub_rows = spec.hub_rows
+    assert hub_rows is not None
+    splits: Sequence[str] = [hub_rows["split"], *([hub_rows["shots_split"]] if shots else [])]
     try:
-        loaded = [load_dataset(asked["path"], split=split) for split in wanted]
+        loaded = [load_dataset(hub_rows["path"], split=split) for split in splits]
     except Exception as error:
         reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
         raise UserError(
-            f"task {spec.name}: the hub's data set {asked['path']} cannot be read ({reason}); give --data FOLDER"
+            f"task {spec.name}: the hub's data set {hub_rows['path']} cannot be read ({reason}); pass --data FOLDER"
         ) from error
     parts = [from_data_set(spec, data) for data in loaded]
-    return parts[0], parts[1] if shots else [], f"hub {asked['path']}"
+    return parts[0], parts[1] if shots else [], f"hub {hub_rows['path']}"
 
 
 def from_data_set(spec: TaskSpec, data: Any) -> Rows:
     """The rows of a `datasets.Dataset` that have nothing in column `without`; the column `first` opens the question."""
-    asked = spec.hub_rows or {}
-    without, first = asked.get("without"), asked.get("first")
+    hub_rows = spec.hub_rows or {}
+    without, first = hub_rows.get("without"), hub_rows.get("first")
     columns = [name for name in data.column_names if name != without]
     empty = range(len(data)) if without is None else [i for i, value in enumerate(data[without]) if value is None]
     rows = []
     for index, row in enumerate(data.select_columns(columns).select(list(empty))):
         if first and row.get(first):
             row["question"] = f"{row[first]}\n{row['question']}"
-        rows.append(checked(spec, row, f"{asked.get('path', 'data set')} row {index}"))
+        rows.append(checked(spec, row, f"{hub_rows.get('path', 'data set')} row {index}"))
     return rows

@@ -1,4 +1,4 @@
-"""Axolotl: sift every batch from the YAML file alone, through Axolotl's plugin interface.
+"""Axolotl: select the rows of every batch, configured in the YAML file alone, through Axolotl's plugin interface.
 
     plugins:
       - siftune.integrations.axolotl.SiftunePlugin
@@ -6,8 +6,8 @@
       method: uds
       keep: 1/8
 
-Axolotl makes its trainer, a `transformers.Trainer`, and shows it to every plugin; this one attaches the selector to it.
-Importable without Axolotl, whose base class only adds hooks that do nothing.
+Axolotl creates its trainer, a `transformers.Trainer`, and passes it to every plugin; this plugin attaches the selector to
+it. Importable without Axolotl, whose base class only adds hooks that do nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ else:
         _Model = object
 
     class SiftuneArgs(_Model):
-        """What Axolotl's own check of the YAML file lets through: one mapping under `siftune`."""
+        """The keys that Axolotl's own check of the YAML file accepts: one mapping under `siftune`."""
 
         siftune: dict[str, Any] | None = None
 

@@ -70,11 +70,12 @@ class EvaluateOptions(Everywhere):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is bfloat16 for a 16-bit checkpoint on CUDA, float32 everywhere else."""
     dry_run: bool = False
-    """Check model, adapter, tasks and files, print the questions to be asked, and stop."""
+    """Check model, adapter, tasks and files, print the number of questions, and stop."""
 
 
 def evaluate(model: str | Path, suite: str | Suite | None = None, **options: Any) -> Results:
-    """Run a suite on a model; `options` are the fields of `EvaluateOptions`, and `on_event`, which hears a line per task.
+    """Run a suite on a model; `options` are the fields of `EvaluateOptions`, and `on_event`, which is called with
+    a line per task.
 
     Raises `UserError` for invalid names, files, rows, adapters or options, before any weight is read.
 
@@ -114,7 +115,7 @@ class Job:
             harness.require("a suite of tasks")
             for task in self.suite.tasks:
                 if task.spec is None and task.file is None:
-                    harness.check_known(task.name, own=list(_own()))
+                    harness.check_known(task.name, own_tasks=list(_own_tasks()))
         if not options.model:
             raise UserError("siftune evaluate needs a model: siftune evaluate MODEL --suite daar")
         if options.data is not None and not Path(options.data).is_dir():
@@ -155,9 +156,9 @@ class Job:
         """Content hashes of model, tasks and held-out rows."""
         hashes: dict[str, Any] = {"model": self.target.key}
         for task in self.suite.tasks:
-            own = task.spec.key if task.spec is not None else None
+            task_key = task.spec.key if task.spec is not None else None
             parts = [
-                own,
+                task_key,
                 *(getattr(task, name) for name in OF_THE_RESULT),
                 getattr(self.questions[task.name], "content", None),
                 *([task.share] if task.share is not None else []),
@@ -169,8 +170,10 @@ class Job:
     def plan(self) -> dict[str, Any]:
         """The tasks and rows that the run would evaluate."""
         tasks = {task.name: _about(task, self.questions[task.name]) for task in self.suite.tasks}
-        held = {name: {"rows": len(one.rows), "skipped": one.skipped} for name, one in self.encoded.items()}
-        return {"config": self.config, "tasks": tasks, "held_out": held}
+        held_out = {
+            name: {"rows": len(encoded.rows), "skipped": encoded.skipped} for name, encoded in self.encoded.items()
+        }
+        return {"config": self.config, "tasks": tasks, "held_out": held_out}
 
 
 def _suite(options: EvaluateOptions, loaded: Suite | None) -> Suite:
@@ -186,7 +189,7 @@ def _suite(options: EvaluateOptions, loaded: Suite | None) -> Suite:
     return suite
 
 
-def _own() -> Iterable[str]:
+def _own_tasks() -> Iterable[str]:
     from ..evaluation.tasks import own_tasks
 
     return own_tasks()
@@ -210,21 +213,21 @@ def _questions(task: SuiteTask, options: EvaluateOptions) -> Any:
 
 def _about(task: SuiteTask, questions: Any) -> dict[str, Any]:
     """The facts of a task that are known before it runs."""
-    own = hasattr(questions, "rows")
+    is_own = hasattr(questions, "rows")
     return {
-        "questions": len(questions.rows) if own else None,
-        "held": questions.held if own else None,
-        "shots": task.shots if task.shots is not None or not own else 0,
-        "source": questions.source if own else f"lm-eval {task.spec.hub if task.spec else task.file or task.name}",
-        "metric": standing(task, own=own),
+        "questions": len(questions.rows) if is_own else None,
+        "held": questions.total if is_own else None,
+        "shots": task.shots if task.shots is not None or not is_own else 0,
+        "source": questions.source if is_own else f"lm-eval {task.spec.hub if task.spec else task.file or task.name}",
+        "metric": headline_metric(task, is_own=is_own),
     }
 
 
-def standing(task: SuiteTask, *, own: bool) -> str | None:
+def headline_metric(task: SuiteTask, *, is_own: bool) -> str | None:
     """The headline metric of a task: the suite's choice, else the default of siftune's grading or of the harness's task."""
     if task.metric is not None or task.spec is None:
         return task.metric
-    return task.spec.own_metric if own else task.spec.hub_metric
+    return task.spec.own_metric if is_own else task.spec.hub_metric
 
 
 def check_metric(task: SuiteTask, questions: Any) -> None:
@@ -276,7 +279,7 @@ def run(job: Job, *, on_event: Callable[[str], None] = lambda line: None, bars: 
             with opened.stage(task.name, hash_json([key, "task", task.name])) as stage:
                 if not stage.reused:
                     on_event(f"{task.name}: running")
-                    stage.files = _ask(loaded, task, folder, bars=bars)
+                    stage.files = _ask_task(loaded, task, folder, bars=bars)
                     stage.counts = {"questions": read_json(folder / stage.files[0])["about"]["questions"]}
             evaluation.advance()
         results = _gather(job, folder)
@@ -318,12 +321,12 @@ def _measure(loaded: Loaded, name: str, encoded: Any, folder: Path) -> str:
     return path
 
 
-def _ask(loaded: Loaded, task: SuiteTask, folder: Path, *, bars: bool) -> list[str]:
+def _ask_task(loaded: Loaded, task: SuiteTask, folder: Path, *, bars: bool) -> list[str]:
     from ..evaluation import harness, own
 
     job, questions = loaded.job, loaded.job.questions[task.name]
     built = own.build_own(questions, length=job.target.length) if hasattr(questions, "rows") else questions
-    answers = harness.ask(
+    answers = harness.run_task(
         loaded.harness_model, built, chat=job.options.chat, allow_code=job.options.allow_code, bars=bars
     )
     about = _about(task, questions) | {"questions": answers.questions, "prompts_cut": answers.prompts_cut}
@@ -355,11 +358,13 @@ def file_name(name: str) -> str:
 
 def _gather(job: Job, folder: Path) -> Results:
     results = {task.name: read_json(folder / f"tasks/{file_name(task.name)}.json") for task in job.suite.tasks}
-    held = {name: read_json(folder / f"held-out/{file_name(name)}.json") for name in job.encoded}
+    held_out = {name: read_json(folder / f"held-out/{file_name(name)}.json") for name in job.encoded}
     tasks = {name: result["metrics"] for name, result in results.items()}
-    standing_by = {name: result["about"]["metric"] for name, result in results.items() if result["about"]["metric"]}
-    counted = [task.name for task in job.suite.tasks if task.average and task.name in standing_by]
-    average = averaged([tasks[name][standing_by[name]] for name in counted])
+    headline_metrics = {
+        name: result["about"]["metric"] for name, result in results.items() if result["about"]["metric"]
+    }
+    counted = [task.name for task in job.suite.tasks if task.average and task.name in headline_metrics]
+    average = averaged([tasks[name][headline_metrics[name]] for name in counted])
     return Results(
-        folder, tasks, standing_by, average, held, {name: result["about"] for name, result in results.items()}
+        folder, tasks, headline_metrics, average, held_out, {name: result["about"] for name, result in results.items()}
     )

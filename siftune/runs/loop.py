@@ -117,7 +117,7 @@ def loop(
     progress: Progress | None = None,
     on_event: Callable[[str], None] = lambda line: None,
 ) -> list[Round]:
-    """Choose and tune `options.rounds` times; returns the rounds. `on_event` hears one line per step.
+    """Choose and tune `options.rounds` times; returns the rounds. `on_event` is called with one line per step.
 
     Raises `UserError` for invalid options, and when the command fails or writes no model.
 
@@ -171,15 +171,18 @@ def _round(
     run = folder / f"round-{number}"
     model = str(before[-1].tuned) if before else str(settings["model"])
     on_event(f"round {number}: choosing with {model}")
-    own: dict[str, Any] = {**settings, "model": model}
-    if before and own.get("generator") is not None:  # the rows that the first round wrote serve every round
-        own |= {"generator": None, "domains": None, "seeds": str(before[0].selection.folder / SEEDS)}  # type: ignore[operator]
+    round_settings: dict[str, Any] = {**settings, "model": model}
+    if before and round_settings.get("generator") is not None:  # the rows that the first round wrote serve every round
+        round_settings |= {"generator": None, "domains": None, "seeds": str(before[0].selection.folder / SEEDS)}  # type: ignore[operator]
     pool = (
         options.pool if options.again or not before else [_rest(folder / f"pool-{number}.jsonl", before[-1].selection)]
     )
     chosen = {item.name: getattr(options, item.name) for item in fields(SelectOptions)}
     selection = select(
-        method, SelectOptions(**{**chosen, "pool": pool, "run": str(run), "out": None}), own, progress=progress
+        method,
+        SelectOptions(**{**chosen, "pool": pool, "run": str(run), "out": None}),
+        round_settings,
+        progress=progress,
     )
     assert selection.out is not None
     on_event(f"round {number}: {selection.manifest['rows']['kept']:,} rows in {selection.out}, tuning on them")

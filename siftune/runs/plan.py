@@ -83,7 +83,7 @@ def measure(backbone: Any, pool: Pool, *, sample: int, seed: int) -> dict[str, A
     rows = tokenised(drawn)
     extract_tokens(backbone, rows)
     seconds = perf_counter() - started
-    failing = {int(row): one.reason for row, one in zip(drawn, rows, strict=True) if one.reason is not None}
+    failing = {int(index): row.reason for index, row in zip(drawn, rows, strict=True) if row.reason is not None}
     rows = [row for row in rows if row.reason is None]
     _warn_failing(pool, failing, readable=len(rows))
     lengths_n = np.array([len(row.ids) for row in rows], dtype=np.int64)

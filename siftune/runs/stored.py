@@ -34,8 +34,8 @@ def write_scores(path: Path, scores: Scores) -> None:
         "pseudo_labels": scores.pseudo_labels,
     }
     arrays = {"values": scores.values} | {name: array for name, array in optional.items() if array is not None}
-    own = {str(row): reason for row, reason in sorted(scores.reasons.items()) if row not in scores.pool.reasons}
-    facts = {"method": scores.method, "domains": list(scores.domains), "reasons": own}
+    reasons = {str(row): reason for row, reason in sorted(scores.reasons.items()) if row not in scores.pool.reasons}
+    facts = {"method": scores.method, "domains": list(scores.domains), "reasons": reasons}
     # one metadata key: the format does not keep the order of several
     data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"siftune": json.dumps(facts)})
     with atomic_path(path) as temporary:

@@ -99,7 +99,8 @@ def tune(
     progress: Progress | None = None,
     on_event: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
-    """Fine-tune by a recipe; a killed run resumes, a finished one is returned unchanged. `on_event` hears a line per event.
+    """Fine-tune by a recipe; a killed run resumes, a finished one is returned unchanged. `on_event` is called
+    with a line per event.
 
     Raises `UserError` for an invalid recipe, rows or model, for a run folder or `out` that is an input or
     holds files of the user, before any weight is loaded; and under `torchrun` with several processes, where
@@ -334,7 +335,7 @@ class _Job:
             columns=recipe.columns,
             format=recipe.format,  # type: ignore[arg-type]
         )
-        return {name: dict(one.facts) for name, one in results.items()}
+        return {name: dict(result.facts) for name, result in results.items()}
 
 
 def _newest(checkpoints: Path) -> Path | None:

@@ -279,7 +279,7 @@ def test_the_reason_is_in_the_questions_sample_and_the_others_are_graded(tmp_pat
         return ["    import os; os.rename(os.getcwd(), os.getcwd() + '-moved')\n", *right(requests)[1:]]
 
     model.generate_until = generate_until
-    result = harness.ask(model, build_own(rows, length=4096), chat=False, allow_code=True, bars=False)
+    result = harness.run_task(model, build_own(rows, length=4096), chat=False, allow_code=True, bars=False)
     reasons = [sample.get("reason") for sample in result.samples]
     assert reasons[0] in (REPLACED, NOT_REACHED)
     assert reasons[1:] == [None] * (len(rows.rows) - 1)

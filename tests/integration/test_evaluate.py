@@ -108,7 +108,7 @@ def oracle(found: Questions, *, right: bool) -> Any:
 @pytest.mark.parametrize("name", EVERY)
 def test_a_model_that_knows_scores_one_and_one_that_does_not_nought(name: str, right: bool, folder: Path) -> None:
     found = asked(name, folder, shots=1 if own_tasks()[name].shown or name == "mmlu" else 0)
-    result = harness.ask(
+    result = harness.run_task(
         oracle(found, right=right), build_own(found, length=4096), chat=False, allow_code=True, bars=False
     )
     metric = result.metrics[found.spec.own_metric]
@@ -121,7 +121,7 @@ def test_a_model_that_knows_scores_one_and_one_that_does_not_nought(name: str, r
 def test_prompts_are_worded_as_the_task_says_with_its_worked_examples(folder: Path) -> None:
     found = asked("gsm8k", folder, shots=5, limit=1)
     model = oracle(found, right=True)
-    harness.ask(model, build_own(found, length=4096), chat=False, allow_code=False, bars=False)
+    harness.run_task(model, build_own(found, length=4096), chat=False, allow_code=False, bars=False)
     shown = [
         f"Problem: {row['question']}\nSolution: It is {2 * n}.\n#### {2 * n}\n\n"
         for n, row in enumerate(evaluation_data.QUESTIONS[:5], 1)
@@ -129,14 +129,14 @@ def test_prompts_are_worded_as_the_task_says_with_its_worked_examples(folder: Pa
     assert model.prompts == ["".join(shown) + f"Problem: {found.rows[0]['question']}\nSolution:"]
     found = asked("mbpp", folder, shots=1, limit=1)
     model = oracle(found, right=True)
-    harness.ask(model, build_own(found, length=4096), chat=False, allow_code=True, bars=False)
+    harness.run_task(model, build_own(found, length=4096), chat=False, allow_code=True, bars=False)
     assert "\r" not in model.prompts[0]
     assert model.prompts[0].count("```python\n") == 2
 
 
 def test_an_opening_stands_once_in_front_and_is_the_subjects(folder: Path) -> None:
     found = asked("mmlu", folder, shots=2)
-    result = harness.ask(
+    result = harness.run_task(
         oracle(found, right=True), build_own(found, length=4096), chat=False, allow_code=False, bars=False
     )
     assert {sample["part"] for sample in result.samples} == {"mmlu/counting_up", "mmlu/counting_down"}
@@ -170,7 +170,7 @@ def test_multiple_choice_is_the_naive_likelihood(name: str, folder: Path, embedd
     target, network = embedded
     found = asked(name, folder, shots=2 if name == "mmlu" else 0)
     model = harness.model_of(network, target.tokenizer, batch_size=3, length=target.length)
-    result = harness.ask(model, build_own(found, length=target.length), chat=False, allow_code=False, bars=False)
+    result = harness.run_task(model, build_own(found, length=target.length), chat=False, allow_code=False, bars=False)
     right, normed = [], []
     for sample in result.samples:
         values = [likelihood(network, target.tokenizer, sample["prompt"], option) for option in sample["options"]]
@@ -188,7 +188,7 @@ def test_a_written_answer_is_the_naive_greedy_one(folder: Path, embedded: Any) -
     target, network = embedded
     found = asked("nq_open", folder, shots=2)
     model = harness.model_of(network, target.tokenizer, batch_size=3, length=target.length)
-    result = harness.ask(model, build_own(found, length=target.length), chat=False, allow_code=False, bars=False)
+    result = harness.run_task(model, build_own(found, length=target.length), chat=False, allow_code=False, bars=False)
     tokenizer, ends = target.tokenizer, {network.config.eos_token_id}
     for sample, row in zip(result.samples, found.rows, strict=True):
         ids = tokenizer(sample["prompt"])["input_ids"]
@@ -209,7 +209,7 @@ def test_no_random_state_is_touched(folder: Path, embedded: Any) -> None:
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
     found = asked("hellaswag", folder)
     model = harness.model_of(network, target.tokenizer, batch_size=3, length=target.length)
-    harness.ask(model, build_own(found, length=target.length), chat=False, allow_code=False, bars=False)
+    harness.run_task(model, build_own(found, length=target.length), chat=False, allow_code=False, bars=False)
     assert before[0] == random.getstate()
     assert before[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
     assert torch.equal(before[2], torch.get_rng_state())
@@ -278,9 +278,9 @@ def test_a_killed_run_goes_on_where_it_was_and_gives_the_same(
     said = choices(tmp_path / "three.yaml")
     options: dict[str, Any] = {"data": str(folder), "device": "cpu"}
     whole = evaluate(model_folder(), str(said), run=str(tmp_path / "whole"), **options)
-    real, seen = harness.ask, list[str]()
+    real, seen = harness.run_task, list[str]()
 
-    def killed(model: Any, built: harness.Built, **more: Any) -> harness.Asked:
+    def killed(model: Any, built: harness.Built, **more: Any) -> harness.TaskResult:
         seen.append(next(iter(built.tasks)).split("/")[0])
         if seen == ["hellaswag", "scienceqa"]:
             raise KeyboardInterrupt
@@ -474,7 +474,7 @@ def test_a_task_that_nobody_has_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"task pari is none of siftune's nor of lm-eval's; did you mean pair\?"):
         evaluate(model_folder(), str(suite(tmp_path / "s.yaml", "tasks: {pari: null}")))
     (tmp_path / "small.jsonl").unlink()
-    with pytest.raises(UserError, match=r"task pair: lm-eval's pair cannot be had \(.*give --data FOLDER"):
+    with pytest.raises(UserError, match=r"task pair: lm-eval's pair cannot be loaded \(.*pass --data FOLDER"):
         evaluate(model_folder(), str(suite(tmp_path / "s.yaml", "tasks: {pair: null}")))
 
 

@@ -328,13 +328,13 @@ def test_an_adapter_names_its_base_and_merges_into_it(said: Callable[..., Recipe
     assert full.merged() == full.model
     with pytest.raises(UserError, match="holds no adapter"):
         merge(full.model, Path("x"))
-    with pytest.raises(UserError, match=r"is an adapter for .*; give that model, or merge"):
+    with pytest.raises(UserError, match=r"is an adapter for .*; pass that model, or merge"):
         prepare(Recipe.read({**said().plain, "model": str(done.model)}))
 
 
 def test_quantization_is_checked(said: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     for more, why in (
-        ({"quantization": {"load_in_4bit": True}}, "cannot be trained themselves; give peft: as well"),
+        ({"quantization": {"load_in_4bit": True}}, "cannot be trained themselves; set peft: as well"),
         (
             {"quantization": {"load_in_4bits": True}, "peft": LORA},
             "load_in_4bits is no key .* did you mean load_in_4bit",
@@ -515,7 +515,7 @@ def test_the_command_trains_and_says_so(written: Path, capsys: pytest.CaptureFix
             ["recipe.yaml", "--set", "sft.max_step=3"],
             "sft.max_step is no key of trl.SFTConfig; did you mean max_steps?",
         ),
-        (["recipe.yaml", "--keep", "2"], "online names no method; write method: uds, or give --online METHOD"),
+        (["recipe.yaml", "--keep", "2"], "online names no method; write method: uds, or pass --online METHOD"),
         (["recipe.yaml", "--online", "none", "--keep", "2"], "--keep chooses rows and --online none does not"),
         (["recipe.yaml", "--out", "recipe.yaml"], "--out recipe.yaml is the same as the recipe (recipe.yaml)"),
         (["recipe.yaml", "--out", "file.txt"], "--out file.txt is a file; pass a folder"),

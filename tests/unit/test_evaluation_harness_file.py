@@ -167,10 +167,10 @@ CODE = "names code to run, which no file may"
         (("metric_list: [", "metric_list: [acc, "), "metric_list holds 'acc'"),
         (("test_split: test", "test_split: test\nfilter_list: [{name: a, filter: [{function: tools.f}]}]"), CODE),
         (("test_split: test", "test_split: test\nfilter_list: [{name: a}]"), "filter_list is not one"),
-        (("dataset_path: json", "dataset_path: pandas"), "dataset_path: pandas is not supported; give one of json"),
+        (("dataset_path: json", "dataset_path: pandas"), "dataset_path: pandas is not supported; use one of json"),
         (("dataset_path: json", "dataset_path: tools.py"), r"tools\.py is a script"),
         (("dataset_path: json\n", ""), "has no dataset_path"),
-        (("task: birds", "task: "), "task is None; give the task's name"),
+        (("task: birds", "task: "), "task is None; set it to the task's name"),
         (("task: birds", "group: birds\ntask: [a, b]"), "a group of tasks is no task"),
         (("test_split: test", "test_split: test\nuse_prompt: promptsource:x"), "write doc_to_text"),
         (("test_split", "test_spit"), "unknown key 'test_spit'; did you mean test_split"),
@@ -194,10 +194,10 @@ def test_what_is_code_or_is_not_understood_is_one_sentence(birds: Path, change: 
     [
         ("{{ ''.__class__.__mro__ }}", "lm-eval cannot build it"),
         ("{{ absent }}", "lm-eval cannot build it .*'absent' is undefined"),
-        ("{% if question == 'birds 5' %}{{ absent }}{% endif %}", "row 5 of its data cannot be asked"),
+        ("{% if question == 'birds 5' %}{{ absent }}{% endif %}", "row 5 of its data cannot be rendered"),
         (
             "{% if question == 'birds 5' %}{{ ''['__cl' ~ 'ass__'].mro() }}{% endif %}",
-            "row 5 of its data cannot be asked",
+            "row 5 of its data cannot be rendered",
         ),
     ],
 )

@@ -122,7 +122,7 @@ GOOD = "kind: write\nfile: rows\nfields: {answer: text}\nprompt: 'Q'\ngrade: las
     ("change", "said"),
     [
         (("kind: write", "kind: sing"), "kind: sing is not known"),
-        (("grade: last_number", "grade: magic"), "grade: magic is not known; give one of last_number"),
+        (("grade: last_number", "grade: magic"), "grade: magic is not known; use one of last_number"),
         (("{answer: text}", "{answer: number}"), "field answer is number"),
         (("{answer: text}", "{question: text}"), "reads answer; name it under fields"),
         (("prompt: 'Q'", "prompt: ''"), "has no prompt"),
@@ -142,7 +142,7 @@ def test_every_task_of_ours_finds_its_rows(folder: Path) -> None:
     for name, spec in own_tasks().items():
         shots = 1 if spec.shots or spec.shots_file else 0
         asked = questions(spec, folder, shots=shots, limit=None, seed=0)
-        assert len(asked.rows) == asked.held == len(evaluation_data.FILES[str(spec.file)])
+        assert len(asked.rows) == asked.total == len(evaluation_data.FILES[str(spec.file)])
         for _, rows, examples in asked.leaves():
             assert len(examples) == shots
             assert rows
@@ -224,7 +224,7 @@ def test_missing_empty_and_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "gsm8k_test.jsonl.gz").write_bytes(gzip.compress(b"{}" * 9999)[:40])
     with pytest.raises(UserError, match="cannot be read"):
         questions(spec, tmp_path, shots=0, limit=None, seed=0)
-    with pytest.raises(UserError, match="give --data FOLDER"):
+    with pytest.raises(UserError, match="pass --data FOLDER"):
         questions(spec, None, shots=0, limit=None, seed=0)
 
 

@@ -112,7 +112,7 @@ def test_an_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path) -> N
 @pytest.mark.usefixtures("no_weights")
 def test_an_adapter_of_other_weights_of_the_same_shape_is_refused(base: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r"trained on .*other, whose weights are not those of .*base; give .*other"):
+    with pytest.raises(UserError, match=r"trained on .*other, whose weights are not those of .*base; pass .*other"):
         Target.find(base, adapter=adapter(tmp_path / "a", other))
     same = save_tiny(tmp_path / "moved")
     assert Target.find(base, adapter=adapter(tmp_path / "b", same)).adapter == tmp_path / "b"
@@ -124,7 +124,7 @@ def test_a_base_that_is_not_here_is_told_by_its_name(base: Path, tmp_path: Path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Target.find(base, adapter=known)
-    with pytest.warns(UserWarning, match="whether it is the same cannot be told"):
+    with pytest.warns(UserWarning, match="whether it is the same model is unknown"):
         Target.find(base, adapter=adapter(tmp_path / "b", Path("/gone/another")))
 
 
