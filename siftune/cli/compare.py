@@ -84,7 +84,7 @@ def run(words: list[str]) -> int:
         cache=options.cache,
         dry_run=options.dry_run,
         command=_shown(options, overrides),
-        told=_print_share if verbose else lambda name, share: None,
+        on_event=_print_share if verbose else lambda name, share: None,
     )
     if options.json:
         print_json(_facts(done, dry_run=options.dry_run))
@@ -192,7 +192,7 @@ def _show(study: Study, done: Outcome) -> None:
     value = main_value(frame.names)
     for group in groups_of(frame.arms):
         difference_by_arm = {
-            comparison.arm: comparison.found for comparison in frame.compared(group) if comparison.value == value
+            comparison.arm: comparison.difference for comparison in frame.compared(group) if comparison.value == value
         }
         lines = []
         for arm in frame.arms:

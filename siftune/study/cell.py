@@ -1,7 +1,7 @@
-"""What a study runs: a selection, the reference model, one cell. The only place where `select`, `tune` and the
-evaluation are called, so that a test can put three small functions in their stead.
+"""The pieces of work of a study: a selection, the reference model, one cell. The only place where `select`, `tune` and the
+evaluation are called, so that a test can replace them by three small functions.
 
-Each piece of work is a plain record that another process can be handed. A finished piece is a file written last
+Each piece of work is a plain record that can be passed to another process. A finished piece is a file written last
 (`cell.json`, the selection's own manifest), and is never done again.
 """
 
@@ -28,7 +28,7 @@ BASE = "base.json"
 
 @dataclass(frozen=True)
 class Work:
-    """Where a piece of work finds everything."""
+    """All that a piece of work needs."""
 
     study: Study
     folder: Path
@@ -52,7 +52,7 @@ def alone(folder: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-# --- the three pieces that tests replace --------------------------------------------------------------------------------
+# --- the three functions that tests replace -----------------------------------------------------------------------------
 
 
 def choose(work: Work, cell: Cell, run: Path) -> Mapping[str, Any]:
@@ -97,7 +97,7 @@ def measure(work: Work, model: Path, run: Path) -> dict[str, float]:
 
 
 def selection_folder(work: Work, cell: Cell) -> Path | None:
-    """Where the cell's rows were chosen; None for all rows."""
+    """The run folder of the cell's selection; None for all rows."""
     return None if cell.selection is None else work.folder / "selections" / cell.selection
 
 
@@ -111,7 +111,7 @@ def run_selection(work: Work, cell: Cell) -> None:
 
 
 def selected(folder: Path) -> bool:
-    """Has this selection been made?"""
+    """Whether this selection is finished."""
     manifest = folder / "manifest.json"
     return manifest.is_file() and read_json(manifest).get("status") == "finished"
 
@@ -139,7 +139,7 @@ def tabulate(work: Work, recipe: Mapping[str, Any], model: Path, table: Path) ->
 
 
 def run_base(work: Work) -> None:
-    """Measure the model as it is."""
+    """Measure the model before tuning."""
     with alone(work.folder, "base"):
         if not (work.folder / BASE).is_file():
             write_json(work.folder / BASE, {"values": measure(work, model_folder(work.study), work.folder / "base")})
@@ -155,7 +155,7 @@ def run_cell(work: Work, cell: Cell) -> None:
         rows = selection_folder(work, cell)
         chosen = work.data.pool if rows is None else rows / "selected.jsonl"
         recipe = recipe_of(work, cell.seed, train=chosen, cell=cell)
-        said = None if rows is None else read_json(rows / "manifest.json")
+        chosen_by = None if rows is None else read_json(rows / "manifest.json")
         started = perf_counter()
         model, manifest = train(work, recipe, folder / "train")
         trained = perf_counter()
@@ -168,8 +168,8 @@ def run_cell(work: Work, cell: Cell) -> None:
                 "values": values,
                 "tokens": dict(manifest["tokens"]),
                 "train_loss": manifest.get("train_loss"),
-                "selection": None if said is None else _selection(said),
-                "times": {"choose": None if said is None else _choosing(said), "train": _seconds(manifest, trained - started),
+                "selection": None if chosen_by is None else _selection(chosen_by),
+                "times": {"choose": None if chosen_by is None else _choosing(chosen_by), "train": _seconds(manifest, trained - started),
                           "measure": round(perf_counter() - trained, 3), "peak_memory_mb": manifest.get("peak_memory_mb")},
             },
         )  # fmt: skip
@@ -177,7 +177,7 @@ def run_cell(work: Work, cell: Cell) -> None:
 
 
 def finished(folder: Path) -> bool:
-    """Is this cell done?"""
+    """Whether this cell is finished."""
     return (folder / CELL).is_file()
 
 
@@ -204,9 +204,9 @@ def recipe_of(work: Work, seed: int, *, train: Path, cell: Cell | None = None) -
 
 
 def _selection(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a selection's manifest says of rows and of a judge's cost."""
+    """Rows and judge cost from a selection's manifest."""
     judge = manifest.get("info", {}).get("judge")
-    if judge is not None:  # what was asked in this very run depends on what the cache held
+    if judge is not None:  # the number of requests of this run depends on the cache
         judge = {
             name: value
             for name, value in judge.items()
@@ -216,7 +216,7 @@ def _selection(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choosing(manifest: Mapping[str, Any]) -> float:
-    """Seconds in which a selection was computed, whenever that was."""
+    """Seconds in which a selection was computed, in this run or an earlier one."""
     return round(float(sum(stage["computed_seconds"] for stage in manifest.get("stages", []))), 3)
 
 
@@ -229,27 +229,29 @@ def _seconds(manifest: Mapping[str, Any], spent: float) -> float:
 
 
 def _drop_model(run: Path, study: Study) -> None:
-    """A cell's weights are of no more use once it is measured; a folder that holds anything else stays."""
+    """Delete a cell's weights once it is measured; a folder that holds other files is kept."""
     if not study.keep_models:
         for name in ("checkpoints", "model"):
             discard(run / name)
 
 
-def check_cell(work: Work, cell: Cell, found: Mapping[str, Any], baseline: Mapping[str, Any], *, kept: int) -> None:
-    """Equal budgets, on what was trained: `found` and `baseline` are two cells' `tokens`. Raises `UserError`."""
+def check_cell(
+    work: Work, cell: Cell, tokens: Mapping[str, Any], baseline_tokens: Mapping[str, Any], *, kept: int
+) -> None:
+    """Check the equal budget on the trained rows or tokens, from the `tokens` of two cells. Raises `UserError`."""
     if cell.arm.plain:
         return
     if work.stop is not None:
-        if int(found["trained_tokens"]) < work.stop:
+        if int(tokens["trained_tokens"]) < work.stop:
             raise UserError(
-                f"{cell.name} trained {found['trained_tokens']:,} of {work.stop:,} tokens before its last step; its "
+                f"{cell.name} trained {tokens['trained_tokens']:,} of {work.stop:,} tokens before its last step; its "
                 "method keeps very short rows, so raise keep, or compare at equal: rows"
             )
         return
-    ours, theirs = int(found["trained_rows"]), int(baseline["trained_rows"])
-    if abs(ours - theirs) > kept:
+    rows, baseline_rows = int(tokens["trained_rows"]), int(baseline_tokens["trained_rows"])
+    if abs(rows - baseline_rows) > kept:
         raise UserError(
-            f"{cell.name} trained {ours:,} rows and the baseline {theirs:,}, more than one step ({kept} rows) apart; "
+            f"{cell.name} trained {rows:,} rows and the baseline {baseline_rows:,}, more than one step ({kept} rows) apart; "
             "its method could not score enough rows, so lower the budget"
         )
 

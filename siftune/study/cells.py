@@ -1,6 +1,6 @@
-"""The cells of a study: an arm (offline method, online method, budget) for every seed, with names that folders take.
+"""The cells of a study: an arm (offline method, online method, budget) for every seed, with names that are valid folder names.
 
-An arm's label is what tables call it: the side that varies names it. Arms are compared inside a group (a budget, where
+An arm's label is its name in tables: the name of the side that varies. Arms are compared inside a group (a budget, where
 the study has several and crosses everything); the arm without any selection belongs to all groups.
 """
 
@@ -75,11 +75,11 @@ def arms_of(study: Study) -> tuple[Arm, ...]:
             label = label.replace(offline.name, f"{offline.name} {budget}", 1)
         group = (None if budget is None else str(budget)) if grouped else ""
         arms.append(Arm(label, offline, online, budget, group))
-    seen: dict[tuple[str, str | None], Arm] = {}
+    by_label: dict[tuple[str, str | None], Arm] = {}
     for arm in arms:
-        if (arm.label, arm.group) in seen:
-            raise UserError(f"study {study.name} has two cells labelled {arm.label!r}; give an entry another name")
-        seen[arm.label, arm.group] = arm
+        if (arm.label, arm.group) in by_label:
+            raise UserError(f"study {study.name} has two cells labelled {arm.label!r}; set another name: for one entry")
+        by_label[arm.label, arm.group] = arm
     labels = list(dict.fromkeys(arm.label for arm in arms))
     if study.baseline not in labels:
         raise UserError(
@@ -89,18 +89,18 @@ def arms_of(study: Study) -> tuple[Arm, ...]:
 
 
 def cells_of(study: Study) -> tuple[Cell, ...]:
-    """Every cell, seed by seed, so that a study stopped early has whole seeds."""
+    """Every cell, seed by seed, so that a study stopped early has complete seeds."""
     arms = arms_of(study)
     return tuple(Cell(arm, seed) for seed in study.seeds for arm in arms)
 
 
-def part_of(cells: Sequence[Cell], said: str | None) -> tuple[Cell, ...]:
+def part_of(cells: Sequence[Cell], part: str | None) -> tuple[Cell, ...]:
     """Part i of n of the cells (`2/8`). Raises `UserError` for anything else."""
-    if said is None:
+    if part is None:
         return tuple(cells)
-    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", said)
+    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", part)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--part {said} is not a part; write i/n with 1 <= i <= n, such as 2/8")
+        raise UserError(f"--part {part} is not a part; write i/n with 1 <= i <= n, such as 2/8")
     return tuple(cells[int(match[1]) - 1 :: int(match[2])])
 
 
@@ -127,11 +127,13 @@ def _triples(study: Study) -> list[tuple[Entry, Entry, Keep | None]]:
     if study.cells != "product":
         offline = {entry.name: entry for entry in study.offline}
         online = {entry.name: entry for entry in study.online}
-        return [(offline[one], online[other], budget) for one, other, budget in study.cells]
+        return [
+            (offline[offline_name], online[online_name], budget) for offline_name, online_name, budget in study.cells
+        ]
     triples: list[tuple[Entry, Entry, Keep | None]] = []
     for entry in study.offline:
         budgets: tuple[Keep | None, ...] = (None,) if entry.method is None else study.budgets
-        triples += [(entry, other, budget) for budget in budgets for other in study.online]
+        triples += [(entry, online_entry, budget) for budget in budgets for online_entry in study.online]
     return triples
 
 

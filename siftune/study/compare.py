@@ -5,7 +5,7 @@
     RUN/selections/NAME/     offline selections           RUN/differences.parquet       paired differences
     RUN/cells/NAME/          training and cell.json       RUN/figures/*.svg, *.png
 
-A study's folder belongs to one study; its parts may run at the same time on several machines that share it.
+A folder belongs to one study; its parts may run at the same time on several machines that share it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STUDY, PAGE = "study.json", "study.md"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study left behind."""
+    """The result of a study."""
 
     folder: Path
     plans: Mapping[str, Plan]
@@ -79,12 +79,12 @@ def compare(
     cache: str | None = None,
     dry_run: bool = False,
     command: str = "siftune compare",
-    told: Callable[[str, float], None] = lambda name, done: None,
+    on_event: Callable[[str, float], None] = lambda name, done: None,
 ) -> Outcome:
     """Run every unfinished cell of a study (of its part), and write tables and figures once all are finished.
 
-    `told` hears the name of each finished piece of work and the share done. Raises `UserError` for anything that can
-    be told wrong before a model is trained, and at the end for cells that failed.
+    `on_event` is called with the name of each finished piece of work and the share done. Raises `UserError` for every
+    error that can be detected before a model is trained, and at the end for cells that failed.
 
     >>> compare(read_study("study.yaml")).page
     """
@@ -99,17 +99,17 @@ def compare(
     work, plans = _ready(study, arms, folder, cache)
     if dry_run:
         return Outcome(folder, plans, cells, 0)
-    left = [cell for cell in cells if not finished(folder / "cells" / cell.name)]
-    failures = run_tasks(_tasks(work, left), jobs=study.jobs, threads=study.threads, told=told)
+    unfinished = [cell for cell in cells if not finished(folder / "cells" / cell.name)]
+    failures = run_tasks(_tasks(work, unfinished), jobs=study.jobs, threads=study.threads, on_event=on_event)
     frame = read_frame(work)
     unequal = _unequal(work, frame, plans)
     complete = len(frame.done) == len(arms) * len(study.seeds)
     page = None
     if frame.done and (complete or part is None):
-        notes = [f"cell {one.name} failed: {one.said}" for one in failures] + unequal
+        notes = [f"cell {failure.name} failed: {failure.message}" for failure in failures] + unequal
         page = _write(frame, out, command=command, notes=notes)
-    _complain(failures, unequal, folder)
-    ran = sum(finished(folder / "cells" / cell.name) for cell in left)
+    _raise_failures(failures, unequal, folder)
+    ran = sum(finished(folder / "cells" / cell.name) for cell in unfinished)
     return Outcome(folder, plans, cells, ran, frame, complete, page)
 
 
@@ -137,27 +137,27 @@ SHARED = [
 
 
 def _identity(study: Study) -> dict[str, Any]:
-    """All that decides the numbers: not how many processes make them."""
-    said: dict[str, Any] = {name: getattr(study, name) for name in SHARED}
+    """All settings that decide the results; the number of processes does not."""
+    settings: dict[str, Any] = {name: getattr(study, name) for name in SHARED}
     for entry in (*study.offline, *study.online):
-        said[f"{entry.side} {entry.name}"] = [entry.method, entry.candidates, entry.settings]
-    found: dict[str, Any] = redact(json.loads(json.dumps(said, default=str)))
-    return found
+        settings[f"{entry.side} {entry.name}"] = [entry.method, entry.candidates, entry.settings]
+    identity: dict[str, Any] = redact(json.loads(json.dumps(settings, default=str)))
+    return identity
 
 
 # --- before anything runs ---------------------------------------------------------------------------------------------
 
 
 def _ready(study: Study, arms: Sequence[Arm], folder: Path, cache: str | None) -> tuple[Work, dict[str, Plan]]:
-    """Own the folder, draw the rows, and check budgets, methods and recipe."""
+    """Claim the folder, draw the rows, and check budgets, methods and recipe."""
     with alone(folder, "study"):
-        _own(study, folder)
+        _claim(study, folder)
         data = prepare(study, folder / "data")
         plain = {arm: plan_arm(study, arm, rows=data.rows, mean_tokens=data.mean_tokens) for arm in arms}
         check_equal(study, arms, plain)
         stop = stop_of(study, arms, rows=data.rows, mean_tokens=data.mean_tokens)
         work = Work(study, folder, data, stop, cache)
-        _own_stop(folder, stop)
+        _check_stop(folder, stop)
         _check_methods(work, arms)
         _check_recipes(work, arms)
         pieces.check_suite(study)
@@ -169,36 +169,36 @@ def _name(arm: Arm) -> str:
     return f"{arm.label} ({arm.group})" if arm.group else arm.label
 
 
-def _own(study: Study, folder: Path) -> None:
-    """Give the folder to this study, or refuse one that holds another."""
+def _claim(study: Study, folder: Path) -> None:
+    """Claim the folder for this study, or refuse one that holds another."""
     now = {"version of siftune": __version__, "model's content": model_key(study), **_identity(study)}
     path = folder / STUDY
     before: dict[str, Any] = read_json(path) if path.is_file() else {}
     if not before and (name := foreign_name(folder)) is not None:
-        raise UserError(f"{folder} holds {name} and no {STUDY}, so it is no study; give a new --run")
+        raise UserError(f"{folder} holds {name} and no {STUDY}, so it is no study; pass a new --run")
     if before and not (isinstance(before, dict) and {"version of siftune", "model's content"} <= before.keys()):
-        raise UserError(f"{path} was not written by siftune; give another --run")
+        raise UserError(f"{path} was not written by siftune; pass another --run")
     for name, value in now.items():
         if name in before and before[name] != value:
             raise UserError(
-                f"{folder} holds another study: its {name} was {before[name]} and is now {value}; give another --run"
+                f"{folder} holds another study: its {name} was {before[name]} and is now {value}; pass another --run"
             )
     write_json(path, before | now)
 
 
-def _own_stop(folder: Path, stop: int | None) -> None:
+def _check_stop(folder: Path, stop: int | None) -> None:
     """Cells of one folder train the same number of tokens."""
     before = read_json(folder / STUDY)
     if before.get("stop", stop) != stop:
         raise UserError(
             f"{folder} holds cells of {before['stop']:,} trained tokens, and this study trains {stop:,}; set tokens: "
-            f"{before['stop']}, or give another --run"
+            f"{before['stop']}, or pass another --run"
         )
     write_json(folder / STUDY, before | {"stop": stop})
 
 
 def _check_methods(work: Work, arms: Sequence[Arm]) -> None:
-    """Every method with its settings, as far as that goes without a weight."""
+    """Check every method with its settings, as far as that is possible without weights."""
     seed = work.study.seeds[0]
     places = work.data.places(work.study, seed)
     for entry in dict.fromkeys(arm.offline.name for arm in arms):
@@ -207,12 +207,12 @@ def _check_methods(work: Work, arms: Sequence[Arm]) -> None:
             settings = offline.filled(places, seed=seed)
             method = build(offline.method, int(settings.pop("seed", seed)), settings)
             method.cache = work.cache
-            _saying(f"offline {entry}", partial(check_method, method))
+            _naming(f"offline {entry}", partial(check_method, method))
     for entry in dict.fromkeys(arm.online.name for arm in arms):
         online = next(arm.online for arm in arms if arm.online.name == entry)
         if online.method is not None:
             options = {"method": online.method, **online.filled(places, seed=seed)}
-            _saying(f"online {entry}", partial(_check_online, options))
+            _naming(f"online {entry}", partial(_check_online, options))
 
 
 def _check_online(options: Mapping[str, Any]) -> None:
@@ -221,7 +221,8 @@ def _check_online(options: Mapping[str, Any]) -> None:
     selector_of(options).check()
 
 
-def _saying(where: str, check: Callable[[], Any]) -> None:
+def _naming(where: str, check: Callable[[], Any]) -> None:
+    """Run `check` with `where` in front of its error message."""
     try:
         check()
     except UserError as error:
@@ -229,8 +230,8 @@ def _saying(where: str, check: Callable[[], Any]) -> None:
 
 
 def _check_recipes(work: Work, arms: Sequence[Arm]) -> None:
-    """The recipe of every arm, by the classes that will read it. The table of the reference model is not made yet: the
-    study's model stands for it here."""
+    """Check the recipe of every arm by the classes that will read it. The table of the reference model does not exist yet;
+    the study's model is used in its place."""
     table = work.data.places(work.study, work.study.seeds[0])["reference"]
     for arm in arms:
         recipe = recipe_of(work, work.study.seeds[0], train=work.data.pool, cell=Cell(arm, work.study.seeds[0]))
@@ -238,14 +239,14 @@ def _check_recipes(work: Work, arms: Sequence[Arm]) -> None:
             recipe["online"] = {
                 name: recipe["model"] if value == table else value for name, value in recipe["online"].items()
             }
-        _saying(arm.label, partial(pieces.check_recipe, recipe, work.cache))
+        _naming(arm.label, partial(pieces.check_recipe, recipe, work.cache))
 
 
 # --- work -------------------------------------------------------------------------------------------------------------
 
 
 def _tasks(work: Work, cells: Sequence[Cell]) -> list[Task]:
-    """What is left to do, each piece after what it needs."""
+    """The unfinished pieces of work, each after those it needs."""
     tasks: dict[str, Task] = {}
     if cells and not (work.folder / "base.json").is_file():
         tasks["base"] = Task("base", partial(run_base, work))
@@ -263,21 +264,21 @@ def _tasks(work: Work, cells: Sequence[Cell]) -> list[Task]:
 
 
 def _unequal(work: Work, frame: Frame, plans: Mapping[str, Plan]) -> list[str]:
-    """One sentence for every finished cell that trained on more or less than it should have."""
-    found = []
+    """One sentence for every finished cell that trained on more or less than its budget."""
+    sentences = []
     for group in groups_of(frame.arms):
         baseline = baseline_of(work.study, frame.arms, group)
-        tokens = {one.cell.seed: one.facts["tokens"] for one in frame.done if one.cell.arm == baseline}
-        for one in frame.done:
-            arm = one.cell.arm
-            if arm.group not in (group, None) or one.cell.seed not in tokens or (baseline and baseline.plain):
+        tokens = {done.cell.seed: done.facts["tokens"] for done in frame.done if done.cell.arm == baseline}
+        for done in frame.done:
+            arm = done.cell.arm
+            if arm.group not in (group, None) or done.cell.seed not in tokens or (baseline and baseline.plain):
                 continue
             try:
                 kept = max(plans[_name(arm)].kept, plans[_name(baseline)].kept) if baseline else 0
-                check_cell(work, one.cell, one.facts["tokens"], tokens[one.cell.seed], kept=kept)
+                check_cell(work, done.cell, done.facts["tokens"], tokens[done.cell.seed], kept=kept)
             except UserError as error:
-                found.append(str(error))
-    return list(dict.fromkeys(found))
+                sentences.append(str(error))
+    return list(dict.fromkeys(sentences))
 
 
 def _write(frame: Frame, out: str | None, *, command: str, notes: Sequence[str]) -> Path:
@@ -292,9 +293,9 @@ def _write(frame: Frame, out: str | None, *, command: str, notes: Sequence[str])
         write_page(frame, page, drawn, command=command, notes=notes)
         if out is not None:
             page = Path(out)
-            copies = [figures_beside(page) / f"{page.stem}-{one.name}" for one in drawn]
-            for one, copy in zip(drawn, copies, strict=True):
-                copy_file(one, copy)
+            copies = [figures_beside(page) / f"{page.stem}-{figure.name}" for figure in drawn]
+            for figure, copy in zip(drawn, copies, strict=True):
+                copy_file(figure, copy)
             write_page(frame, page, copies, command=command, notes=notes)
     return page
 
@@ -305,25 +306,25 @@ def figures_beside(page: Path) -> Path:
 
 
 def study_inputs(study: Study) -> dict[str, Any]:
-    """What a study reads, by name, for `refuse_overlap`."""
-    given: dict[str, Any] = {
+    """The inputs of a study, by name, for `refuse_overlap`."""
+    inputs: dict[str, Any] = {
         "the model": study.model,
         "the suite": suite_file(study.suite),
         "evaluate.data": study.evaluate.get("data"),
     }
-    given |= {f"pool {name}": source for name, source in study.pool.items()}
-    given |= {f"held_out {name}": source for name, source in study.held_out.items()}
+    inputs |= {f"pool {name}": source for name, source in study.pool.items()}
+    inputs |= {f"held_out {name}": source for name, source in study.held_out.items()}
     for entry in (*study.offline, *study.online):
-        given |= setting_inputs(entry.settings, f"{entry.name}: {{}}")
-    return {name: value for name, value in given.items() if value != DEMO}
+        inputs |= setting_inputs(entry.settings, f"{entry.name}: {{}}")
+    return {name: value for name, value in inputs.items() if value != DEMO}
 
 
-def _complain(failures: Sequence[Failure], unequal: Sequence[str], folder: Path) -> None:
-    """Raise for what failed: our fault as such, the user's as one sentence."""
+def _raise_failures(failures: Sequence[Failure], unequal: Sequence[str], folder: Path) -> None:
+    """Raise for the failures: `RuntimeError` for an internal error, `UserError` for an error of the input."""
     for failure in failures:
-        if failure.ours:
-            raise RuntimeError(f"{failure.name}: {failure.said}\n{failure.trace}")
-    said = [f"{failure.name}: {failure.said}" for failure in failures] + list(unequal)
-    if said:
-        more = f" ({len(said) - 1} more in {folder / 'study.md'})" if len(said) > 1 else ""
-        raise UserError(f"{said[0]}{more}; the other cells are kept, and the same command goes on from them")
+        if failure.internal:
+            raise RuntimeError(f"{failure.name}: {failure.message}\n{failure.trace}")
+    messages = [f"{failure.name}: {failure.message}" for failure in failures] + list(unequal)
+    if messages:
+        more = f" ({len(messages) - 1} more in {folder / 'study.md'})" if len(messages) > 1 else ""
+        raise UserError(f"{messages[0]}{more}; the other cells are kept, and the same command resumes from them")

@@ -1,8 +1,8 @@
-"""What each cell trained on: rows by domain, and how many of them were different ones, read from what its run left.
+"""The composition of each cell's training rows: rows by domain, and how many of them were different, from its run folder.
 
-A cell that trains on every row it is given has them in `train/rows.parquet`; one that chooses inside batches has each
-candidate in `train/siftune/selection.parquet`. Nothing is said of a cell whose rows cannot be told: plain training that
-ended inside an epoch, or a run folder that was cleared.
+A cell that trains on all of its rows has them in `train/rows.parquet`; one that chooses inside batches has each candidate in
+`train/siftune/selection.parquet`. A cell whose rows are unknown is left out: plain training that ended inside an epoch, or
+a run folder that was cleared.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Trained:
 
 
 def trained(frame: Frame, done: Done, labels_of: Callable[[Path], list[str]]) -> Trained | None:
-    """From the files of a finished cell; None where they do not say. `labels_of` is the domain of every line of a file.
+    """The trained rows of a finished cell; None where its files do not tell. `labels_of` is the domain of every line of a file.
 
     >>> trained(frame, frame.done[0], labels_of).domains
     Counter({'coding': 308, 'common_sense': 234, 'mathematics': 149, 'reasoning': 109})
     """
     run = frame.work.folder / "cells" / done.cell.name / "train"
-    given = run / "rows.parquet"
-    if not given.is_file():
+    rows_file = run / "rows.parquet"
+    if not rows_file.is_file():
         return None
-    table = read_checked(given, columns=["row", "position"], way_out=AGAIN).drop_null()
+    table = read_checked(rows_file, columns=["row", "position"], way_out=AGAIN).drop_null()
     row_of = np.empty(len(table), dtype=np.int64)
     row_of[table["position"].to_numpy()] = table["row"].to_numpy()
     positions = _positions(run, len(row_of), int(done.facts["tokens"]["trained_rows"]))
@@ -57,7 +57,7 @@ def trained(frame: Frame, done: Done, labels_of: Callable[[Path], list[str]]) ->
 
 
 def _positions(run: Path, rows: int, count: int) -> NDArray[np.int64] | None:
-    """The place in the training set of every trained row."""
+    """The position in the training set of every trained row."""
     ledger = run / "siftune" / "selection.parquet"
     if ledger.is_file():
         table = read_checked(ledger, columns=["row", "kept"], way_out=AGAIN)
@@ -75,17 +75,17 @@ def _labels(path: Path, label: str) -> list[str]:
 
 
 def composition_table(frame: Frame) -> str | None:
-    """Markdown: a line per arm, means over the seeds; None where no cell can be told."""
+    """Markdown: a line per arm, means over the seeds; None where the rows of no cell are known."""
     domains = list(frame.work.data.facts["domains"])
     labels_of = functools.cache(functools.partial(_labels, label=frame.work.study.label))  # most cells share a file
     lines = []
     for arm in frame.arms:
-        cells = [one for one in frame.done if one.cell.arm == arm]
-        told = [found for one in cells if (found := trained(frame, one, labels_of)) is not None]
-        if not told:
+        results = [trained(frame, done, labels_of) for done in frame.done if done.cell.arm == arm]
+        trained_cells = [result for result in results if result is not None]
+        if not trained_cells:
             continue
-        rows = [f"{mean_of([float(one.domains[name]) for one in told]).mean:,.0f}" for name in domains]
-        different = mean_of([float(one.different) for one in told]).mean
+        rows = [f"{mean_of([float(cell.domains[name]) for cell in trained_cells]).mean:,.0f}" for name in domains]
+        different = mean_of([float(cell.different) for cell in trained_cells]).mean
         tokens = frame.tokens(arm, "trained_tokens").mean / frame.tokens(arm, "trained_rows").mean
         lines.append([arm.label, *rows, f"{different:,.0f}", f"{tokens:.1f}"])
     return markdown(["method", *domains, "different rows", "tokens a row"], lines) if lines else None

@@ -1,7 +1,7 @@
 """The rows of a study, drawn once and shared by every cell: pool, held-out, seed, validation and reference rows.
 
 Every draw is seeded by `draw_seed` (seed rows by the cell's seed too) and written as JSONL into the study's `data/`. Rows
-without a learnt token under the recipe's text form and length are never drawn, and counted by reason: so every method
+without a label token under the recipe's text form and length are never drawn, and counted by reason: so every method
 chooses among rows that can be trained on. Cost: reading the sources, and tokenising the rows that are drawn.
 """
 
@@ -34,11 +34,11 @@ DEMO_HELD_OUT = 800
 
 @dataclass(frozen=True)
 class Data:
-    """What `prepare` wrote."""
+    """The files that `prepare` wrote."""
 
     folder: Path
     facts: Mapping[str, Any]
-    """data.json: rows and tokens drawn, by domain; what could not be used; hashes of the files."""
+    """data.json: rows and tokens drawn, by domain; unusable rows by reason; hashes of the files."""
 
     @property
     def pool(self) -> Path:
@@ -57,11 +57,11 @@ class Data:
 
     @property
     def mean_tokens(self) -> float:
-        """Real tokens of a drawn row, on average, as the recipe cuts it."""
+        """Mean real tokens of a drawn row after truncation by the recipe."""
         return float(self.facts["tokens"]) / self.rows
 
     def places(self, study: Study, seed: int) -> dict[str, str]:
-        """What `{place}` stands for in a method's settings."""
+        """The path that replaces each `{place}` in a method's settings."""
         return {
             "model": str(model_folder(study)),
             "pool": str(self.pool),
@@ -73,7 +73,7 @@ class Data:
 
 
 def model_folder(study: Study) -> Path:
-    """Where the study's model lies. Raises `UserError` where it does not."""
+    """The folder of the study's model. Raises `UserError` where there is none."""
     if study.model == DEMO:
         from ..demo.embedded import model_folder as embedded
 
@@ -89,34 +89,34 @@ def model_key(study: Study) -> str:
 
 
 def prepare(study: Study, folder: Path) -> Data:
-    """Draw and write every row that the study uses, or find them as an earlier run left them. Raises `UserError`.
+    """Draw and write every row that the study uses, or reuse those of an earlier run. Raises `UserError`.
 
     >>> prepare(study, Path("run/data")).pool
     """
     folder.mkdir(parents=True, exist_ok=True)
     pool = {name: _load(study, source, "pool") for name, source in _sources(study, "pool", folder).items()}
-    held = {name: _load(study, source, "held_out") for name, source in _sources(study, "held_out", folder).items()}
-    key = _key(study, pool, held)
+    held_out = {name: _load(study, source, "held_out") for name, source in _sources(study, "held_out", folder).items()}
+    key = _key(study, pool, held_out)
     if (folder / FACTS).is_file():
         facts = read_json(folder / FACTS)
-        if facts.get("key") == key and all(_same(folder / name, said) for name, said in facts["files"].items()):
+        if facts.get("key") == key and all(_same(folder / name, digest) for name, digest in facts["files"].items()):
             return Data(folder, facts)
         (folder / FACTS).unlink()
     with quiet():  # a row longer than the model's positions is cut, which the tokenizer cannot know
-        facts = _Drawing(study, folder).draw(pool, held)
+        facts = _Drawing(study, folder).draw(pool, held_out)
     write_json(folder / FACTS, {"key": key, **facts})
     return Data(folder, {"key": key, **facts})
 
 
-def _same(path: Path, said: str) -> bool:
-    return path.is_file() and hash_file(path) == said
+def _same(path: Path, digest: str) -> bool:
+    return path.is_file() and hash_file(path) == digest
 
 
-def _load(study: Study, source: str, what: str) -> Pool:
+def _load(study: Study, source: str, key: str) -> Pool:
     try:
         return load_pool(source, columns=dict(study.columns or {}), on_bad_row=study.on_bad_row, format=study.format)
     except UserError as error:
-        raise UserError(f"{what}: {error}") from error
+        raise UserError(f"{key}: {error}") from error
 
 
 def _sources(study: Study, key: str, folder: Path) -> dict[str, str]:
@@ -126,19 +126,19 @@ def _sources(study: Study, key: str, folder: Path) -> dict[str, str]:
         return dict(sources)
     from ..demo import corpus
 
-    made = corpus.rows(DEMO_ROWS, 0) if key == "pool" else corpus.held_out(DEMO_HELD_OUT, 0)
-    found = {}
+    rows = corpus.rows(DEMO_ROWS, 0) if key == "pool" else corpus.held_out(DEMO_HELD_OUT, 0)
+    written = {}
     (folder / DEMO).mkdir(exist_ok=True)
     for name in corpus.DOMAINS:
         path = folder / DEMO / f"{key}-{name}.jsonl"
-        wanted = ("instruction", "input", "output")
-        _write(path, [{field: row[field] for field in wanted} for row in made if row["source"] == name])
-        found[name] = str(path)
-    return found
+        columns = ("instruction", "input", "output")
+        _write(path, [{field: row[field] for field in columns} for row in rows if row["source"] == name])
+        written[name] = str(path)
+    return written
 
 
-def _key(study: Study, pool: Mapping[str, Pool], held: Mapping[str, Pool]) -> str:
-    said = [
+def _key(study: Study, pool: Mapping[str, Pool], held_out: Mapping[str, Pool]) -> str:
+    keys = [
         "rows",
         "held_out_rows",
         "draw_seed",
@@ -151,10 +151,11 @@ def _key(study: Study, pool: Mapping[str, Pool], held: Mapping[str, Pool]) -> st
         "max_length",
     ]
     sources = {
-        part: {name: one.fingerprint for name, one in pools.items()} for part, pools in (("p", pool), ("h", held))
+        part: {name: source_pool.fingerprint for name, source_pool in pools.items()}
+        for part, pools in (("p", pool), ("h", held_out))
     }
-    wanted = sorted(study.asks & {"rest", "seeds", "validation", "reference"})
-    return hash_json([VERSION, [getattr(study, name) for name in said], sources, wanted, model_key(study)])
+    places = sorted(study.places & {"rest", "seeds", "validation", "reference"})
+    return hash_json([VERSION, [getattr(study, name) for name in keys], sources, places, model_key(study)])
 
 
 class _Drawing:
@@ -167,14 +168,14 @@ class _Drawing:
         self.unusable: Counter[str] = Counter()
         self.files: dict[str, str] = {}
 
-    def draw(self, pool: Mapping[str, Pool], held: Mapping[str, Pool]) -> dict[str, Any]:
+    def draw(self, pool: Mapping[str, Pool], held_out: Mapping[str, Pool]) -> dict[str, Any]:
         """Write every file; the facts of data.json."""
         facts, rest, ids = self._pool(pool)
-        wanted = self.study.asks
-        if wanted & {"rest", "reference"}:
+        places = self.study.places
+        if places & {"rest", "reference"}:
             self._put("rest.jsonl", rest)
             facts["reference_rows"] = len(rest)
-        facts |= self._held_out(held, ids)
+        facts |= self._held_out(held_out, ids)
         return facts | {"unusable": dict(sorted(self.unusable.items())), "files": self.files}
 
     # --- pool -----------------------------------------------------------------------------------------------------
@@ -183,41 +184,43 @@ class _Drawing:
         drawn: list[dict[str, Any]] = []
         rest: list[dict[str, Any]] = []
         ids: set[str] = set()
-        tokens = learnt = 0
+        tokens = label_tokens = 0
         domains: dict[str, Any] = {}
-        needs_rest = bool(self.study.asks & {"rest", "reference"})
+        needs_rest = bool(self.study.places & {"rest", "reference"})
         for index, (name, pool) in enumerate(pools.items()):
-            want = _part(self.study.rows, index, len(pools))
+            size = _part(self.study.rows, index, len(pools))
             usable = self._usable(pool, self._order(pool, index))
-            taken = list(_take(usable, want))
-            if want is not None and len(taken) < want:
+            selected = list(_take(usable, size))
+            if size is not None and len(selected) < size:
                 raise UserError(
-                    f"rows={self.study.rows} asks for {want} rows of {name}, which holds {len(taken)} that can be "
-                    "trained on; lower rows, or leave it out"
+                    f"rows={self.study.rows} needs {size} rows of {name}, which holds {len(selected)} that can be "
+                    "trained on; lower rows, or remove rows"
                 )
-            if not taken:
+            if not selected:
                 raise UserError(f"pool {name} holds no row that can be trained on ({self._why()})")
-            rows = [row for row, _, _ in taken]
+            rows = [row for row, _, _ in selected]
             ids.update(pool.source.ids(rows))
             drawn += self._labelled(pool, rows, name)
             if needs_rest:
                 more = [row for row, _, _ in _take(usable, _part(self.study.reference_rows, index, len(pools)))]
                 rest += pool.source.originals(more)
-            used = sum(count for _, count, _ in taken)
+            used = sum(count for _, count, _ in selected)
             domains[name] = {"rows": len(rows), "tokens": used, "source_rows": len(pool)}
-            tokens, learnt = tokens + used, learnt + sum(count for _, _, count in taken)
+            tokens, label_tokens = tokens + used, label_tokens + sum(count for _, _, count in selected)
         random.Random(f"siftune study {self.study.draw_seed}").shuffle(drawn)
         self._put("pool.jsonl", drawn)
         if needs_rest and not rest:
             raise UserError("{reference} and {rest} need rows of the pool that are not drawn; lower rows")
-        facts = {"rows": len(drawn), "tokens": tokens, "label_tokens": learnt, "domains": domains}
+        facts = {"rows": len(drawn), "tokens": tokens, "label_tokens": label_tokens, "domains": domains}
         return facts, rest, ids
 
     def _labelled(self, pool: Pool, rows: Sequence[int], name: str) -> list[dict[str, Any]]:
         label = self.study.label
         originals = pool.source.originals(rows)
         if any(label in row for row in originals):
-            raise UserError(f"pool {name} has a column {label!r} of its own; name another for the domain with label:")
+            raise UserError(
+                f"pool {name} already has a column {label!r}; set another column for the domain with label:"
+            )
         return [{**row, label: name} for row in originals]
 
     def _order(self, pool: Pool, index: int) -> list[int]:
@@ -226,16 +229,16 @@ class _Drawing:
         return [int(row) for row in generator.permutation(pool.eligible)]
 
     def _usable(self, pool: Pool, order: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """(row, tokens, learnt tokens) of the rows that can be trained on, in order, tokenised as they are asked for."""
+        """(row, tokens, label tokens) of the rows that can be trained on, in order, tokenised lazily."""
         from ..models.tokenize_rows import Encoder, check_text
 
         check_text(self.study.text, self.tokenizer, model=self.study.model, format=pool.format)
         encoder = Encoder(self.tokenizer, self.study.text, self.study.max_length)
-        for position, found in encoder.over(pool, order):
-            if isinstance(found, BadRow):
-                self.unusable[str(found).split(":")[0]] += 1
+        for position, encoded in encoder.over(pool, order):
+            if isinstance(encoded, BadRow):
+                self.unusable[str(encoded).split(":")[0]] += 1
             else:
-                yield position, len(found.input_ids), found.label_tokens
+                yield position, len(encoded.input_ids), encoded.label_tokens
 
     def _why(self) -> str:
         return ", ".join(f"{reason}: {count}" for reason, count in self.unusable.items()) or "it is empty"
@@ -243,51 +246,51 @@ class _Drawing:
     # --- held out -------------------------------------------------------------------------------------------------
 
     def _held_out(self, pools: Mapping[str, Pool], ids: set[str]) -> dict[str, Any]:
-        """Measured rows first, then validation rows, then seed rows: no row serves twice, none is in the pool."""
+        """Measured rows first, then validation rows, then seed rows: no row is used twice, none is in the pool."""
         files: dict[str, str] = {}
         validation: list[dict[str, Any]] = []
-        left: dict[str, list[Row]] = {}
+        seed_candidates: dict[str, list[Row]] = {}
         overlap = 0
         for index, (name, pool) in enumerate(pools.items()):
             order = self._order(pool, 1000 + index)
-            fresh = [row for row, one in zip(order, pool.source.ids(order), strict=True) if one not in ids]
+            fresh = [row for row, row_id in zip(order, pool.source.ids(order), strict=True) if row_id not in ids]
             overlap += len(order) - len(fresh)
-            want = self.study.held_out_rows or len(fresh)
-            measured = fresh[:want]
+            count = self.study.held_out_rows or len(fresh)
+            measured = fresh[:count]
             if not measured:
-                raise UserError(f"held_out {name} holds no row that the pool has not; give rows of their own")
+                raise UserError(f"held_out {name} holds no row that is not in the pool; use other rows")
             files[name] = f"held_out-{_plain(name)}.jsonl"
             self._put(files[name], pool.source.originals(measured))
-            usable = self._usable(pool, fresh[want:])
-            if self.study.asks & {"validation", "seeds"}:  # the same rows whichever of both is asked for
+            usable = self._usable(pool, fresh[count:])
+            if self.study.places & {"validation", "seeds"}:  # the same rows whichever of both is used
                 share = -(-self.study.validation_rows // len(pools))
                 validation += _plain_rows(pool, [row for row, _, _ in _take(usable, share)])
-            if "seeds" in self.study.asks:
-                left[name] = pool.read([row for row, _, _ in usable])
-        if "validation" in self.study.asks:
+            if "seeds" in self.study.places:
+                seed_candidates[name] = pool.read([row for row, _, _ in usable])
+        if "validation" in self.study.places:
             if not validation:
                 raise UserError("{validation} needs held-out rows beyond those measured; lower held_out_rows")
             random.Random(f"siftune validation {self.study.draw_seed}").shuffle(validation)
             self._put("validation.jsonl", validation)
-        if "seeds" in self.study.asks:
-            self._seeds(left)
+        if "seeds" in self.study.places:
+            self._seeds(seed_candidates)
         return {"held_out": files, "held_out_in_pool": overlap, "validation_rows": len(validation)}
 
-    def _seeds(self, left: Mapping[str, Sequence[Row]]) -> None:
+    def _seeds(self, seed_candidates: Mapping[str, Sequence[Row]]) -> None:
         """The seed rows of every seed, in the columns that a seeds file has."""
-        wanted = self.study.seed_rows
-        for name, rows in left.items():
-            if len(rows) < wanted:
+        count = self.study.seed_rows
+        for name, rows in seed_candidates.items():
+            if len(rows) < count:
                 raise UserError(
-                    f"{{seeds}} needs seed_rows={wanted} rows of {name} beyond those measured and for validation, and "
+                    f"{{seeds}} needs seed_rows={count} rows of {name} beyond those measured and for validation, and "
                     f"there are {len(rows)}; lower held_out_rows or seed_rows"
                 )
         for seed in self.study.seeds:
-            made = []
-            for name, rows in left.items():
-                drawn = random.Random(f"{seed} {name}").sample(list(rows), wanted)
-                made += [{"domain": name, **_columns(row)} for row in drawn]
-            self._put(f"seeds-{seed}.jsonl", made)
+            seed_rows = []
+            for name, rows in seed_candidates.items():
+                drawn = random.Random(f"{seed} {name}").sample(list(rows), count)
+                seed_rows += [{"domain": name, **_columns(row)} for row in drawn]
+            self._put(f"seeds-{seed}.jsonl", seed_rows)
 
     def _put(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         _write(self.folder / name, rows)
@@ -295,22 +298,22 @@ class _Drawing:
 
 
 def _take(usable: Iterator[tuple[int, int, int]], count: int | None) -> Iterator[tuple[int, int, int]]:
-    """The next `count` of them, all for None."""
+    """The next `count` rows, all for None."""
     if count == 0:
         return
-    for taken, one in enumerate(usable, 1):
-        yield one
-        if taken == count:
+    for number, row in enumerate(usable, 1):
+        yield row
+        if number == count:
             return
 
 
 def _part(total: int | None, index: int, parts: int) -> int | None:
-    """An equal share of `total`, the first ones a row more where it does not divide."""
+    """An equal share of `total`; the first shares have one row more where it does not divide evenly."""
     return None if total is None else total // parts + (index < total % parts)
 
 
 def _columns(row: Row) -> dict[str, Any]:
-    """A row in our own columns, which every method reads without being told the user's."""
+    """A row in siftune's own columns, which every method reads without `columns:`."""
     if row.messages:
         return {"messages": [{"role": role, "content": content} for role, content in row.messages]}
     return {"instruction": row.instruction, "input": row.input, "output": row.output}

@@ -1,7 +1,7 @@
 """One method of a study, as its YAML names it: `daar`, or `{name: entropy, method: daar, reward: entropy, ...}`.
 
-`full` (offline) and `regular` (online) stand for no selection. Every field beside `name`, `method` and, online,
-`candidates` is the method's own and is checked against its dataclass, so a mistake is found before anything runs.
+`full` (offline) and `regular` (online) mean no selection. Every field beside `name`, `method` and, online, `candidates` is
+the method's own and is checked against its dataclass, so a mistake is reported before anything runs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..runs.options import PARTS, unknown
 
 Side = Literal["offline", "online"]
 NONE: Mapping[Side, str] = {"offline": "full", "online": "regular"}
-"""What stands for no selection."""
+"""The name that means no selection."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{,59}")  # two of them and a seed name one folder
 PLACE = re.compile(r"\{(\w+)\}")
 PLACES = ("model", "pool", "rest", "seeds", "validation", "reference")
-"""What a method's settings may ask for in braces: files and folders that the study makes or knows."""
+"""The names in braces that a method's settings may contain: files and folders that the study writes or reads."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +31,7 @@ class Entry:
 
     side: Side
     name: str
-    """What tables call it."""
+    """The name in tables."""
     method: str | None
     """The registry's name; None is no selection."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def places(self) -> set[str]:
-        """What the settings ask for in braces."""
+        """The names in braces in the settings."""
         return {name for text in texts(self.settings) for name in PLACE.findall(text)}
 
     @property
@@ -60,56 +60,58 @@ class Entry:
 
     def filled(self, values: Mapping[str, str], *, seed: int) -> dict[str, Any]:
         """The settings with their places filled in, `model` and `seed` too where the method has such fields."""
-        made = {name: fill(value, values) for name, value in self.settings.items()}
+        settings = {name: fill(value, values) for name, value in self.settings.items()}
         if "seed" in self.fields:
-            made.setdefault("seed", seed)
+            settings.setdefault("seed", seed)
         if "model" in self.fields:
-            made.setdefault("model", values["model"])
-        return made
+            settings.setdefault("model", values["model"])
+        return settings
 
 
-def read_entries(said: Any, side: Side, *, where: str) -> tuple[Entry, ...]:
+def read_entries(value: Any, side: Side, *, where: str) -> tuple[Entry, ...]:
     """The entries of a study's `offline:` or `online:`. Raises `UserError` for unknown methods, keys, and names twice."""
-    if said is None:
-        said = [NONE[side]]
-    if isinstance(said, (str, Mapping)):
-        said = [said]
-    if not isinstance(said, list) or not said:
-        raise UserError(f"{where}: {side} must be a list of methods, not {said!r}")
-    entries = tuple(_entry(one, side, where) for one in said)
+    if value is None:
+        value = [NONE[side]]
+    if isinstance(value, (str, Mapping)):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {side} must be a list of methods, not {value!r}")
+    entries = tuple(_entry(item, side, where) for item in value)
     names = [entry.name for entry in entries]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{where}: {side} has two entries named {name}; give one of them a `name:` of its own")
+            raise UserError(f"{where}: {side} has two entries named {name}; set another `name:` for one of them")
     return entries
 
 
-def _entry(said: Any, side: Side, where: str) -> Entry:
-    if isinstance(said, str):
-        said = {"method": said}
-    if not isinstance(said, Mapping):
-        raise UserError(f"{where}: {side} holds {said!r}; write a method's name, or name, method and its settings")
-    settings = {str(key).replace("-", "_"): value for key, value in said.items()}
+def _entry(item: Any, side: Side, where: str) -> Entry:
+    if isinstance(item, str):
+        item = {"method": item}
+    if not isinstance(item, Mapping):
+        raise UserError(f"{where}: {side} holds {item!r}; write a method's name, or name, method and its settings")
+    settings = {str(key).replace("-", "_"): value for key, value in item.items()}
     name = settings.pop("name", None)
     method = settings.pop("method", None)
     if method is None and name is None:
-        raise UserError(f"{where}: {side} has an entry without a method ({dict(said)!r}); write `method: NAME`")
+        raise UserError(f"{where}: {side} has an entry without a method ({dict(item)!r}); write `method: NAME`")
     method = str(name if method is None else method)
     name = str(method if name is None else name)
     check_name(name, where=f"{where}: {side} name")
     candidates = settings.pop("candidates", None) if side == "online" else None
     if candidates is not None and (isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1):
-        raise UserError(f"{where}: online {name} has candidates={candidates!r}; give a number of rows, 1 or more")
+        raise UserError(f"{where}: online {name} has candidates={candidates!r}; set a number of rows, 1 or more")
     if method == NONE[side]:
         if settings:
-            raise UserError(f"{where}: {method} selects nothing and takes no {next(iter(settings))}; leave it out")
+            raise UserError(f"{where}: {method} selects nothing and has no setting {next(iter(settings))}; remove it")
         return Entry(side=side, name=name, method=None, candidates=candidates)
-    entry = Entry(side=side, name=name, method=_found(side, method, where), settings=settings, candidates=candidates)
+    entry = Entry(
+        side=side, name=name, method=_registered_name(side, method, where), settings=settings, candidates=candidates
+    )
     _check_settings(entry, where)
     return entry
 
 
-def _found(side: Side, method: str, where: str) -> str:
+def _registered_name(side: Side, method: str, where: str) -> str:
     try:
         return registry.find(side, method).name
     except UserError as error:
@@ -124,11 +126,11 @@ def _check_settings(entry: Entry, where: str) -> None:
     for setting, item in fields.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and setting != "model" and setting not in entry.settings:
-            raise UserError(f"{where}: {entry.side} {entry.name} needs {setting}: give it beside `method:`")
+            raise UserError(f"{where}: {entry.side} {entry.name} needs {setting}: set it beside `method:`")
     if wrong := sorted(entry.places - set(PLACES)):
         known = ", ".join("{" + place + "}" for place in PLACES)
         raise UserError(
-            f"{where}: {entry.side} {entry.name} asks for {{{wrong[0]}}}, which is none of {known} and no variable"
+            f"{where}: {entry.side} {entry.name} contains {{{wrong[0]}}}, which is neither one of {known} nor a variable"
         )
 
 
@@ -137,7 +139,7 @@ def _fields(side: Side, method: str) -> dict[str, dataclasses.Field[Any]]:
 
 
 def texts(value: Any) -> Iterator[str]:
-    """Every text inside a value."""
+    """Every string inside a value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -149,19 +151,19 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def fill(value: Any, values: Mapping[str, str]) -> Any:
-    """`value` with `{name}` replaced in every text inside it, names that `values` lacks left as they are.
+    """`value` with `{name}` replaced in every string inside it; names that `values` lacks are unchanged.
 
     >>> fill({"seeds": "{data}/seeds.jsonl"}, {"data": "d"})
     {'seeds': 'd/seeds.jsonl'}
     """
     if isinstance(value, str):
-        return PLACE.sub(lambda found: values.get(found[1], found[0]), value)
+        return PLACE.sub(lambda match: values.get(match[1], match[0]), value)
     if isinstance(value, Mapping):
         return {name: fill(inner, values) for name, inner in value.items()}
     return [fill(inner, values) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_name(name: str, *, where: str) -> None:
-    """Raise `UserError` for a name that no folder can have."""
+    """Raise `UserError` for a name that is not a valid folder name."""
     if not NAME.fullmatch(name):
         raise UserError(f"{where} {name[:80]!r} names folders too; use at most 60 letters, digits, dots, dashes")

@@ -42,12 +42,12 @@ class Compared:
     arm: Arm
     baseline: Arm
     value: str
-    found: Difference
+    difference: Difference
 
 
 @dataclass(frozen=True)
 class Frame:
-    """All that is finished."""
+    """All finished cells of a study."""
 
     work: Work
     arms: tuple[Arm, ...]
@@ -58,11 +58,13 @@ class Frame:
     @property
     def names(self) -> list[str]:
         """Every value's name, in the order of the measures."""
-        return list(dict.fromkeys(name for one in self.done for name in one.values))
+        return list(dict.fromkeys(name for done in self.done for name in done.values))
 
     def of(self, arm: Arm, value: str) -> dict[int, float]:
         """An arm's values by seed."""
-        return {one.cell.seed: one.values[value] for one in self.done if one.cell.arm == arm and value in one.values}
+        return {
+            done.cell.seed: done.values[value] for done in self.done if done.cell.arm == arm and value in done.values
+        }
 
     def mean(self, arm: Arm, value: str) -> Mean:
         """Over the seeds."""
@@ -70,26 +72,26 @@ class Frame:
 
     def tokens(self, arm: Arm, name: str) -> Mean:
         """`trained_rows`, `trained_tokens`, `forward_tokens`, ... of an arm over the seeds."""
-        return mean_of([one.facts["tokens"].get(name) or 0 for one in self.done if one.cell.arm == arm])
+        return mean_of([done.facts["tokens"].get(name) or 0 for done in self.done if done.cell.arm == arm])
 
     def time(self, arm: Arm, name: str) -> Mean:
         """`choose`, `train`, `measure`, `peak_memory_mb` of an arm, over the seeds that have one."""
-        found = [one.facts["times"].get(name) for one in self.done if one.cell.arm == arm]
-        return mean_of([value for value in found if value is not None])
+        times = [done.facts["times"].get(name) for done in self.done if done.cell.arm == arm]
+        return mean_of([value for value in times if value is not None])
 
     def compared(self, group: str) -> list[Compared]:
         """Every arm of a group but the baseline, every value."""
         baseline = baseline_of(self.work.study, self.arms, group)
         if baseline is None:
             return []
-        found = []
+        comparisons = []
         for arm in self.arms:
             if arm.group in (group, None) and arm != baseline:
                 for value in self.names:
                     difference = paired(self.of(arm, value), self.of(baseline, value))
                     if difference.n:
-                        found.append(Compared(group, arm, baseline, value, difference))
-        return found
+                        comparisons.append(Compared(group, arm, baseline, value, difference))
+        return comparisons
 
 
 def read_frame(work: Work) -> Frame:
@@ -108,15 +110,15 @@ def read_frame(work: Work) -> Frame:
 
 def with_means(values: Mapping[str, float | None]) -> dict[str, float]:
     """The values with their means, measure by measure; a value that is no number is NaN."""
-    known = {name: float("nan") if value is None else float(value) for name, value in values.items()}
-    made: dict[str, float] = {}
+    numbers = {name: float("nan") if value is None else float(value) for name, value in values.items()}
+    result: dict[str, float] = {}
     for measure in HELD_OUT:
-        own = {name: value for name, value in known.items() if name.startswith(f"{measure}/")}
-        if own:
-            made |= own | {f"{measure}/mean": sum(own.values()) / len(own)}
-    tasks = {name: value for name, value in known.items() if name.split("/")[0] not in HELD_OUT}
+        of_measure = {name: value for name, value in numbers.items() if name.startswith(f"{measure}/")}
+        if of_measure:
+            result |= of_measure | {f"{measure}/mean": sum(of_measure.values()) / len(of_measure)}
+    tasks = {name: value for name, value in numbers.items() if name.split("/")[0] not in HELD_OUT}
     average = tasks.pop("tasks/mean", sum(tasks.values()) / len(tasks) if tasks else None)
-    return made | tasks | ({} if average is None else {"tasks/mean": average})
+    return result | tasks | ({} if average is None else {"tasks/mean": average})
 
 
 def lower_is_better(value: str) -> bool:
@@ -125,7 +127,7 @@ def lower_is_better(value: str) -> bool:
 
 
 def main_value(names: Sequence[str]) -> str:
-    """The value that figures and the first table are about."""
+    """The value that figures and the first table show."""
     return next((name for name in ("loss/mean", "tasks/mean") if name in names), names[0] if names else "loss/mean")
 
 
@@ -133,15 +135,15 @@ def main_value(names: Sequence[str]) -> str:
 
 
 def write_cells(frame: Frame, path: Path) -> None:
-    """One line per cell: what it is, its values, its tokens; times last."""
+    """One line per cell: its arm and seed, its values, its tokens; times last."""
     columns: dict[str, list[Any]] = {}
-    for one in frame.done:
-        arm, facts = one.cell.arm, one.facts
+    for done in frame.done:
+        arm, facts = done.cell.arm, done.facts
         judge = (facts.get("selection") or {}).get("judge") or {}
         line: dict[str, Any] = {
             "label": arm.label, "offline": arm.offline.name, "online": arm.online.name,
-            "budget": None if arm.budget is None else str(arm.budget), "group": arm.group, "seed": one.cell.seed,
-            **{name: one.values.get(name) for name in frame.names},
+            "budget": None if arm.budget is None else str(arm.budget), "group": arm.group, "seed": done.cell.seed,
+            **{name: done.values.get(name) for name in frame.names},
             **{name: facts["tokens"].get(name) for name in TOKENS},
             "train_loss": facts.get("train_loss"), "judge_cost": judge.get("cost"),
             "train_seconds": facts["times"]["train"], "measure_seconds": facts["times"]["measure"],
@@ -157,11 +159,12 @@ def write_differences(frame: Frame, path: Path) -> None:
     columns: dict[str, list[Any]] = {name: [] for name in
         ("group", "label", "baseline", "value", "mean", "sd", "low", "high", "n", "lower_is_better")}  # fmt: skip
     for group in groups_of(frame.arms):
-        for one in frame.compared(group):
-            line = (one.group, one.arm.label, one.baseline.label, one.value, one.found.mean, one.found.sd, one.found.low,
-                    one.found.high, one.found.n, lower_is_better(one.value))  # fmt: skip
-            for name, value in zip(columns, line, strict=True):
-                columns[name].append(value)
+        for comparison in frame.compared(group):
+            difference, value = comparison.difference, comparison.value
+            line = (comparison.group, comparison.arm.label, comparison.baseline.label, value, difference.mean, difference.sd,
+                    difference.low, difference.high, difference.n, lower_is_better(value))  # fmt: skip
+            for name, cell in zip(columns, line, strict=True):
+                columns[name].append(cell)
     _write(columns, path)
 
 

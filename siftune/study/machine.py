@@ -1,4 +1,4 @@
-"""What a figure was measured on, for the head of a table: processor and cores. Never a host name."""
+"""The machine that a result was measured on, for the head of a table: processor and cores. Never a host name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good a cell's model is: held-out loss and token accuracy by domain, and an evaluation suite where one is asked.
+"""The quality of a cell's model: held-out loss and token accuracy by domain, and an evaluation suite where one is set.
 
 Values are flat: `loss/DOMAIN` (nats per answer token), `accuracy/DOMAIN` (share of answer tokens), `TASK/METRIC`. The
 study adds the means over domains and over tasks.
@@ -41,7 +41,7 @@ def _held_out(study: Study, data: Data, model: Path) -> dict[str, float]:
     network: Any = load_tuned(model)
     if torch.cuda.is_available():
         network = network.to("cuda")
-    found = held_out(
+    results = held_out(
         network.eval(),
         read_tokenizer(model_folder(study), model=study.model, trust_remote_code=False),
         {name: str(path) for name, path in data.held_out.items()},
@@ -50,15 +50,15 @@ def _held_out(study: Study, data: Data, model: Path) -> dict[str, float]:
         columns=dict(study.columns) if study.columns else None,
         format=study.format,  # type: ignore[arg-type]
     )
-    values = {f"loss/{name}": one.loss for name, one in found.items()}
-    return values | {f"accuracy/{name}": one.token_accuracy for name, one in found.items()}
+    values = {f"loss/{name}": result.loss for name, result in results.items()}
+    return values | {f"accuracy/{name}": result.token_accuracy for name, result in results.items()}
 
 
 def _suite(study: Study, model: Path, run: Path) -> dict[str, float]:
-    """The metric that stands for each task, and the suite's own average."""
+    """The headline metric of each task, and the suite's own average."""
     from ..runs.evaluate import evaluate
 
     assert study.suite is not None
     results = evaluate(str(model), study.suite, run=str(run), **study.evaluate)
-    found = {f"{task}/{metric}": results.tasks[task][metric]["value"] for task, metric in results.standing.items()}
-    return found | ({} if results.average is None else {"tasks/mean": results.average["value"]})
+    values = {f"{task}/{metric}": results.tasks[task][metric]["value"] for task, metric in results.standing.items()}
+    return values | ({} if results.average is None else {"tasks/mean": results.average["value"]})

@@ -1,4 +1,4 @@
-"""What each cell will train on, before anything runs: optimiser steps, trained rows, tokens; and that they are equal.
+"""The plan of each cell before anything runs: optimiser steps, trained rows and tokens, checked to be equal.
 
 Rows are exact (the trainer's own arithmetic), tokens are the drawn pool's mean times rows, so they are estimates for a
 method that prefers long or short rows. Equality is checked here by the plan and again on what was trained.
@@ -17,7 +17,7 @@ from .cells import Arm, baseline_of, groups_of
 from .spec import Study
 
 BATCH = 8
-"""`per_device_train_batch_size` of SFTConfig where the recipe is silent."""
+"""`per_device_train_batch_size` of SFTConfig where the recipe does not set it."""
 SLACK = 4
 """With `equal: tokens`, steps at most, as a multiple of those that mean rows would take."""
 
@@ -58,10 +58,10 @@ def plan_arm(study: Study, arm: Arm, *, rows: int, mean_tokens: float, stop: int
     steps = most if most > 0 else math.ceil(epochs * steps_an_epoch)
     trained, read = _counted(per_epoch, micro, steps, arm, batch)
     if stop is not None and not arm.plain:
-        wanted = stop / mean_tokens
-        read = round(read * wanted / max(1, trained))
-        trained = round(wanted)
-        steps = math.ceil(SLACK * wanted / (kept * micro))
+        rows_to_train = stop / mean_tokens
+        read = round(read * rows_to_train / max(1, trained))
+        trained = round(rows_to_train)
+        steps = math.ceil(SLACK * rows_to_train / (kept * micro))
     scored = read if arm.online.scores_with_model else 0
     return Plan(
         rows=selected,
@@ -82,9 +82,9 @@ def _selected(arm: Arm, rows: int) -> int:
     amount = parse_keep(arm.budget)
     if amount.count is not None and amount.count > rows:
         raise UserError(f"budget {arm.budget} of {arm.label} exceeds the {rows} rows of the study's pool; lower it")
-    if (found := amount.rows(rows)) < 1:
+    if (kept := amount.rows(rows)) < 1:
         raise UserError(f"budget {arm.budget} of {arm.label} is less than one of the {rows} rows; raise it")
-    return found
+    return kept
 
 
 def _kept(arm: Arm, batch: int) -> int:
@@ -97,12 +97,12 @@ def _kept(arm: Arm, batch: int) -> int:
             f"online {arm.online.name}: keep={amount.count} exceeds the {batch} candidates of a micro-batch; lower keep, "
             "or raise candidates"
         )
-    if (found := amount.rows(batch)) < 1:
+    if (kept := amount.rows(batch)) < 1:
         raise UserError(
             f"online {arm.online.name}: keep={arm.online.settings.get('keep')!r} is less than one of {batch} candidates; "
             "raise keep or candidates"
         )
-    return found
+    return kept
 
 
 def _counted(per_epoch: Sequence[int], micro: int, steps: int, arm: Arm, batch: int) -> tuple[int, int]:
@@ -113,16 +113,16 @@ def _counted(per_epoch: Sequence[int], micro: int, steps: int, arm: Arm, batch: 
         window = per_epoch[start : start + micro]
         trained = sum(size if keep is None else min(size, max(1, keep.rows(size))) for size in window)
         by_step.append((trained, sum(window)))
-    whole, more = divmod(steps, len(by_step))
-    first = by_step[:more]
+    complete, remaining = divmod(steps, len(by_step))
+    first = by_step[:remaining]
     return (
-        whole * sum(one for one, _ in by_step) + sum(one for one, _ in first),
-        whole * sum(one for _, one in by_step) + sum(one for _, one in first),
+        complete * sum(trained for trained, _ in by_step) + sum(trained for trained, _ in first),
+        complete * sum(read for _, read in by_step) + sum(read for _, read in first),
     )
 
 
 def stop_of(study: Study, arms: Sequence[Arm], *, rows: int, mean_tokens: float) -> int | None:
-    """Tokens at which every cell ends, or None: what was said, else what the baseline's rows hold on average."""
+    """Tokens at which every cell ends, or None: `tokens:` where it is set, else the mean tokens of the baseline's rows."""
     if study.equal == "rows":
         return None
     if study.tokens is not None:
@@ -142,9 +142,9 @@ def check_equal(study: Study, arms: Sequence[Arm], plans: Mapping[Arm, Plan]) ->
         for arm in arms:
             if arm.group not in (group, None) or arm.plain:
                 continue
-            ours, theirs = plans[arm], plans[baseline]
-            if abs(ours.trained_rows - theirs.trained_rows) > max(ours.kept, theirs.kept):
+            plan, baseline_plan = plans[arm], plans[baseline]
+            if abs(plan.trained_rows - baseline_plan.trained_rows) > max(plan.kept, baseline_plan.kept):
                 raise UserError(
-                    f"{arm.label} would train {ours.trained_rows:,} rows and the baseline {baseline.label} "
-                    f"{theirs.trained_rows:,}; make them equal (budget, keep, candidates), or set equal: tokens"
+                    f"{arm.label} would train {plan.trained_rows:,} rows and the baseline {baseline.label} "
+                    f"{baseline_plan.trained_rows:,}; make them equal (budget, keep, candidates), or set equal: tokens"
                 )

@@ -1,7 +1,7 @@
-"""Pieces of work with what they wait for, on one process or several; a failure stops nothing but what needed it.
+"""Tasks with dependencies, on one process or several; a failure stops only the tasks that depend on it.
 
-Workers are fresh processes (`spawn`) that keep their imports between pieces, have their own thread count, and die with
-the process that started them, so that a killed study leaves nobody at work. With one job everything runs here.
+Workers are fresh processes (`spawn`) that keep their imports between tasks, have their own thread count, and end with the
+process that started them, so that a killed study leaves no process running. With one job all tasks run in this process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..redaction import redact_text
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of work: `run()` needs the tasks named in `needs` to have ended well."""
+    """One piece of work; `run()` is called once the tasks named in `needs` have succeeded."""
 
     name: str
     run: Callable[[], None]
@@ -36,21 +36,21 @@ class Task:
 
 @dataclass(frozen=True)
 class Failure:
-    """A task that did not end well."""
+    """A task that failed."""
 
     name: str
-    said: str
+    message: str
     """One sentence."""
-    ours: bool
-    """A fault of siftune, not of the input."""
+    internal: bool
+    """An internal error, not an error of the input."""
     trace: str = ""
 
 
 def run_tasks(
-    tasks: Iterable[Task], *, jobs: int, threads: int, told: Callable[[str, float], None] = lambda name, done: None
+    tasks: Iterable[Task], *, jobs: int, threads: int, on_event: Callable[[str, float], None] = lambda name, done: None
 ) -> list[Failure]:
     """Run all tasks, `jobs` at once with `threads` each; the failures, in the tasks' order. Those that wait for a
-    failed one are left out silently. `told` hears the name of each finished task and the share that is done.
+    failed one are left out silently. `on_event` is called with the name of each finished task and the share that is done.
 
     >>> run_tasks([Task("a", partial(print, "a")), Task("b", partial(print, "b"), needs=("a",))], jobs=1, threads=1)
     a
@@ -60,20 +60,20 @@ def run_tasks(
     order = list(tasks)
     with (
         doing("study", len(order), unit="pieces") as study,
-        _here(threads) if jobs == 1 else _workers(jobs, threads) as start,
+        _in_process(threads) if jobs == 1 else _workers(jobs, threads) as start,
     ):
 
         def ended(name: str, share: float) -> None:
             study.advance()
-            told(name, share)
+            on_event(name, share)
 
-        found = _walk(order, start, ended, jobs)
+        failures = _schedule(order, start, ended, jobs)
     names = [task.name for task in order]
-    return sorted(found, key=lambda failure: names.index(failure.name))
+    return sorted(failures, key=lambda failure: names.index(failure.name))
 
 
-def _walk(
-    order: list[Task], start: Callable[[Task], Future[Any]], told: Callable[[str, float], None], jobs: int
+def _schedule(
+    order: list[Task], start: Callable[[Task], Future[Any]], on_event: Callable[[str, float], None], jobs: int
 ) -> list[Failure]:
     waiting = list(order)
     running: dict[Future[Any], Task] = {}
@@ -97,7 +97,7 @@ def _walk(
                 ended.add(task.name)
             else:
                 failed[task.name] = failure
-            told(task.name, (len(ended) + len(failed)) / len(order))
+            on_event(task.name, (len(ended) + len(failed)) / len(order))
     return [failure for failure in failed.values() if failure is not None]
 
 
@@ -106,27 +106,27 @@ def _result(future: Future[Any]) -> Failure | None:
         result: Failure | None = future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, perhaps for want of memory; lower jobs, and run the same command again: "
-            "finished cells stay"
+            "a worker process was killed, perhaps for lack of memory; lower jobs, and run the same command again: "
+            "finished cells are kept"
         ) from error
     return result
 
 
 def _guarded(task: Task) -> Failure | None:
-    """Run one task; what went wrong as a record that every process can be handed."""
+    """Run one task; returns its failure as a record that can be passed between processes."""
     try:
         with doing(task.name):
             task.run()
     except UserError as error:
-        return Failure(task.name, " ".join(str(error).split()), ours=False)
+        return Failure(task.name, " ".join(str(error).split()), internal=False)
     except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(redact_text(str(error)).split())}"
-        return Failure(task.name, said, ours=True, trace=redact_text(traceback.format_exc()))
+        message = f"{type(error).__name__}: {' '.join(redact_text(str(error)).split())}"
+        return Failure(task.name, message, internal=True, trace=redact_text(traceback.format_exc()))
     return None
 
 
 @contextmanager
-def _here(threads: int) -> Iterator[Callable[[Task], Future[Any]]]:
+def _in_process(threads: int) -> Iterator[Callable[[Task], Future[Any]]]:
     import torch
 
     before = torch.get_num_threads()
@@ -159,7 +159,7 @@ def _workers(jobs: int, threads: int) -> Iterator[Callable[[Task], Future[Any]]]
 
 
 def _begin(threads: int) -> None:
-    """In a new worker: threads, quiet, and an end with the parent's."""
+    """In a new worker: set threads, silence warnings, and end with the parent."""
     import torch
 
     torch.set_num_threads(threads)

@@ -57,7 +57,7 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan, len(array))
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float], *, level: float = LEVEL) -> Difference:
+def paired(values: Mapping[int, float], baseline: Mapping[int, float], *, level: float = LEVEL) -> Difference:
     """The paired difference of two methods' values by seed, over the seeds that both have a number for.
 
     >>> paired({0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.0}).mean
@@ -65,9 +65,9 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], *, level: flo
     """
     from scipy import stats
 
-    seeds = sorted(seed for seed in ours.keys() & theirs.keys() if math.isfinite(ours[seed] - theirs[seed]))
-    found = mean_of([ours[seed] - theirs[seed] for seed in seeds])
-    if found.n < 2:
-        return Difference(found.mean, found.sd, math.nan, math.nan, found.n)
-    half = float(stats.t.ppf(0.5 + level / 2, found.n - 1)) * found.sd / math.sqrt(found.n)
-    return Difference(found.mean, found.sd, found.mean - half, found.mean + half, found.n)
+    seeds = sorted(seed for seed in values.keys() & baseline.keys() if math.isfinite(values[seed] - baseline[seed]))
+    difference = mean_of([values[seed] - baseline[seed] for seed in seeds])
+    if difference.n < 2:
+        return Difference(difference.mean, difference.sd, math.nan, math.nan, difference.n)
+    half = float(stats.t.ppf(0.5 + level / 2, difference.n - 1)) * difference.sd / math.sqrt(difference.n)
+    return Difference(difference.mean, difference.sd, difference.mean - half, difference.mean + half, difference.n)

@@ -1,6 +1,6 @@
-"""The study's tables in Markdown: means by domain, paired differences with intervals, what each arm cost.
+"""The study's tables in Markdown: means by domain, paired differences with intervals, the cost of each arm.
 
-`table.md` holds no time, so that the same cells give the same bytes; times stand in the cost table of `study.md`.
+`table.md` holds no time, so that the same cells give the same bytes; times are in the cost table of `study.md`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def shown(mean: Mean, digits: int = 3) -> str:
     return f"{mean.mean:.{digits}f}{spread}"
 
 
-def interval(found: Difference, digits: int = 3) -> str:
+def interval(difference: Difference, digits: int = 3) -> str:
     """`-0.021 [-0.035, -0.007]`, bold where 0 is outside."""
-    if math.isnan(found.low):
-        return f"{found.mean:+.{digits}f}"
-    text = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return f"**{text}**" if found.clear else text
+    if math.isnan(difference.low):
+        return f"{difference.mean:+.{digits}f}"
+    text = f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+    return f"**{text}**" if difference.clear else text
 
 
 def measures(names: Sequence[str]) -> dict[str, list[str]]:
@@ -42,7 +42,7 @@ def measures(names: Sequence[str]) -> dict[str, list[str]]:
         "Held-out token accuracy (higher is better)": _of("accuracy", names),
         "Suite (higher is better)": [name for name in names if name.split("/")[0] not in ("loss", "accuracy")],
     }
-    return {title: own for title, own in tables.items() if own}
+    return {title: value_names for title, value_names in tables.items() if value_names}
 
 
 def _of(measure: str, names: Sequence[str]) -> list[str]:
@@ -50,7 +50,7 @@ def _of(measure: str, names: Sequence[str]) -> list[str]:
 
 
 def heading(value: str) -> str:
-    """What a column is called: the domain, or the task with its metric."""
+    """The heading of a column: the domain, or the task with its metric."""
     measure, _, part = value.partition("/")
     if part == "mean":
         return "mean"
@@ -74,15 +74,17 @@ def means_table(frame: Frame, values: Sequence[str], group: str) -> str:
     return markdown(["method", "seeds", "rows / tokens trained", *map(heading, values)], lines)
 
 
-def differences_table(found: Sequence[Compared], values: Sequence[str]) -> str:
+def differences_table(comparisons: Sequence[Compared], values: Sequence[str]) -> str:
     """One line per arm: the paired difference of every value."""
-    arms = list(dict.fromkeys(one.arm for one in found))
-    by = {(one.arm, one.value): one.found for one in found}
+    arms = list(dict.fromkeys(comparison.arm for comparison in comparisons))
+    differences = {(comparison.arm, comparison.value): comparison.difference for comparison in comparisons}
     lines = []
     for arm in arms:
-        own = [by.get((arm, value)) for value in values]
-        n = max((one.n for one in own if one is not None), default=0)
-        lines.append([arm.label, str(n), *("-" if one is None else interval(one) for one in own)])
+        of_arm = [differences.get((arm, value)) for value in values]
+        n = max((difference.n for difference in of_arm if difference is not None), default=0)
+        lines.append(
+            [arm.label, str(n), *("-" if difference is None else interval(difference) for difference in of_arm)]
+        )
     return markdown(["method", "n", *map(heading, values)], lines)
 
 
@@ -96,13 +98,13 @@ def tables(frame: Frame) -> str:
         compared = frame.compared(group)
         for title, values in measures(frame.names).items():
             parts += [f"### {title}", means_table(frame, values, group)]
-            own = [one for one in compared if one.value in values]
-            if own:
+            comparisons = [comparison for comparison in compared if comparison.value in values]
+            if comparisons:
                 better = "below" if lower_is_better(values[-1]) else "above"
                 parts += [
-                    f"Difference to {own[0].baseline.label}, paired by seed: mean and 95 % interval; {better} 0 is better, "
+                    f"Difference to {comparisons[0].baseline.label}, paired by seed: mean and 95 % interval; {better} 0 is better, "
                     "bold where the interval excludes 0.",
-                    differences_table(own, values),
+                    differences_table(comparisons, values),
                 ]
     return "\n\n".join(parts) + "\n"
 
@@ -111,12 +113,12 @@ def cost_table(frame: Frame) -> str:
     """Rows, tokens, judge cost and seconds of every arm, means over the seeds."""
     lines = []
     for arm in frame.arms:
-        own = [one for one in frame.done if one.cell.arm == arm]
-        if not own:
+        finished = [done for done in frame.done if done.cell.arm == arm]
+        if not finished:
             continue
         counts = [f"{frame.tokens(arm, name).mean:,.0f}" for name in
                   ("trained_rows", "trained_tokens", "trained_label_tokens", "forward_tokens")]  # fmt: skip
-        judges = [judge for one in own if (judge := (one.facts.get("selection") or {}).get("judge"))]
+        judges = [judge for done in finished if (judge := (done.facts.get("selection") or {}).get("judge"))]
         costs = [judge["cost"] for judge in judges if judge.get("cost") is not None]
         judged = "-" if not judges else f"{max(costs):.2f}" if costs else "no price given"
         choose = frame.time(arm, "choose")

@@ -40,7 +40,7 @@ def test_a_study_names_itself_and_trains_equally(tmp_path: Path, name: str) -> N
 
 
 def test_without_its_variables_a_study_says_which(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the variable data has no value; give --set data=VALUE"):
+    with pytest.raises(UserError, match="the variable data has no value; pass --set data=VALUE"):
         read_study(str(ROOT / "docs" / "results" / "both.yaml"), {"model": "m"})
 
 

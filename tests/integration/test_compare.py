@@ -103,9 +103,9 @@ def test_held_out_rows_that_the_pool_has_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rows": 1000}, "asks for 500 rows of sums, which holds 50"),
+        ({"rows": 1000}, "needs 500 rows of sums, which holds 50"),
         ({"held_out_rows": 29, **USES_ALL}, "needs seed_rows=3 rows of sums beyond those measured"),
-        ({"label": "output"}, "has a column 'output' of its own"),
+        ({"label": "output"}, "already has a column 'output'"),
         ({"rows": 100, **USES_ALL}, "not drawn; lower rows"),
         ({"budgets": [61]}, "budget 61 of random exceeds the 60 rows"),
         ({"online": [{"method": "random", "keep": 9}], "offline": ["full"]}, "keep=9 exceeds the 4 candidates"),

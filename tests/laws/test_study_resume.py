@@ -178,10 +178,10 @@ def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
         tasks += [Task("bad", partial(_fail, "user")), Task("after", partial(_write, folder, 99), needs=("bad",)),
                   Task("worse", partial(_fail, "ours"))]  # fmt: skip
         heard: list[tuple[str, float]] = []
-        failures = run_tasks(tasks, jobs=jobs, threads=1, told=partial(_hear, heard))
+        failures = run_tasks(tasks, jobs=jobs, threads=1, on_event=partial(_hear, heard))
         assert heard[-1][1] == 1.0
         assert [failure.name for failure in failures] == ["bad", "worse"]
-        assert [failure.ours for failure in failures] == [False, True]
+        assert [failure.internal for failure in failures] == [False, True]
         outcomes.append({path.name: path.read_text() for path in folder.iterdir()})
     assert outcomes[0] == outcomes[1]
     assert "99" not in outcomes[0]

@@ -158,7 +158,7 @@ CODE = "names code to run, which no file may"
         (("test_split: test", "test_split: test\ncustom_dataset: tools"), CODE),
         (("test_split: test", "test_split: test\nclass: tools.Task"), CODE),
         (("data_files:", "trust_remote_code: true, data_files:"), CODE),
-        (("metric: acc_norm", "metric: ./tools"), "metric ./tools is none of lm-eval's own, and another is code"),
+        (("metric: acc_norm", "metric: ./tools"), "metric ./tools is none of lm-eval's own; any other is code"),
         (("metric: acc_norm", "metric: acc_norm, hf_evaluate: true"), "metric acc_norm is none of lm-eval's own"),
         (
             ("metric: acc_norm", "metric: acc_norm, aggregation: tools.mean"),

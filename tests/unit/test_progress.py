@@ -275,7 +275,7 @@ def test_held_out_rows_count(lines: ProgressLines, pushed: list[str]) -> None:
 def test_pieces_of_a_study_count(jobs: int, clock: Clock, pushed: list[str], lines: ProgressLines) -> None:
     seen: list[str] = []
     tasks = [Task("a", partial(print, "a")), Task("b", partial(print, "b"), needs=("a",))]
-    assert run_tasks(tasks, jobs=jobs, threads=1, told=lambda name, share: seen.append(lines.line())) == []
+    assert run_tasks(tasks, jobs=jobs, threads=1, on_event=lambda name, share: seen.append(lines.line())) == []
     assert [line.partition("study: ")[2] for line in seen] == ["1 of 2 pieces", "2 of 2 pieces"]
     assert pushed == ["study 2 pieces"] + ["a None rows", "b None rows"] * (jobs == 1)
 
