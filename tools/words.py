@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("siftune/cli", "siftune/demo", "siftune/reports")
+ROOMS = ("siftune/cli", "siftune/demo", "siftune/hook", "siftune/reports")
 """The files and folders of the package that are checked; a room is added once it has no finding."""
 PAGES = ("README.md", "docs")
 EXCLUDED = (

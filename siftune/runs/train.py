@@ -233,7 +233,7 @@ class _Job:
         import torch
         from transformers import set_seed
 
-        from ..hook.row_index import random_state_kept
+        from ..hook.row_index import preserved_random_state
         from ..models.load import quiet
         from ..sft.progress_callback import Shown
         from ..sft.token_counts import Tally
@@ -250,7 +250,7 @@ class _Job:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         tally.begin(newest)
-        with random_state_kept(), quiet():
+        with preserved_random_state(), quiet():
             set_seed(recipe.seed)
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         tally.close()

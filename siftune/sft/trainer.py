@@ -19,7 +19,7 @@ from typing import Any
 from ..budget import parse_keep
 from ..data.load import load_pool
 from ..errors import UserError
-from ..hook.row_index import random_state_kept
+from ..hook.row_index import preserved_random_state
 from ..hook.selector import selector_of
 from ..models.load import WEIGHT_FILES, find_folder, loading, quiet, read_config, read_tokenizer
 from ..models.tokenize_rows import check_text
@@ -92,7 +92,7 @@ class Prepared:
         arguments = sft_config(recipe, output_dir)
         selector = checked_selector(recipe, arguments)
         counting: tuple[Any, ...] = () if tally is None else tally.callbacks()
-        with random_state_kept():  # trl and transformers seed the global generators
+        with preserved_random_state():  # trl and transformers seed the global generators
             made = self._made(arguments, dataset, counting[:1], network)
         if tally is not None:
             tally.below(made)
