@@ -21,6 +21,7 @@ ROOMS = (
     "siftune/cli",
     "siftune/demo",
     "siftune/evaluation",
+    "siftune/hook",
     "siftune/integrations",
     "siftune/reports",
     "siftune/runs",

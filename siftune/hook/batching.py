@@ -1,6 +1,6 @@
 """From a batch to its rows and back: real tokens, cut, trim, join, and the dummy batch that trains nothing.
 
-Nothing here knows a score. Real tokens, labels and positions of a row are never changed; only padding that no kept row
+No function here reads a score. Real tokens, labels and positions of a row are never changed; only padding that no kept row
 needs is dropped, so that kept rows train at their own width. Cost: one index per tensor; no forward pass.
 
 Shapes: `B` rows of a micro-batch, `T` columns.
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from ..models.layout import LaidOut, Span, candidates_of, layout_of
+from ..models.hidden_states import real_tokens
+from ..models.layout import BatchWithLayout, Span, candidates_of, layout_of
 from ..models.repack import join_segments
 from ..online.base import cut
 
 Batch = Mapping[str, Any]
 
-_ROTARY = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_dim", "rotary_emb_base")
+_ROTARY_KEYS = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_dim", "rotary_emb_base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Padding:
 
     @staticmethod
     def of(trainer: Any) -> Padding:
-        """Read off a live trainer: its collator, its tokenizer and its model's configuration."""
+        """Derived from a live trainer: its collator, its tokenizer and its model's configuration."""
         collator, tokenizer = trainer.data_collator, getattr(trainer, "processing_class", None)
         token = getattr(collator, "pad_token_id", None)
         if token is None:
@@ -45,7 +46,7 @@ class Padding:
         config = getattr(trainer.model, "config", None)
         if config is not None and hasattr(config, "get_text_config"):
             config = config.get_text_config()
-        rotary = any(getattr(config, name, None) is not None for name in _ROTARY)
+        rotary = any(getattr(config, name, None) is not None for name in _ROTARY_KEYS)
         multiple = getattr(collator, "pad_to_multiple_of", None) or 1
         return Padding(token=int(token or 0), multiple=int(multiple), left=rotary)
 
@@ -55,15 +56,7 @@ def token_counts(batch: Batch) -> torch.Tensor:
     layout = layout_of(batch)
     if layout.packed:
         return torch.tensor([span.tokens for span in layout.spans], dtype=torch.int64)
-    return real_tokens(batch).sum(dim=1).cpu()
-
-
-def real_tokens(batch: Batch) -> torch.Tensor:
-    """Which columns of each row are tokens and not padding: bool `(B, T)`, all true where the batch has no 2-D mask."""
-    mask = batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        return mask != 0
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    return real_tokens(batch).sum(dim=1)
 
 
 def has_labels(batch: Batch) -> torch.Tensor:
@@ -101,10 +94,10 @@ def trim(batch: Batch, padding: Padding) -> Batch:
     needed = -(-(stop - start) // padding.multiple) * padding.multiple
     stop = min(width, start + needed)
     start = max(0, stop - needed)
-    return batch if stop - start == width else _columns(batch, rows, width, start, stop)
+    return batch if stop - start == width else _slice_columns(batch, rows, width, start, stop)
 
 
-def _columns(batch: Batch, rows: int, width: int, start: int, stop: int) -> dict[str, Any]:
+def _slice_columns(batch: Batch, rows: int, width: int, start: int, stop: int) -> dict[str, Any]:
     def sliced(value: Any) -> Any:
         spans = isinstance(value, torch.Tensor) and value.ndim > 1 and tuple(value.shape[:2]) == (rows, width)
         return value[:, start:stop] if spans else value
@@ -116,7 +109,7 @@ def join_rows(parts: Sequence[Batch], padding: Padding, *, like: Batch, left: bo
     """Several batches' rows as one batch, in order; narrower parts are padded, on the `left` or on the right. Where one of
     them is packed, the result is, with the keys of `like`."""
     if len(parts) == 1:
-        return parts[0] if isinstance(parts[0], LaidOut) else dict(parts[0])
+        return parts[0] if isinstance(parts[0], BatchWithLayout) else dict(parts[0])
     if any(layout_of(part).packed for part in parts):
         pieces = [(part, span) for part in parts for span in real_spans(part)]
         return join_segments(pieces, like=like, pad_token=padding.token)
@@ -127,7 +120,8 @@ def join_rows(parts: Sequence[Batch], padding: Padding, *, like: Batch, left: bo
         parts = [{**part, "attention_mask": torch.ones_like(part["input_ids"])} for part in parts]
     parts = [_widen(part, width, left, padding) for part in parts]
     return {
-        name: _join([part[name] for part in parts], [len(part["input_ids"]) for part in parts]) for name in parts[0]
+        name: _join_column([part[name] for part in parts], [len(part["input_ids"]) for part in parts])
+        for name in parts[0]
     }
 
 
@@ -137,14 +131,16 @@ def real_spans(batch: Batch) -> list[Span]:
     if layout.packed:
         return list(layout.spans)
     spans = []
-    for line, real in enumerate(real_tokens(batch).cpu()):
+    for line, real in enumerate(real_tokens(batch)):
         columns = real.nonzero().flatten()
         spans.append(Span(line, int(columns[0]) if len(columns) else 0, int(columns[-1]) + 1 if len(columns) else 0))
     return spans
 
 
 def pads_left(batch: Batch) -> bool:
-    """Whether some row of the batch is padded on the left."""
+    """Whether some row of the batch is padded on the left; never of a packed batch."""
+    if layout_of(batch).packed:
+        return False
     real = real_tokens(batch)
     return bool((real[:, -1] & ~real[:, 0]).any())
 
@@ -164,7 +160,7 @@ def _widen(part: Batch, width: int, left: bool, padding: Padding) -> dict[str, A
     return {name: widened(name, value) for name, value in part.items()}
 
 
-def _join(values: Sequence[Any], rows: Sequence[int]) -> Any:
+def _join_column(values: Sequence[Any], rows: Sequence[int]) -> Any:
     """One column of several batches: per-row values are concatenated, anything else is taken from the first."""
     first = values[0]
     per_row = all(hasattr(value, "__len__") and not isinstance(value, str) for value in values) and all(
@@ -188,8 +184,8 @@ def dummy_batch(batch: Batch, row: int) -> dict[str, Any]:
         return packed
     width = batch["input_ids"].shape[1]
     start = max(0, width - 2) if pads_left(batch) else 0
-    short = _columns(cut(batch, torch.tensor([row])), 1, width, start, start + 2)
-    if len(batch["input_ids"]) == 1:  # cut() passes a one-row batch on, and its labels are about to be written to
+    short = _slice_columns(cut(batch, torch.tensor([row])), 1, width, start, start + 2)
+    if len(batch["input_ids"]) == 1:  # cut() returns a one-row batch unchanged, and its labels are overwritten below
         short = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in short.items()}
     short["labels"] = torch.full_like(short["labels"], -100)
     return short

@@ -1,8 +1,8 @@
 """A selector's state inside the trainer's checkpoints, so that a resumed run keeps the rows it would have kept.
 
 `checkpoint-N/siftune/` holds `selector.safetensors` (tensors), `selector.json` (everything else) and, written last,
-`COMPLETE` with the sums of these files, so that a damaged one is noticed. Ranks that choose together remember the same, so rank 0's files serve any number of processes; ranks that
-choose alone (`scope="local"`) add files of their own. A checkpoint without `COMPLETE` was not finished.
+`COMPLETE` with the checksums of these files, so that a damaged one is noticed. Ranks that share one selection have equal states, so
+rank 0's files serve any number of processes; ranks that choose alone (`scope="local"`) add files of their own. A checkpoint without `COMPLETE` was not finished.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a checkpoint says of the selection: the selector's state and the running totals of the log."""
+class SavedState:
+    """The selection state in a checkpoint: the selector's state and the running totals of the log."""
 
     selector: Mapping[str, Any]
     totals: Mapping[str, Any]
@@ -47,7 +47,7 @@ def is_complete(checkpoint: Path) -> bool:
 def write(
     checkpoint: Path, selector: OnlineMethod, totals: Mapping[str, Any], *, step: int, rank: int = 0, world: int = 1
 ) -> None:
-    """Write this rank's files; `finish` makes them count."""
+    """Write this rank's files; they are valid once `finish` has written `COMPLETE`."""
     folder = folder_of(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     state = selector.state_dict()
@@ -55,7 +55,7 @@ def write(
     values = {name: value for name, value in state.items() if not _is_tensor(value)}
     record = {"format": FORMAT, "selector": selector.name, "step": step, "values": values, "totals": dict(totals)}
     record |= {"processes": world, "scope": selector.scope}
-    stem = _stem(rank)
+    stem = _file_stem(rank)
     with atomic_path(folder / f"{stem}.safetensors") as temporary:
         save_file(tensors, temporary)
     with atomic_path(folder / f"{stem}.json") as temporary:
@@ -63,7 +63,7 @@ def write(
 
 
 def finish(checkpoint: Path, *, step: int) -> None:
-    """Mark the state as complete, once every rank has written. Files that this machine cannot see have no sum in it."""
+    """Mark the state as complete, once every rank has written. Files that this machine cannot read have no checksum in it."""
     folder = folder_of(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     sums = {name: total for name, total in sums_of(folder).items() if name != "COMPLETE"}
@@ -84,20 +84,22 @@ def check(checkpoint: Path, *names: str) -> None:
 
 
 def damaged(path: Path) -> UserError:
-    """What is raised for a file of a checkpoint that cannot be used; nothing else holds what it held."""
+    """The error for a file of a checkpoint that cannot be used; no other file holds its content."""
     checkpoint = path.parent.parent
     return UserError(
         f"{path} is damaged; delete {checkpoint} and run again, which resumes from the checkpoint before it or starts anew"
     )
 
 
-def read(checkpoint: Path, selector: OnlineMethod, *, rank: int = 0, world: int = 1, together: bool = False) -> Saved:
-    """The state of `rank`: of 0 where ranks choose `together`, whatever the number of processes was and is.
+def read(
+    checkpoint: Path, selector: OnlineMethod, *, rank: int = 0, world: int = 1, across_ranks: bool = False
+) -> SavedState:
+    """The state of `rank`: of rank 0 where one selection is made `across_ranks`, for any number of processes.
 
     Raises `UserError` where it belongs to another method, was written by fewer ranks, or by ranks that chose alone and
     are not the same number now.
     """
-    folder, stem = folder_of(checkpoint), _stem(rank)
+    folder, stem = folder_of(checkpoint), _file_stem(rank)
     if not (folder / f"{stem}.json").is_file():
         raise UserError(
             f"{folder} holds no selection state of rank {rank}; resume with as many processes as the run was saved with"
@@ -116,51 +118,51 @@ def read(checkpoint: Path, selector: OnlineMethod, *, rank: int = 0, world: int 
             f"attach {saved_by} or start anew without resume_from_checkpoint"
         )
     processes = record.get("processes", world)
-    if record.get("scope") == "local" and processes > 1 and (together or processes != world):
+    if record.get("scope") == "local" and processes > 1 and (across_ranks or processes != world):
         raise UserError(
             f'{checkpoint} was saved by {processes} processes with scope="local", which remember different rows; resume '
             f'with {processes} processes and scope="local"'
         )
-    return Saved({**values, **tensors}, totals)
+    return SavedState({**values, **tensors}, totals)
 
 
-def checkpoint_to_resume(said: str | bool | None, output_dir: str, *, allow_fresh: bool) -> str | bool | None:
+def checkpoint_to_resume(requested: str | bool | None, output_dir: str, *, allow_fresh: bool) -> str | bool | None:
     """The checkpoint `train(resume_from_checkpoint=...)` should take: `True` becomes the newest complete one.
 
     Raises `UserError` where the checkpoint holds no complete selection state, unless `allow_fresh`.
     """
-    if said is None or said is False:
-        return said
-    if said is True:
-        numbered = _numbered(Path(output_dir))
-        complete = [path for path in numbered if is_complete(path)]
+    if requested is None or requested is False:
+        return requested
+    if requested is True:
+        candidates = _numbered_checkpoints(Path(output_dir))
+        complete = [path for path in candidates if is_complete(path)]
         if complete:
             return str(complete[-1])
-        if not numbered:
-            return True  # the trainer has its own words for that
-        chosen = numbered[-1]
+        if not candidates:
+            return True  # the trainer raises its own error
+        checkpoint = candidates[-1]
     else:
-        chosen = Path(said)
-        if not chosen.is_dir() or is_complete(chosen):
-            return said
+        checkpoint = Path(requested)
+        if not checkpoint.is_dir() or is_complete(checkpoint):
+            return requested
     if allow_fresh:
-        return said
+        return requested
     raise UserError(
-        f"{chosen} holds no complete selection state (siftune/COMPLETE), so the resumed run would keep other rows; "
+        f"{checkpoint} holds no complete selection state (siftune/COMPLETE), so the resumed run would keep other rows; "
         "resume from a checkpoint saved with the selector attached, or pass allow_fresh_selector=True to attach"
     )
 
 
-def _numbered(output_dir: Path) -> list[Path]:
-    found = [
+def _numbered_checkpoints(output_dir: Path) -> list[Path]:
+    numbered = [
         (int(match[1]), path)
         for path in (output_dir.iterdir() if output_dir.is_dir() else ())
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
     ]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(numbered)]
 
 
-def _stem(rank: int) -> str:
+def _file_stem(rank: int) -> str:
     return "selector" if rank == 0 else f"selector-rank{rank}"
 
 

@@ -1,4 +1,4 @@
-"""What cannot be sifted is refused when the selector is attached, in one sentence with the way out, not at step 400."""
+"""Checks of a trainer when the selector is attached: what selection does not support is refused before training starts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..online.base import OnlineMethod
 from .packing import packs
 from .selection_step import window_count
 
-_IMAGES = ("pixel_values", "image", "images", "image_grid_thw")
-_PREFERENCE = (
+_IMAGE_KEYS = ("pixel_values", "image", "images", "image_grid_thw")
+_PREFERENCE_MARKS = (
     "DPO",
     "KTO",
     "ORPO",
@@ -42,20 +42,20 @@ def check(trainer: Any, selector: Any) -> None:
     """Raise `UserError` for the first thing about this trainer that selection does not work with."""
     if isinstance(selector, type) or not isinstance(selector, OnlineMethod):
         raise UserError(
-            f"attach got {selector!r} as its selector, which is no online method; give an instance, as in "
+            f"attach got {selector!r} as its selector, which is no online method; pass an instance, as in "
             "attach(trainer, siftune.UDS(keep='1/8'))"
         )
     if not callable(getattr(trainer, "get_batch_samples", None)):
         raise UserError(
             f"{type(trainer).__name__} has no get_batch_samples, so it is no transformers Trainer of 4.57 or later; "
-            "in a loop of your own call selector.select(model, batch)"
+            "in your own loop call selector.select(model, batch)"
         )
-    _processes(trainer, selector)
-    _data(trainer)
+    _check_processes(trainer, selector)
+    _check_data(trainer)
     check_budget(trainer, selector, trainer.args.per_device_train_batch_size)
 
 
-def _processes(trainer: Any, selector: OnlineMethod) -> None:
+def _check_processes(trainer: Any, selector: OnlineMethod) -> None:
     args = trainer.args
     if args.n_gpu > 1:
         raise UserError(
@@ -69,46 +69,46 @@ def _processes(trainer: Any, selector: OnlineMethod) -> None:
                 f"{name} parallelism ({kind}_size={getattr(parallel, f'{kind}_size', '?')}) splits a row over processes, "
                 f"which selection cannot follow; set {kind}_size=1"
             )
-    _sharded(trainer, selector)
-    if together(trainer, selector) and not selector.across_ranks:
+    _check_sharding(trainer, selector)
+    if selects_across_ranks(trainer, selector) and not selector.across_ranks:
         raise UserError(
             f"{selector.name} compares its candidates' gradients with each other, and those of {args.world_size} processes "
-            'lie on different ones; pass scope="local" to the selector to choose on each rank by itself'
+            'are in different memories; pass scope="local" to the selector to choose on each rank separately'
         )
 
 
-def together(trainer: Any, selector: OnlineMethod) -> bool:
-    """Whether the candidates of several processes are chosen from together."""
+def selects_across_ranks(trainer: Any, selector: OnlineMethod) -> bool:
+    """Whether one selection covers the candidates of all processes."""
     return trainer.args.world_size > 1 and selector.scope != "local"
 
 
-def _sharded(trainer: Any, selector: OnlineMethod) -> None:
-    """Models of which a process holds a part."""
+def _check_sharding(trainer: Any, selector: OnlineMethod) -> None:
+    """Refuse methods that need complete weights where the model is sharded over processes."""
     deepspeed = getattr(trainer, "is_deepspeed_enabled", False)
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None) if deepspeed else None
-    kind = "FSDP" if getattr(trainer, "is_fsdp_enabled", False) else ""
-    kind = "ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else kind
-    if kind and selector.whole_weights():
+    sharding = "FSDP" if getattr(trainer, "is_fsdp_enabled", False) else ""
+    sharding = "ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else sharding
+    if sharding and selector.whole_weights():
         raise UserError(
-            f"{kind} shards the weights, and {selector.name} takes gradients of single rows, which need them whole; use "
+            f"{sharding} shards the weights, and {selector.name} takes gradients of single rows, which need the complete weights; use "
             "uds or maxloss, or plain DDP"
         )
 
 
-def _data(trainer: Any) -> None:
+def _check_data(trainer: Any) -> None:
     args, collator = trainer.args, trainer.data_collator
     config = getattr(trainer.model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{type(trainer.model).__name__} is an encoder-decoder; selection works on causal language models"
         )
-    _task(trainer)
+    _check_task(trainer)
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
     features = getattr(trainer.train_dataset, "features", None) or {}
-    seen = [name for name in _IMAGES if name in columns and not _is_null(features.get(name))]
-    if seen or "Vision" in type(collator).__name__:
+    image_columns = [name for name in _IMAGE_KEYS if name in columns and not _is_null(features.get(name))]
+    if image_columns or "Vision" in type(collator).__name__:
         raise UserError(
-            f"the training set holds images ({', '.join(seen) or type(collator).__name__}), which selection does not "
+            f"the training set holds images ({', '.join(image_columns) or type(collator).__name__}), which selection does not "
             "support; train on text-only rows or detach"
         )
     if getattr(args, "packing", False) is True and getattr(args, "packing_strategy", "") == "wrapped":
@@ -118,14 +118,14 @@ def _data(trainer: Any) -> None:
         )
 
 
-def _task(trainer: Any) -> None:
+def _check_task(trainer: Any) -> None:
     """Refuse trainers whose batches are not rows to imitate."""
     kinds = [cls.__name__ for cls in type(trainer).__mro__ if cls.__name__.endswith("Trainer")]
     kinds.append(type(trainer.data_collator).__name__)
-    if preference := [kind for kind in kinds if any(mark in kind for mark in _PREFERENCE)]:
+    if preference := [kind for kind in kinds if any(mark in kind for mark in _PREFERENCE_MARKS)]:
         raise UserError(
             f"{preference[0]} trains on pairs, rewards or generated answers, and selection chooses single rows to imitate, so "
-            "pairs would be torn; use it with SFTTrainer or Trainer"
+            "pairs would be separated; use it with SFTTrainer or Trainer"
         )
     model: Any = trainer.model
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -148,19 +148,21 @@ def _is_null(feature: Any) -> bool:
 def check_budget(trainer: Any, selector: OnlineMethod, size: int) -> None:
     """Refuse a budget of less than one row: of a full micro-batch of `size`, or of the step's window."""
     micro_batches = trainer.args.gradient_accumulation_steps
-    ranks = trainer.args.world_size if together(trainer, selector) else 1
-    step = selector.window == "step"
+    ranks = trainer.args.world_size if selects_across_ranks(trainer, selector) else 1
+    step_window = selector.window == "step"
     if packs(
         trainer
     ):  # a line holds an unknown number of rows: the first batch shows whether the budget is one of them
         selector.check()
         return
-    if not step and ranks == 1:
+    if not step_window and ranks == 1:
         selector.check_keep(size)
         return
     selector.check()
-    slots = ranks * micro_batches if step else ranks
-    candidates = f"the step's {micro_batches} x {size} candidates" if step else f"a micro-batch of {size} candidates"
+    slots = ranks * micro_batches if step_window else ranks
+    candidates = (
+        f"the step's {micro_batches} x {size} candidates" if step_window else f"a micro-batch of {size} candidates"
+    )
     candidates += f" of {ranks} processes each" if ranks > 1 else ""
     if parse_keep(selector.keep).rows(size * slots) < 1:
         raise UserError(
@@ -171,7 +173,8 @@ def check_budget(trainer: Any, selector: OnlineMethod, size: int) -> None:
     if kept < slots and not allows_dummies(trainer):
         raise UserError(
             f"keep={selector.keep!r} of {candidates} is {kept} rows for {slots} micro-batches, and this trainer's own loss "
-            "may not take an empty one; raise keep" + (", or lower gradient_accumulation_steps" if step else "")
+            "may not support an empty one; raise keep"
+            + (", or lower gradient_accumulation_steps" if step_window else "")
         )
 
 
@@ -182,19 +185,26 @@ def allows_dummies(trainer: Any) -> bool:
     user's own, label smoothing or a model without that count may divide by the micro-batch's label tokens: 0 / 0; and so
     may a process that counts its own tokens alone.
     """
-    ours = getattr(trainer.compute_loss, "__module__", "").split(".")[0] in ("transformers", "trl")
-    smoothing = getattr(trainer.args, "label_smoothing_factor", 0.0)
-    plain = getattr(trainer, "compute_loss_func", None) is None and not smoothing
-    alone = trainer.args.world_size > 1 and not getattr(trainer.args, "average_tokens_across_devices", True)
-    return ours and plain and not alone and bool(getattr(trainer, "model_accepts_loss_kwargs", False))
+    library_loss = getattr(trainer.compute_loss, "__module__", "").split(".")[0] in ("transformers", "trl")
+    label_smoothing = getattr(trainer.args, "label_smoothing_factor", 0.0)
+    default_loss = getattr(trainer, "compute_loss_func", None) is None and not label_smoothing
+    counts_local_tokens = trainer.args.world_size > 1 and not getattr(
+        trainer.args, "average_tokens_across_devices", True
+    )
+    return (
+        library_loss
+        and default_loss
+        and not counts_local_tokens
+        and bool(getattr(trainer, "model_accepts_loss_kwargs", False))
+    )
 
 
 def check_batch(batch: Any, trainer: Any) -> None:
-    """What only the first batch can show: no token ids, images, or rows joined without a sign of where they begin."""
+    """Checks that need a batch: token ids, no images, and boundaries where rows are joined."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch or getattr(batch["input_ids"], "ndim", 0) != 2:
         keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise UserError(f"a training batch holds {keys}, and selection needs input_ids of shape (rows, tokens); detach")
-    if images := [name for name in _IMAGES if batch.get(name) is not None]:
+    if images := [name for name in _IMAGE_KEYS if batch.get(name) is not None]:
         raise UserError(
             f"a training batch holds images ({', '.join(images)}), which selection does not support; detach"
         )
@@ -209,7 +219,7 @@ def check_batch(batch: Any, trainer: Any) -> None:
 
 
 def _check_rows(batch: Mapping[str, Any], trainer: Any) -> None:
-    """Refuse a batch whose lines hold several rows, or parts of rows, with no sign of where they begin."""
+    """Refuse a batch whose lines hold several rows, or parts of rows, without boundaries."""
     lines, width = batch["input_ids"].shape
     size = trainer.state.train_batch_size or trainer.args.per_device_train_batch_size
     dataset = trainer.train_dataset
@@ -233,7 +243,7 @@ def _check_rows(batch: Mapping[str, Any], trainer: Any) -> None:
             f"({', '.join(map(str, batch))}) says where they begin, so whole lines would be chosen; set to false what joins "
             f"them: {_PACKING_KEYS}"
         )
-    if _begins_inside(batch, trainer):
+    if _row_starts_inside_lines(batch, trainer):
         warnings.warn(
             f"each of the {lines} lines of the first batch is full ({width} tokens) and has the token that begins a row in its "
             "middle; if they are packed rows, siftune chooses whole lines, because nothing says where rows begin",
@@ -241,7 +251,7 @@ def _check_rows(batch: Mapping[str, Any], trainer: Any) -> None:
         )
 
 
-def _begins_inside(batch: Mapping[str, Any], trainer: Any) -> bool:
+def _row_starts_inside_lines(batch: Mapping[str, Any], trainer: Any) -> bool:
     """Whether every line is full and has the token that begins a row in its middle."""
     tokenizer = getattr(trainer, "processing_class", None)
     begin, end = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-_NOTE = "note"
-_INTEGERS = (torch.int8, torch.int16, torch.int32)
+_NOTE_KEY = "note"
+_INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32)
 
 
 @dataclass(kw_only=True)
 class Ranks:
-    """This process among those that choose together.
+    """This process among those that share one selection.
 
     >>> ranks = Ranks.current()
     >>> ranks.gather(b"rank 1")
@@ -31,13 +31,13 @@ class Ranks:
     rank: int
     """This process, from 0."""
     world: int
-    """Processes that choose together, at least 1."""
+    """Processes that share one selection, at least 1."""
     device: torch.device
     """The device from which the process group can send tensors."""
     received: int = 0
     """Bytes received so far, padding included."""
     choices: int = 0
-    """Selections made together so far."""
+    """Selections made across ranks so far."""
 
     @staticmethod
     def alone() -> Ranks:
@@ -49,9 +49,11 @@ class Ranks:
         """The default process group; without one, a world of one. `device` is the accelerator's, where there is one."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return Ranks.alone()
-        on_host = any(name in str(torch.distributed.get_backend()) for name in ("gloo", "mpi"))
-        where = torch.device("cpu") if on_host or device is None else device
-        return Ranks(rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size(), device=where)
+        backend_on_cpu = any(name in str(torch.distributed.get_backend()) for name in ("gloo", "mpi"))
+        exchange_device = torch.device("cpu") if backend_on_cpu or device is None else device
+        return Ranks(
+            rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size(), device=exchange_device
+        )
 
     def gather(self, message: bytes) -> list[bytes]:
         """Every rank's message, in rank order, on every rank. All ranks have to call it."""
@@ -75,41 +77,41 @@ class Ranks:
         gathered = [torch.empty_like(local) for _ in range(self.world)]
         torch.distributed.all_gather(gathered, local)
         self.received += 8 * self.world
-        return [int(one) for one in gathered]
+        return [int(value) for value in gathered]
 
 
 def pack(tensors: Mapping[str, torch.Tensor], note: Any = None) -> bytes:
     """Tensors of any device and a JSON value as one message. `unpack` returns both, tensors on the CPU."""
-    sent: dict[str, torch.Tensor] = {}
+    payload: dict[str, torch.Tensor] = {}
     dtypes: dict[str, str] = {}
     for name, tensor in tensors.items():
         on_cpu = tensor.detach().cpu()
-        narrow = _narrow(on_cpu)
+        narrow = _narrowed(on_cpu)
         if narrow.dtype != on_cpu.dtype:
             dtypes[name] = str(on_cpu.dtype).removeprefix("torch.")
-        sent[f"t/{name}"] = narrow.contiguous()
-    text = json.dumps({"note": note, "dtypes": dtypes}).encode()
-    sent[_NOTE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    message: bytes = save(sent)
+        payload[f"t/{name}"] = narrow.contiguous()
+    header = json.dumps({"note": note, "dtypes": dtypes}).encode()
+    payload[_NOTE_KEY] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    message: bytes = save(payload)
     return message
 
 
 def unpack(message: bytes) -> tuple[dict[str, torch.Tensor], Any]:
-    """The tensors, by name, and the note of a message that `pack` made."""
-    sent = load(message)
-    text = json.loads(sent.pop(_NOTE).numpy().tobytes())
+    """The tensors, by name, and the note of a message that `pack` returned."""
+    payload = load(message)
+    header = json.loads(payload.pop(_NOTE_KEY).numpy().tobytes())
     tensors = {}
-    for name, tensor in sent.items():
+    for name, tensor in payload.items():
         name = name.removeprefix("t/")
-        tensors[name] = tensor.to(getattr(torch, text["dtypes"][name])) if name in text["dtypes"] else tensor
-    return tensors, text["note"]
+        tensors[name] = tensor.to(getattr(torch, header["dtypes"][name])) if name in header["dtypes"] else tensor
+    return tensors, header["note"]
 
 
-def _narrow(tensor: torch.Tensor) -> torch.Tensor:
+def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype not in (torch.int64, torch.int32) or tensor.numel() == 0:
         return tensor
     low, high = (int(bound) for bound in tensor.aminmax())
-    for dtype in _INTEGERS:
+    for dtype in _INTEGER_DTYPES:
         if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
             return tensor.to(dtype)
     return tensor

@@ -1,6 +1,6 @@
 """The ledger: every candidate of every step, its scores, and whether it was trained on.
 
-`OUTPUT_DIR/siftune/selection/part-<step>.parquet` holds the lines since the part before, up to and including that
+`OUTPUT_DIR/siftune/selection/part-<step>.parquet` holds the lines since the previous part, up to and including that
 optimiser step. A part ends at every checkpoint, so resuming from checkpoint N keeps the parts up to N and drops the
 rest; at the end the parts are merged into `OUTPUT_DIR/siftune/selection.parquet`. Files are written under a temporary
 name and renamed; a damaged one is noticed when it is read, and a file of one of these names that is no part of a ledger is
@@ -22,15 +22,15 @@ from ..data.checked_parquet import open_writer, read_checked, write_checked
 from ..errors import UserError
 from ..files import atomic_path
 
-BUFFERED = 65_536
-"""Lines held before a part is written even though no checkpoint is due."""
+MAX_BUFFERED_LINES = 65_536
+"""Lines buffered before a part is written without a checkpoint."""
 
-_FRONT = [("step", pa.int64()), ("rank", pa.int32()), ("micro", pa.int32()), ("row", pa.int64())]
-_FRONT += [("token_id", pa.string()), ("total", pa.float64())]
-_SEGMENT = [("segment", pa.int32())]
+_LEADING_COLUMNS = [("step", pa.int64()), ("rank", pa.int32()), ("micro", pa.int32()), ("row", pa.int64())]
+_LEADING_COLUMNS += [("token_id", pa.string()), ("total", pa.float64())]
+_SEGMENT_COLUMN = [("segment", pa.int32())]
 """Of packed batches only: the position among the micro-batch's segments."""
-_FACT = b"siftune."
-_BACK = [("kept", pa.bool_()), ("reason", pa.string())]
+_METADATA_PREFIX = b"siftune."
+_TRAILING_COLUMNS = [("kept", pa.bool_()), ("reason", pa.string())]
 
 
 class Ledger:
@@ -51,7 +51,7 @@ class Ledger:
 
     @property
     def merged(self) -> Path:
-        """Where the whole ledger lies after training."""
+        """Path of the complete ledger after training."""
         return self.folder / "selection.parquet"
 
     def add(
@@ -86,57 +86,65 @@ class Ledger:
         for name, column in self._columns.items():
             column.extend(lines.get(name, [None] * count))
         self._lines += count
-        if self._lines >= BUFFERED:
+        if self._lines >= MAX_BUFFERED_LINES:
             self.flush(step)
 
     def flush(self, step: int) -> None:
         """Write the buffered lines as the part that ends at `step`."""
         if not self._lines:
             return
-        known = {name for name, _ in _FRONT + _SEGMENT + _BACK}
+        known = {name for name, _ in _LEADING_COLUMNS + _SEGMENT_COLUMN + _TRAILING_COLUMNS}
         parts = [(name, pa.float64()) for name in self._columns if name not in known]
-        segment = _SEGMENT if "segment" in self._columns else []
-        schema = pa.schema(_FRONT + segment + sorted(parts) + _BACK, metadata=_metadata([self.facts]))
+        segment = _SEGMENT_COLUMN if "segment" in self._columns else []
+        schema = pa.schema(
+            _LEADING_COLUMNS + segment + sorted(parts) + _TRAILING_COLUMNS, metadata=_metadata([self.facts])
+        )
         name = f"part-{step}.parquet" if self.rank == 0 else f"part-{step}-rank{self.rank}.parquet"
         path = self._parts_folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_ours(path)
+        _check_is_ledger(path)
         table = pa.table({field.name: self._columns[field.name] for field in schema}, schema=schema)
         with atomic_path(path) as temporary:
             write_checked(table, temporary)
         self._columns, self._lines = {}, 0
 
-    def forget_after(self, step: int) -> None:
-        """Drop what lies beyond `step`: the buffer, later parts of this rank (and, by rank 0, of ranks that an earlier run
-        had and this one has not) and the merged file. Raises `UserError` for a file of such a name that is not ours, and
-        where an earlier part of this rank is damaged: better before the training than after it."""
+    def drop_after(self, step: int) -> None:
+        """Drop the records beyond `step`: the buffer, later parts of this rank (and, by rank 0, of ranks that only an earlier
+        run had) and the merged file. Raises `UserError` for a file of such a name that is no ledger, and
+        where an earlier part of this rank is damaged: before training rather than after it."""
         self._columns, self._lines = {}, 0
         if self._parts_folder.is_dir():
             for path in self._parts_folder.iterdir():
-                found = _part(path)
-                mine = found and (found[1] == self.rank or (self.rank == 0 and found[1] >= self.world))
-                if found and found[0] > step and mine:
-                    _check_ours(path)
+                part = _step_and_rank(path)
+                owned = part and (part[1] == self.rank or (self.rank == 0 and part[1] >= self.world))
+                if part and part[0] > step and owned:
+                    _check_is_ledger(path)
                     path.unlink(missing_ok=True)
-                elif found and mine:
+                elif part and owned:
                     _read(path)
         if self.rank == 0:
-            _check_ours(self.merged)
+            _check_is_ledger(self.merged)
             self.merged.unlink(missing_ok=True)
 
     def merge(self) -> Path | None:
-        """All parts of all ranks as one file, ordered by step and rank; None where nothing was ever written."""
-        found = [(part, path) for path in self._parts_folder.glob("part-*.parquet") if (part := _part(path))]
-        if not found:
+        """All parts of all ranks as one file, ordered by step and rank; None where no part was written."""
+        numbered = [
+            (part, path) for path in self._parts_folder.glob("part-*.parquet") if (part := _step_and_rank(path))
+        ]
+        if not numbered:
             return None
-        paths = [path for _, path in sorted(found)]
+        paths = [path for _, path in sorted(numbered)]
         for path in (*paths, self.merged):
-            _check_ours(path)
+            _check_is_ledger(path)
         schemas = [_read(path).schema for path in paths]
         facts = _metadata([facts_of(schema) for schema in schemas])
         schema = pa.unify_schemas([schema.remove_metadata() for schema in schemas])
-        parts = [field for field in schema if field.name not in {name for name, _ in _FRONT + _BACK}]
-        schema = pa.schema([*_FRONT, *((field.name, field.type) for field in parts), *_BACK], metadata=facts)
+        parts = [
+            field for field in schema if field.name not in {name for name, _ in _LEADING_COLUMNS + _TRAILING_COLUMNS}
+        ]
+        schema = pa.schema(
+            [*_LEADING_COLUMNS, *((field.name, field.type) for field in parts), *_TRAILING_COLUMNS], metadata=facts
+        )
         with atomic_path(self.merged) as temporary, open_writer(temporary, schema) as writer:
             for path in paths:
                 table = _read(path)
@@ -155,20 +163,22 @@ class Ledger:
 def facts_of(schema: pa.Schema) -> dict[str, str]:
     """The facts that a ledger's file was written with."""
     metadata = schema.metadata or {}
-    names = [name for name in metadata if name.startswith(_FACT)]
-    return {name.removeprefix(_FACT).decode(): metadata[name].decode() for name in names}
+    names = [name for name in metadata if name.startswith(_METADATA_PREFIX)]
+    return {name.removeprefix(_METADATA_PREFIX).decode(): metadata[name].decode() for name in names}
 
 
-def _metadata(several: Sequence[Mapping[str, str]]) -> dict[bytes, bytes] | None:
+def _metadata(facts_of_parts: Sequence[Mapping[str, str]]) -> dict[bytes, bytes] | None:
     """The facts of several parts as one file's metadata; where parts differ, every distinct value in order."""
     values: dict[str, dict[str, None]] = {}
-    for facts in several:
+    for facts in facts_of_parts:
         for name, value in facts.items():
             values.setdefault(name, {}).update(dict.fromkeys(value.split(" | ")))
-    return {_FACT + name.encode(): " | ".join(distinct).encode() for name, distinct in values.items()} or None
+    return {
+        _METADATA_PREFIX + name.encode(): " | ".join(distinct).encode() for name, distinct in values.items()
+    } or None
 
 
-def _part(path: Path) -> tuple[int, int] | None:
+def _step_and_rank(path: Path) -> tuple[int, int] | None:
     match = re.fullmatch(r"part-(\d+)(?:-rank(\d+))?\.parquet", path.name)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
@@ -179,15 +189,15 @@ def _read(path: Path) -> pa.Table:
     )
 
 
-def _check_ours(path: Path) -> None:
-    """Raise `UserError` for a file that is there and is no part of a ledger."""
+def _check_is_ledger(path: Path) -> None:
+    """Raise `UserError` for an existing file that is no part of a ledger."""
     if not path.exists():
         return
     try:
         names = pq.read_schema(path).names
     except (OSError, pa.ArrowException):
         names = []
-    if names[: len(_FRONT)] != [name for name, _ in _FRONT]:
+    if names[: len(_LEADING_COLUMNS)] != [name for name, _ in _LEADING_COLUMNS]:
         raise UserError(f"{path} is no part of a selection's ledger, so it is not replaced; move it away")
 
 

@@ -1,4 +1,4 @@
-"""Live numbers of the selection, in the trainer's own log: what was kept, what it looked like, what it cost.
+"""Metrics of the selection in the trainer's log: the share kept, the scores of kept and skipped rows, and the cost.
 
 Keys start with `sift/`. Scores are means over the steps since the last log line, token counts run from the start of
 training. Cost: a few sums a step; on CUDA two events.
@@ -17,13 +17,13 @@ from .selection_step import Selection
 
 
 @dataclass
-class Meter:
-    """Running sums; `report` reads and restarts those of the log window."""
+class SelectionMetrics:
+    """Running sums; `report` returns and resets those of the log window."""
 
     tokens_trained: int = 0
     tokens_skipped: int = 0
-    _since: float = field(default_factory=time.perf_counter)
-    _scoring: float = 0.0
+    _window_start: float = field(default_factory=time.perf_counter)
+    _scoring_seconds: float = 0.0
     _candidates: int = 0
     _kept: int = 0
     _sums: dict[str, float] = field(default_factory=dict)
@@ -38,41 +38,41 @@ class Meter:
             yield
             stop.record()
             stop.synchronize()
-            self._scoring += start.elapsed_time(stop) / 1000
+            self._scoring_seconds += start.elapsed_time(stop) / 1000
         else:
-            began = time.perf_counter()
+            start = time.perf_counter()
             yield
-            self._scoring += time.perf_counter() - began
+            self._scoring_seconds += time.perf_counter() - start
 
     def add(self, selection: Selection) -> None:
-        """Take one step in."""
+        """Add one step."""
         kept = selection.kept
         self._candidates += len(kept)
         self._kept += int(kept.sum())
         self.tokens_trained += int(selection.tokens[kept].sum())
         self.tokens_skipped += int(selection.tokens[~kept].sum())
         for name, values in {"total": selection.total, **selection.parts}.items():
-            for side, rows in (("kept", kept), ("skipped", ~kept)):
+            for outcome, rows in (("kept", kept), ("skipped", ~kept)):
                 scored = values[rows & ~torch.isnan(values)]
-                key = f"{name}_{side}"
+                key = f"{name}_{outcome}"
                 self._sums[key] = self._sums.get(key, 0.0) + float(scored.sum())
                 self._counts[key] = self._counts.get(key, 0) + len(scored)
 
     def report(self) -> dict[str, float]:
-        """The numbers of the log window, which starts anew."""
+        """The metrics of the log window, which is reset."""
         now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
+        seconds = max(now - self._window_start, 1e-9)
         report: dict[str, float] = {}
         if self._candidates:
             report = {
                 "sift/kept_fraction": self._kept / self._candidates,
                 **{f"sift/{key}": self._sums[key] / count for key, count in self._counts.items() if count},
                 "sift/candidates_per_second": self._candidates / seconds,
-                "sift/scoring_share": self._scoring / seconds,
+                "sift/scoring_share": self._scoring_seconds / seconds,
                 "sift/tokens_trained": self.tokens_trained,
                 "sift/tokens_skipped": self.tokens_skipped,
             }
-        self._since, self._scoring, self._candidates, self._kept = now, 0.0, 0, 0
+        self._window_start, self._scoring_seconds, self._candidates, self._kept = now, 0.0, 0, 0
         self._sums, self._counts = {}, {}
         return report
 
@@ -83,5 +83,5 @@ class Meter:
         self.tokens_skipped = int(totals.get("tokens_skipped", 0))
 
     def totals(self) -> dict[str, int]:
-        """What outlives an interruption."""
+        """The totals that a checkpoint stores."""
         return {"tokens_trained": self.tokens_trained, "tokens_skipped": self.tokens_skipped}

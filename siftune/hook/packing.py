@@ -1,4 +1,4 @@
-"""What a trainer that packs does to selection: whether it packs, and whether its model keeps the packed rows apart.
+"""Packed trainers: whether a trainer packs rows, and whether its model separates the packed rows.
 
 Where attention separates the segments of a packed line (flash attention, flex attention, a block mask, or a mask that
 `transformers` derives from restarting positions), a segment's score is that of its row alone. Elsewhere a model reads across
@@ -17,19 +17,19 @@ import torch
 
 from ..errors import UserError
 from ..models.hidden_states import iter_hidden_states, real_tokens, unwrap_model
-from ..models.layout import LaidOut, Span
+from ..models.layout import BatchWithLayout, Span
 from ..models.repack import join_segments
 from ..models.sharded import is_sharded
 from ..online.base import OnlineMethod
 
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "ssm", "hybrid")
 _RECURRENT_KEYS = ("ssm_cfg", "state_size", "mamba_d_state", "linear_conv_kernel_dim", "ssm_state_size", "conv_L_cache")
-_CLOSE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
+_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Relative distance of hidden states below which a segment counts as unaffected by the one before it; 1e-3 in float32."""
 
 
 def packs(trainer: Any) -> bool:
-    """Whether the trainer's options or its collator show that rows are packed; its batches may show it all the same."""
+    """Whether the trainer's options or its collator show that rows are packed; otherwise its first batches may."""
     args, collator = trainer.args, trainer.data_collator
     options = any(getattr(args, name, False) is True for name in ("packing", "sample_packing", "padding_free"))
     kinds = {cls.__name__ for cls in type(collator).__mro__}
@@ -37,7 +37,7 @@ def packs(trainer: Any) -> bool:
     return options or flattens
 
 
-def describe_packed(selector: OnlineMethod, batches: Sequence[LaidOut], model: torch.nn.Module) -> str:
+def describe_packed(selector: OnlineMethod, batches: Sequence[BatchWithLayout], model: torch.nn.Module) -> str:
     """What the first packed step holds, in one line, and a second line where the model reads across its rows.
 
     Raises `UserError` for a model that carries a state from row to row.
@@ -47,13 +47,13 @@ def describe_packed(selector: OnlineMethod, batches: Sequence[LaidOut], model: t
     kept = [selector.count(count) for count in segments]
     budget = f" and at most {selector.keep_tokens} tokens" if selector.keep_tokens is not None else ""
     line = (
-        f"siftune: packed batches (rows begin where {_source(batches)} says so): the first step holds {sum(segments)} rows of "
+        f"siftune: packed batches (rows begin where {_boundary_source(batches)} says so): the first step holds {sum(segments)} rows of "
         f"{sum(tokens)} tokens in {len(batches)} micro-batch{'es' if len(batches) > 1 else ''} and trains on "
         f"{sum(kept)} rows{budget}"
     )
     if not selector.needs_forward or is_sharded(unwrap_model(model).called):  # a forward pass would need every rank
         return line
-    if (apart := separates(model, batches)) is None or apart:
+    if (separated := separates(model, batches)) is None or separated:
         return line
     attention = getattr(unwrap_model(model).config, "_attn_implementation", None)
     return (
@@ -62,30 +62,30 @@ def describe_packed(selector: OnlineMethod, batches: Sequence[LaidOut], model: t
     )
 
 
-def _source(batches: Sequence[LaidOut]) -> str:
+def _boundary_source(batches: Sequence[BatchWithLayout]) -> str:
     return next((batch.layout.source for batch in batches if batch.layout.source != "lines"), "the line")
 
 
-def separates(model: torch.nn.Module, batches: Sequence[LaidOut]) -> bool | None:
+def separates(model: torch.nn.Module, batches: Sequence[BatchWithLayout]) -> bool | None:
     """Whether a segment's hidden states are those that it has alone; None where no line holds two segments to try.
 
     Raises `UserError` for a model with recurrent layers whose state crosses segments.
     """
-    pair = _pair(batches)
+    pair = _neighbouring_segments(batches)
     if pair is None:
         return None
     batch, first, second = pair
-    behind = _states(model, join_segments([(batch, first), (batch, second)], like=batch))[-1]
-    alone = _states(model, join_segments([(batch, second)], like=batch))[-1]
-    distance = float((behind.double() - alone.double()).norm() / alone.double().norm().clamp_min(1e-12))
-    apart = distance <= _CLOSE.get(alone.dtype, 1e-3)
+    after_neighbour = _hidden_states(model, join_segments([(batch, first), (batch, second)], like=batch))[-1]
+    alone = _hidden_states(model, join_segments([(batch, second)], like=batch))[-1]
+    distance = float((after_neighbour.double() - alone.double()).norm() / alone.double().norm().clamp_min(1e-12))
+    separated = distance <= _TOLERANCE.get(alone.dtype, 1e-3)
     config = unwrap_model(model).config
-    if not apart and is_recurrent(config):
+    if not separated and is_recurrent(config):
         raise UserError(
             f"{type(unwrap_model(model).causal).__name__} carries a state from one packed row to the next, so its rows cannot be "
-            "told apart; set packing and padding_free to False"
+            "separated; set packing and padding_free to False"
         )
-    return apart
+    return separated
 
 
 def is_recurrent(config: Any) -> bool:
@@ -96,7 +96,7 @@ def is_recurrent(config: Any) -> bool:
     )
 
 
-def _pair(batches: Sequence[LaidOut]) -> tuple[LaidOut, Span, Span] | None:
+def _neighbouring_segments(batches: Sequence[BatchWithLayout]) -> tuple[BatchWithLayout, Span, Span] | None:
     """Two neighbours in a line, the second of at least two tokens; the shortest such pair of the first batch with one."""
     for batch in batches:
         spans = batch.layout.spans
@@ -111,7 +111,7 @@ def _pair(batches: Sequence[LaidOut]) -> tuple[LaidOut, Span, Span] | None:
     return None
 
 
-def _states(model: torch.nn.Module, batch: LaidOut) -> list[torch.Tensor]:
+def _hidden_states(model: torch.nn.Module, batch: BatchWithLayout) -> list[torch.Tensor]:
     """Final hidden states of each segment, in order."""
     states: dict[int, torch.Tensor] = {}
     for chunk in iter_hidden_states(unwrap_model(model), batch, real_tokens(batch)):

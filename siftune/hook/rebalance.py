@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..models.layout import LaidOut, Layout, Span, candidates_of, layout_of, with_layout
+from ..models.layout import BatchWithLayout, Layout, Span, candidates_of, layout_of, with_layout
 from ..models.repack import join_segments
 from ..online.base import cut
 from .batching import Padding, dummy_batch, join_rows, pads_left, trim
@@ -31,41 +31,41 @@ Origin = tuple[int, int, int]
 """(rank, micro-batch, row in it) of a candidate."""
 
 
-def shares(kept: Mapping[int, int]) -> dict[int, int]:
+def rows_per_rank(kept: Mapping[int, int]) -> dict[int, int]:
     """Rows that each rank trains, from the rows that each kept: even, with the remainder where most were kept.
 
     >>> shares({0: 5, 1: 0, 2: 2})
     {0: 3, 1: 2, 2: 2}
     """
-    base, more = divmod(sum(kept.values()), len(kept))
-    first = sorted(kept, key=lambda rank: (-kept[rank], rank))[:more]
-    return {rank: base + (rank in first) for rank in kept}
+    base, remainder = divmod(sum(kept.values()), len(kept))
+    ranks_with_extra = sorted(kept, key=lambda rank: (-kept[rank], rank))[:remainder]
+    return {rank: base + (rank in ranks_with_extra) for rank in kept}
 
 
 def rebalance(slots: Sequence[Slot], kept: Sequence[Origin]) -> dict[Slot, list[Origin]]:
     """The rows that each slot trains. `kept` is in the order of all candidates, and every slot's rows are too.
 
-    A rank that kept more than its share hands its last rows to the ranks that lack some, in their order; a rank's rows are
+    The last rows of a rank that kept more than its share move to the ranks that kept fewer, in order; a rank's rows are
     spread evenly over its own slots.
     """
-    place = {origin: index for index, origin in enumerate(kept)}
-    own: dict[int, list[Origin]] = {rank: [] for rank, _ in slots}
+    order = {origin: index for index, origin in enumerate(kept)}
+    rows_of_rank: dict[int, list[Origin]] = {rank: [] for rank, _ in slots}
     for origin in kept:
-        own[origin[0]].append(origin)
-    share = shares({rank: len(rows) for rank, rows in own.items()})
-    moving = sorted((row for rank, rows in own.items() for row in rows[share[rank] :]), key=place.__getitem__)
+        rows_of_rank[origin[0]].append(origin)
+    quota = rows_per_rank({rank: len(rows) for rank, rows in rows_of_rank.items()})
+    moving = sorted((row for rank, rows in rows_of_rank.items() for row in rows[quota[rank] :]), key=order.__getitem__)
     result: dict[Slot, list[Origin]] = {}
-    for rank, rows in own.items():
-        rows = rows[: share[rank]]
-        missing = share[rank] - len(rows)
-        rows, moving = sorted(rows + moving[:missing], key=place.__getitem__), moving[missing:]
-        own_slots = [slot for slot in slots if slot[0] == rank]
-        base, more = divmod(len(rows), len(own_slots))
-        at = 0
-        for index, slot in enumerate(own_slots):
-            size = base + (index < more)
-            result[slot] = rows[at : at + size]
-            at += size
+    for rank, rows in rows_of_rank.items():
+        rows = rows[: quota[rank]]
+        missing = quota[rank] - len(rows)
+        rows, moving = sorted(rows + moving[:missing], key=order.__getitem__), moving[missing:]
+        slots_of_rank = [slot for slot in slots if slot[0] == rank]
+        base, remainder = divmod(len(rows), len(slots_of_rank))
+        start = 0
+        for index, slot in enumerate(slots_of_rank):
+            size = base + (index < remainder)
+            result[slot] = rows[start : start + size]
+            start += size
     return result
 
 
@@ -77,45 +77,58 @@ def rebalance_by_tokens(
     A rank keeps its own rows while they fit its share; the others go, in order, to the rank with the fewest tokens. No slot
     is empty where there are as many rows as slots.
     """
-    place = {origin: index for index, origin in enumerate(kept)}
-    own: dict[int, list[Origin]] = {rank: [] for rank, _ in slots}
-    needed = Counter(rank for rank, _ in slots)
-    share = sum(tokens[origin] for origin in kept) / len(own)
+    order = {origin: index for index, origin in enumerate(kept)}
+    rows_of_rank: dict[int, list[Origin]] = {rank: [] for rank, _ in slots}
+    slots_of_rank = Counter(rank for rank, _ in slots)
+    share = sum(tokens[origin] for origin in kept) / len(rows_of_rank)
     moving: list[Origin] = []
-    load = dict.fromkeys(own, 0)
+    tokens_of_rank = dict.fromkeys(rows_of_rank, 0)
     for origin in kept:
         rank = origin[0]
-        if rank in own and (not own[rank] or load[rank] + tokens[origin] / 2 <= share):
-            own[rank].append(origin)
-            load[rank] += tokens[origin]
+        if rank in rows_of_rank and (not rows_of_rank[rank] or tokens_of_rank[rank] + tokens[origin] / 2 <= share):
+            rows_of_rank[rank].append(origin)
+            tokens_of_rank[rank] += tokens[origin]
         else:
             moving.append(origin)
     for origin in moving:
-        rank = min(own, key=lambda one: (len(own[one]) >= needed[one], load[one], one))
-        own[rank].append(origin)
-        load[rank] += tokens[origin]
-    while len(kept) >= len(slots) and (short := [rank for rank in own if len(own[rank]) < needed[rank]]):
-        giver = max(own, key=lambda rank: (len(own[rank]) - needed[rank], rank))
-        own[short[0]].append(own[giver].pop())
+        rank = min(
+            rows_of_rank,
+            key=lambda candidate: (
+                len(rows_of_rank[candidate]) >= slots_of_rank[candidate],
+                tokens_of_rank[candidate],
+                candidate,
+            ),
+        )
+        rows_of_rank[rank].append(origin)
+        tokens_of_rank[rank] += tokens[origin]
+    while len(kept) >= len(slots) and (
+        lacking := [rank for rank in rows_of_rank if len(rows_of_rank[rank]) < slots_of_rank[rank]]
+    ):
+        donor = max(rows_of_rank, key=lambda rank: (len(rows_of_rank[rank]) - slots_of_rank[rank], rank))
+        rows_of_rank[lacking[0]].append(rows_of_rank[donor].pop())
     result: dict[Slot, list[Origin]] = {}
-    for rank, rows in own.items():
-        result |= _spread([slot for slot in slots if slot[0] == rank], sorted(rows, key=place.__getitem__), tokens)
+    for rank, rows in rows_of_rank.items():
+        result |= _spread_by_tokens(
+            [slot for slot in slots if slot[0] == rank], sorted(rows, key=order.__getitem__), tokens
+        )
     return result
 
 
-def _spread(slots: Sequence[Slot], rows: list[Origin], tokens: Mapping[Origin, int]) -> dict[Slot, list[Origin]]:
+def _spread_by_tokens(
+    slots: Sequence[Slot], rows: list[Origin], tokens: Mapping[Origin, int]
+) -> dict[Slot, list[Origin]]:
     """One rank's rows, in order, over its slots: each takes rows up to its share of what is left."""
     result: dict[Slot, list[Origin]] = {}
-    left = list(rows)
+    remaining = list(rows)
     for index, slot in enumerate(slots):
-        after = len(slots) - index - 1
-        share = sum(tokens[row] for row in left) / (after + 1)
-        taken: list[Origin] = []
-        while len(left) > after or (left and not taken and len(rows) < len(slots)):
-            if taken and after and sum(tokens[row] for row in taken) + tokens[left[0]] / 2 > share:
+        slots_left = len(slots) - index - 1
+        share = sum(tokens[row] for row in remaining) / (slots_left + 1)
+        slot_rows: list[Origin] = []
+        while len(remaining) > slots_left or (remaining and not slot_rows and len(rows) < len(slots)):
+            if slot_rows and slots_left and sum(tokens[row] for row in slot_rows) + tokens[remaining[0]] / 2 > share:
                 break
-            taken.append(left.pop(0))
-        result[slot] = taken
+            slot_rows.append(remaining.pop(0))
+        result[slot] = slot_rows
     return result
 
 
@@ -127,9 +140,9 @@ def build_batches(
     A slot without a row gets a dummy batch. Raises `UserError` for columns that cannot be sent.
     """
     moved = {row for (rank, _), rows in plan.items() for row in rows if row[0] != rank}
-    sources = {(ranks.rank, micro): _Source(batch) for micro, batch in enumerate(batches)}
+    sources = {(ranks.rank, micro): _RowSource(batch) for micro, batch in enumerate(batches)}
     if moved:
-        sources |= _received(batches, moved, padding, ranks)
+        sources |= _exchange_rows(batches, moved, padding, ranks)
     trained: list[Batch] = []
     for micro, batch in enumerate(batches):
         rows = plan[(ranks.rank, micro)]
@@ -138,69 +151,73 @@ def build_batches(
         elif [row[:2] for row in rows] == [(ranks.rank, micro)] * candidates_of(batch):
             trained.append(batch)
         else:
-            trained.append(trim(_joined(rows, sources, batch, padding), padding))
+            trained.append(trim(_join_planned(rows, sources, batch, padding), padding))
     return trained
 
 
 @dataclass(frozen=True, eq=False)
-class _Source:
-    """Rows that micro-batches are made of: a micro-batch of this rank, or what another rank sent of one of its own."""
+class _RowSource:
+    """Rows that micro-batches are built from: a micro-batch of this rank, or rows that another rank sent."""
 
     batch: Batch
     rows: Sequence[int] | None = None
     """Positions in the micro-batch that the rows were read in; None is all of them."""
     left: bool | None = None
-    """Whether that micro-batch is padded on the left; None is read off `batch`."""
+    """Whether that micro-batch is padded on the left; None: derived from `batch`."""
 
     def cut(self, rows: Sequence[int]) -> dict[str, Any]:
-        held = rows if self.rows is None else [self.rows.index(row) for row in rows]
-        if len(held) == candidates_of(self.batch) and isinstance(self.batch, LaidOut):
+        positions = rows if self.rows is None else [self.rows.index(row) for row in rows]
+        if len(positions) == candidates_of(self.batch) and isinstance(self.batch, BatchWithLayout):
             return self.batch
-        return cut(self.batch, torch.tensor(held))
+        return cut(self.batch, torch.tensor(positions))
 
     def pads_left(self) -> bool:
         return pads_left(self.batch) if self.left is None else self.left
 
 
-def _joined(rows: Sequence[Origin], sources: Mapping[Slot, _Source], like: Batch, padding: Padding) -> dict[str, Any]:
-    """The rows as one batch of the kind of `like`, those of one source side by side."""
+def _join_planned(
+    rows: Sequence[Origin], sources: Mapping[Slot, _RowSource], like: Batch, padding: Padding
+) -> dict[str, Any]:
+    """The rows as one batch with the keys of `like`; rows of one source are adjacent."""
     by_source: dict[Slot, list[int]] = {}
     for rank, micro, row in rows:
         by_source.setdefault((rank, micro), []).append(row)
-    parts = [sources[slot].cut(held) for slot, held in by_source.items()]
+    parts = [sources[slot].cut(positions) for slot, positions in by_source.items()]
     return join_rows(
         parts, padding, like=like, left=len(parts) > 1 and any(sources[slot].pads_left() for slot in by_source)
     )
 
 
-def _received(batches: Sequence[Batch], moved: set[Origin], padding: Padding, ranks: Ranks) -> dict[Slot, _Source]:
+def _exchange_rows(
+    batches: Sequence[Batch], moved: set[Origin], padding: Padding, ranks: Ranks
+) -> dict[Slot, _RowSource]:
     """The other ranks' rows that move, by where they come from."""
     tensors: dict[str, torch.Tensor] = {}
     note: dict[str, Any] = {}
     for micro, batch in enumerate(batches):
         rows = sorted(row for rank, own, row in moved if (rank, own) == (ranks.rank, micro))
         if rows:
-            own_tensors, lists, lengths = _columns(batch, rows, padding)
+            own_tensors, lists, lengths = _sendable_columns(batch, rows, padding)
             tensors |= {f"{micro}/{name}": value for name, value in own_tensors.items()}
             note[str(micro)] = {"rows": rows, "lists": lists, "left": pads_left(batch), "lengths": lengths}
-    received: dict[Slot, _Source] = {}
+    received: dict[Slot, _RowSource] = {}
     for rank, message in enumerate(ranks.gather(pack(tensors, note))):
         columns, notes = unpack(message)
         if rank == ranks.rank or not batches:
             continue
         for micro, rows_note in notes.items():
             own = {name.partition("/")[2]: value for name, value in columns.items() if name.partition("/")[0] == micro}
-            sent = _like(batches[0], {**own, **rows_note["lists"]}, rows_note["lengths"])
-            received[(rank, int(micro))] = _Source(sent, rows_note["rows"], rows_note["left"])
+            sent = _restore(batches[0], {**own, **rows_note["lists"]}, rows_note["lengths"])
+            received[(rank, int(micro))] = _RowSource(sent, rows_note["rows"], rows_note["left"])
     return received
 
 
-def _columns(
+def _sendable_columns(
     batch: Batch, rows: list[int], padding: Padding
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[Any]], list[int]]:
     """Some rows of a batch as tensors and lists, and the lengths of segments; values that are not per row are not sent."""
     if layout_of(batch).packed:
-        return _packed_columns(batch, rows)
+        return _sendable_segments(batch, rows)
     count = len(batch["input_ids"])
     subset = trim(cut(batch, torch.tensor(rows)), padding)
     tensors: dict[str, torch.Tensor] = {}
@@ -211,20 +228,22 @@ def _columns(
             if complete.ndim > 0 and len(complete) == count:
                 tensors[name] = value
         elif isinstance(value, (list, tuple)) and len(complete) == count:
-            lists[name] = _plain(name, value)
+            lists[name] = _as_json(name, value)
     return tensors, lists, []
 
 
-def _packed_columns(batch: Batch, rows: list[int]) -> tuple[dict[str, torch.Tensor], dict[str, list[Any]], list[int]]:
+def _sendable_segments(
+    batch: Batch, rows: list[int]
+) -> tuple[dict[str, torch.Tensor], dict[str, list[Any]], list[int]]:
     """Some segments of a packed batch, in one line."""
     spans = layout_of(batch).spans
     subset = join_segments([(batch, spans[row]) for row in rows], like=batch, one_line=True)
     tensors = {name: value for name, value in subset.items() if isinstance(value, torch.Tensor) and value.ndim}
-    lists = {name: _plain(name, value) for name, value in subset.items() if isinstance(value, (list, tuple))}
+    lists = {name: _as_json(name, value) for name, value in subset.items() if isinstance(value, (list, tuple))}
     return tensors, lists, [spans[row].tokens for row in rows]
 
 
-def _plain(name: str, value: Sequence[Any]) -> list[Any]:
+def _as_json(name: str, value: Sequence[Any]) -> list[Any]:
     """A column of Python values as JSON holds it. Raises `UserError`."""
     try:
         plain: list[Any] = json.loads(json.dumps(list(value), allow_nan=True))
@@ -236,7 +255,7 @@ def _plain(name: str, value: Sequence[Any]) -> list[Any]:
     return plain
 
 
-def _like(own: Batch, received: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
+def _restore(own: Batch, received: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
     """A received batch with the columns of this rank's own, on the same device; `lengths` are those of its segments."""
     if lengths:
         ends = list(itertools.accumulate(lengths))
@@ -255,7 +274,7 @@ def _like(own: Batch, received: Mapping[str, Any], lengths: Sequence[int]) -> di
         elif isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == count and count > 1:
             raise UserError(
                 f"another rank's batch lacks the column {name!r}, so its rows cannot be trained with this rank's; make "
-                'the collator give the same columns on all ranks or pass scope="local" to the selector'
+                'the collator return the same columns on all ranks or pass scope="local" to the selector'
             )
         else:
             result[name] = value

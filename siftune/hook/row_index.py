@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..models.layout import LaidOut, with_layout
+from ..models.layout import BatchWithLayout, with_layout
 from ..online.token_id import token_ids
 
 Batch = Mapping[str, Any]
-CHUNK = 64
-"""Rows collated at a time while the data set is indexed."""
+ROWS_PER_COLLATION = 64
+"""Rows per call of the collator while the data set is indexed."""
 
 
 class RowIndex:
@@ -44,47 +44,47 @@ class RowIndex:
         """The first row with this id, or None."""
         high, low = np.frombuffer(token_id, dtype="<u8")
         start, stop = np.searchsorted(self._high, high, "left"), np.searchsorted(self._high, high, "right")
-        at = start + np.searchsorted(self._low[start:stop], low, "left")
-        return int(self._rows[self._order[at]]) if at < stop and self._low[at] == low else None
+        position = start + np.searchsorted(self._low[start:stop], low, "left")
+        return int(self._rows[self._order[position]]) if position < stop and self._low[position] == low else None
 
 
 def index_rows(dataset: Any, collate: Callable[[list[Any]], Batch]) -> RowIndex | None:
     """Index a map-style data set; None for iterable data, whose rows have no position to return to.
 
-    Every global random state is left as it was, whatever the collator draws.
+    Every global random state is restored, whatever the collator draws.
     """
-    streams = isinstance(dataset, torch.utils.data.IterableDataset)  # which has both names below, and neither works
-    if streams or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    iterable = isinstance(dataset, torch.utils.data.IterableDataset)  # it has both methods below, and neither works
+    if iterable or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         return None
     digests: list[bytes] = []
     rows: list[int] = []
-    with random_state_kept():
-        for start in range(0, len(dataset), CHUNK):
+    with preserved_random_state():
+        for start in range(0, len(dataset), ROWS_PER_COLLATION):
             try:
-                batches = collated(dataset, collate, range(start, min(start + CHUNK, len(dataset))))
+                batches = collate_rows(dataset, collate, range(start, min(start + ROWS_PER_COLLATION, len(dataset))))
             except UserError:
                 return None  # batches without lines of token ids, which `attach` refuses when they come
-            for batch, numbers in batches:
+            for batch, positions in batches:
                 digests.extend(token_ids(batch))
-                rows.extend(numbers)
+                rows.extend(positions)
     return RowIndex(digests, rows)
 
 
-def collated(
+def collate_rows(
     dataset: Any, collate: Callable[[list[Any]], Batch], rows: Sequence[int]
-) -> list[tuple[LaidOut, list[int]]]:
+) -> list[tuple[BatchWithLayout, list[int]]]:
     """Some rows of a data set as batches, each with the data set's row of every candidate.
 
-    Where the collator gives another number of candidates than rows (a row of a packed data set holds several, and fully
+    Where the collator returns another number of candidates than rows (a row of a packed data set holds several, and fully
     masked rows may be dropped), rows are collated one by one, and a row's candidates all have its number.
     """
-    several = getattr(dataset, "__getitems__", None)
-    items = several(list(rows)) if several else [dataset[row] for row in rows]
+    getitems = getattr(dataset, "__getitems__", None)
+    items = getitems(list(rows)) if getitems else [dataset[row] for row in rows]
     try:
         batch = with_layout(collate(list(items)))
         if len(batch.layout) == len(rows):
             return [(batch, list(rows))]
-    except (UserError, KeyError, TypeError):  # e.g. a collator that gives no input_ids for some of them
+    except (UserError, KeyError, TypeError):  # e.g. a collator that returns no input_ids for some of them
         pass
     result = []
     for row, item in zip(rows, items, strict=True):
@@ -94,8 +94,8 @@ def collated(
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Every global random state is afterwards what it was."""
+def preserved_random_state() -> Iterator[None]:
+    """Restore every global random state on exit."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):

@@ -2,7 +2,7 @@
 
 `window="micro"` chooses within each micro-batch (UDS, arXiv 2510.16882), `window="step"` over the accumulation window. With
 several processes, their j-th micro-batches in rank order form one global micro-batch, so 1, 2 and 4 processes that read the
-same rows in a step keep the same ones. Every rank measures its own candidates; the measurements are gathered, and every
+same rows in a step keep the same rows. Every rank measures its own candidates; the measurements are gathered, and every
 rank combines, chooses and commits the same numbers, which keeps memories and counters equal everywhere. That they are
 equal is checked: the choice at every step, the complete state at the first and every hundredth.
 
@@ -39,7 +39,7 @@ STATE_CHECK_EVERY = 100
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What one step's selection did. Tensors have one entry per candidate, in the order of micro-batches and ranks."""
+    """The result of one step's selection. Tensors have one entry per candidate, in the order of micro-batches and ranks."""
 
     batches: list[Batch]
     """This rank's micro-batches to train on, as many as it read."""
@@ -109,19 +109,20 @@ def select_step(
     All ranks have to call it, with batches or without; `ranks=None` is this process alone. `allow_dummies` permits
     micro-batches that train nothing where fewer rows are kept than micro-batches were read; without it at least one row
     per micro-batch is kept. `learning_rate` is that of the coming optimiser step. `unscored` keeps every row, without a
-    score, for that reason. `packed` takes lines without boundaries for segments, where the trainer packs. Raises `RuntimeError` where ranks disagree: their memories would drift apart unnoticed.
+    score, for that reason. `packed` takes lines without boundaries for segments, where the trainer packs. Raises
+    `RuntimeError` where ranks disagree: their memories would diverge unnoticed.
     """
     ranks = ranks or Ranks.alone()
     selector.new_step(learning_rate=learning_rate)
     batches = [with_layout(batch, packed=packed) for batch in batches]
     local = [_measure(selector, model, batch, scored=unscored is None) for batch in batches]
-    everyone = _gather_measurements(local, ranks)
-    groups = _groups([len(parts) for parts in everyone], complete_step=selector.window == "step")
+    of_ranks = _gather_measurements(local, ranks)
+    groups = _groups([len(parts) for parts in of_ranks], complete_step=selector.window == "step")
     plan: dict[Slot, list[Origin]] = {}
     scores: list[RowScores] = []
     kept: list[torch.Tensor] = []
     for slots in groups:
-        parts = [everyone[rank][micro] for rank, micro in slots]
+        parts = [of_ranks[rank][micro] for rank, micro in slots]
         if unscored is None:
             group_scores, chosen = _choose_group(
                 selector, _with_comparisons(selector, slots, parts, ranks), allow_dummies=allow_dummies
@@ -136,13 +137,13 @@ def select_step(
     joined = join_scores(scores)
     return Selection(
         [original_of(batch) for batch in build_batches(batches, plan, padding, ranks)],
-        [micro for rank, micro in order for _ in range(everyone[rank][micro].measured.rows)],
+        [micro for rank, micro in order for _ in range(of_ranks[rank][micro].measured.rows)],
         torch.cat(kept) if kept else torch.zeros(0, dtype=torch.bool),
-        Measurement.join([everyone[rank][micro] for rank, micro in order]).tokens,
+        Measurement.join([of_ranks[rank][micro] for rank, micro in order]).tokens,
         joined.total,
         joined.parts,
         joined.reasons,
-        _local_candidates(order, everyone, ranks.rank),
+        _local_candidates(order, of_ranks, ranks.rank),
     )
 
 
@@ -172,7 +173,7 @@ def measure_in_chunks(selector: OnlineMethod, model: torch.nn.Module, batch: Bat
 
 
 def _groups(micro_batches: Sequence[int], *, complete_step: bool) -> list[list[Slot]]:
-    """Micro-batches that are chosen from together: the ranks' j-th ones, or all of the step, in global order.
+    """Micro-batches that share one selection: the ranks' j-th ones, or all of the step, in global order.
 
     `micro_batches` is the number of micro-batches that each rank read.
     """
@@ -196,29 +197,29 @@ def _choose_group(
     unlabelled = joined.unlabelled.nonzero().flatten().tolist()
     scores = without_scores(selector.combine(joined.measured), dict.fromkeys(unlabelled, NO_ANSWER))
     count = window_count(selector, [part.measured.rows for part in parts])
-    chosen = choose(selector, scores, joined.measured, count, least=0 if allow_dummies else len(parts))
+    chosen = choose(selector, scores, joined.measured, count, minimum=0 if allow_dummies else len(parts))
     selector.commit(joined.measured, scores, chosen)
     return scores, chosen
 
 
 def _keep_all(parts: Sequence[Measurement], *, reason: str) -> tuple[RowScores, torch.Tensor]:
     count = sum(part.measured.rows for part in parts)
-    empty = torch.full((count,), torch.nan, dtype=torch.float64)
-    return RowScores(empty, {}, dict.fromkeys(range(count), reason)), torch.arange(count)
+    unscored = torch.full((count,), torch.nan, dtype=torch.float64)
+    return RowScores(unscored, {}, dict.fromkeys(range(count), reason)), torch.arange(count)
 
 
-def choose(selector: OnlineMethod, scores: RowScores, measured: Measured, count: int, *, least: int) -> torch.Tensor:
-    """The selector's choice of `count` candidates, and of `least` in any case: one for each micro-batch that must not be
-    a dummy. A token budget may keep fewer; the first rows that it left out then join."""
-    chosen = selector.choose(scores, measured, max(count, least))
-    if len(chosen) >= least:
+def choose(selector: OnlineMethod, scores: RowScores, measured: Measured, count: int, *, minimum: int) -> torch.Tensor:
+    """The selector's choice of `count` candidates, and of `minimum` in any case: one for each micro-batch that must not be
+    a dummy. A token budget may keep fewer; the first rows that it left out are then added."""
+    chosen = selector.choose(scores, measured, max(count, minimum))
+    if len(chosen) >= minimum:
         return chosen
-    more = [index for index in range(measured.rows) if index not in set(chosen.tolist())]
-    return torch.cat([chosen, torch.tensor(more[: least - len(chosen)], dtype=chosen.dtype)]).sort().values
+    remaining = [index for index in range(measured.rows) if index not in set(chosen.tolist())]
+    return torch.cat([chosen, torch.tensor(remaining[: minimum - len(chosen)], dtype=chosen.dtype)]).sort().values
 
 
 def window_count(selector: OnlineMethod, sizes: Sequence[int]) -> int:
-    """Rows kept of several micro-batches that are chosen from together (an accumulation window, several ranks'): an int
+    """Rows kept of several micro-batches that share one selection (an accumulation window, several ranks): an int
     is per micro-batch, a fraction is of all candidates."""
     if parse_keep(selector.keep).count is not None:
         return sum(selector.count(size) for size in sizes)
@@ -229,9 +230,9 @@ def without_scores(scores: RowScores, reasons: Mapping[int, str]) -> RowScores:
     """The scores with NaN, and their reason, for some rows."""
     if not reasons:
         return scores
-    empty = flags(torch.tensor(list(reasons)), len(scores))
-    parts = {name: value.masked_fill(empty, torch.nan) for name, value in scores.parts.items()}
-    return RowScores(scores.total.masked_fill(empty, torch.nan), parts, {**scores.reasons, **reasons})
+    removed = flags(torch.tensor(list(reasons)), len(scores))
+    parts = {name: value.masked_fill(removed, torch.nan) for name, value in scores.parts.items()}
+    return RowScores(scores.total.masked_fill(removed, torch.nan), parts, {**scores.reasons, **reasons})
 
 
 def flags(indices: torch.Tensor, count: int) -> torch.Tensor:
@@ -247,11 +248,11 @@ def join_scores(scores: Sequence[RowScores]) -> RowScores:
         return RowScores(torch.zeros(0, dtype=torch.float64), {}, {})
     reasons: dict[int, str] = {}
     start = 0
-    for one in scores:
-        reasons |= {start + index: reason for index, reason in one.reasons.items()}
-        start += len(one)
-    parts = {name: torch.cat([one.parts[name] for one in scores]) for name in scores[0].parts}
-    return RowScores(torch.cat([one.total for one in scores]), parts, reasons)
+    for group in scores:
+        reasons |= {start + index: reason for index, reason in group.reasons.items()}
+        start += len(group)
+    parts = {name: torch.cat([group.parts[name] for group in scores]) for name in scores[0].parts}
+    return RowScores(torch.cat([group.total for group in scores]), parts, reasons)
 
 
 # --- assign rows to micro-batches -------------------------------------------------------------------------------------
@@ -273,12 +274,12 @@ def _assign(slots: Sequence[Slot], parts: Sequence[Measurement], chosen: torch.T
     return rebalance(slots, kept)
 
 
-def _local_candidates(order: Sequence[Slot], everyone: Sequence[Sequence[Measurement]], rank: int) -> list[int]:
+def _local_candidates(order: Sequence[Slot], of_ranks: Sequence[Sequence[Measurement]], rank: int) -> list[int]:
     start = 0
     local: list[int] = []
-    for owner, micro in order:
-        rows = everyone[owner][micro].measured.rows
-        if owner == rank:
+    for slot_rank, micro in order:
+        rows = of_ranks[slot_rank][micro].measured.rows
+        if slot_rank == rank:
             local.extend(range(start, start + rows))
         start += rows
     return local
@@ -340,44 +341,44 @@ def _with_comparisons(
     """
     if ranks.world == 1 or type(selector).compare is OnlineMethod.compare:
         return parts
-    of_rank: dict[int, list[int]] = {rank: [] for rank in range(ranks.world)}
+    positions_of_rank: dict[int, list[int]] = {rank: [] for rank in range(ranks.world)}
     for index, (rank, _) in enumerate(slots):
-        of_rank[rank].append(index)
+        positions_of_rank[rank].append(index)
     columns: dict[str, torch.Tensor] = {}
-    if of_rank[ranks.rank]:
-        local = Measured.join([parts[index].measured for index in of_rank[ranks.rank]])
+    if positions_of_rank[ranks.rank]:
+        local = Measured.join([parts[index].measured for index in positions_of_rank[ranks.rank]])
         columns = {name: new for name, new in selector.compare(local).columns.items() if name not in local.columns}
     result = list(parts)
     for rank, message in enumerate(ranks.gather(pack(columns))):
         received, _ = unpack(message)
         start = 0
-        for index in of_rank[rank]:
+        for index in positions_of_rank[rank]:
             measured = parts[index].measured
-            more = {name: values[start : start + measured.rows] for name, values in received.items()}
+            added = {name: values[start : start + measured.rows] for name, values in received.items()}
             start += measured.rows
-            result[index] = replace(parts[index], measured=replace(measured, columns={**measured.columns, **more}))
+            result[index] = replace(parts[index], measured=replace(measured, columns={**measured.columns, **added}))
     return result
 
 
 def _check_agreement(selector: OnlineMethod, kept: Sequence[torch.Tensor], ranks: Ranks, *, scored: bool) -> None:
-    """Check that every rank kept the same rows and, now and then, has the same state; before any row moves, because ranks
-    that disagree would wait for each other for ever."""
+    """Check that every rank kept the same rows and, at intervals, has the same state; before any row moves, because ranks
+    that disagree would deadlock."""
     if ranks.world == 1:
         return
     digest = hashlib.blake2b(digest_size=7)
     for part in kept:
         digest.update(part.numpy().tobytes() + b"|")
-    difference = "kept other rows"
+    difference = "kept different rows"
     if scored and ranks.choices % STATE_CHECK_EVERY == 0:
         digest.update(state_digest(selector))
-        difference += " or remember other ones"
+        difference += " or remember different ones"
     if scored:
         ranks.choices += 1
     digests = ranks.gather_ints(int.from_bytes(digest.digest(), "little"))
-    apart = [rank for rank, number in enumerate(digests) if number != digests[0]]
-    if apart:
+    differing = [rank for rank, number in enumerate(digests) if number != digests[0]]
+    if differing:
         raise RuntimeError(
-            f"rank {', '.join(map(str, apart))} {difference} than rank 0 in the same step; the ranks' selectors, software "
+            f"rank {', '.join(map(str, differing))} {difference} than rank 0 in the same step; the ranks' selectors, software "
             "or processors differ: resume from the last checkpoint on equal ones"
         )
 

@@ -23,21 +23,21 @@ def selector_of(
     >>> selector_of({"method": "uds", "keep": "1/8"}).keep
     '1/8'
     """
-    wanted = dict(options)
-    method = registry.find("online", str(wanted.pop("method", "uds"))).load()
+    chosen = dict(options)
+    method = registry.find("online", str(chosen.pop("method", "uds"))).load()
     known = [field.name for field in dataclasses.fields(method) if field.init]
-    for name in wanted:
+    for name in chosen:
         if name not in known:
             hint = did_you_mean(name, known, otherwise="leave it out")
             raise UserError(f"{section}: {name} is no option of {method.name}; known: {', '.join(known)}; {hint}")
     for field in dataclasses.fields(method):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if field.init and required and field.name not in wanted:
+        if field.init and required and field.name not in chosen:
             if field.name == "keep":
                 raise UserError(f"{section}: {method.name} needs keep, the rows to train on, such as keep: 1/8")
-            raise UserError(f"{section}: {method.name} needs {field.name}; give it beside method and keep")
-    if isinstance(wanted.get("sketch"), list):
-        wanted["sketch"] = tuple(wanted["sketch"])
+            raise UserError(f"{section}: {method.name} needs {field.name}; set it beside method and keep")
+    if isinstance(chosen.get("sketch"), list):
+        chosen["sketch"] = tuple(chosen["sketch"])
     inherited = {name: value for name, value in (defaults or {}).items() if name in known}
-    made: OnlineMethod = method(**{**inherited, **wanted})
-    return made
+    selector: OnlineMethod = method(**{**inherited, **chosen})
+    return selector

@@ -16,12 +16,12 @@ from ..models.tokenize_rows import Encoder, check_text
 from ..online.greats import Greats
 from ..output import say
 
-UNCUT = 2**31
+NO_LIMIT = 2**31
 """`max_length` of a trainer that has none."""
 
 
 def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None:
-    """Give `selector` the tokenised rows of its validation file; nothing for other selectors and other `validation`.
+    """Pass the tokenised rows of its validation file to `selector`; does nothing for other selectors and other `validation`.
 
     Rows without answer tokens are left out, with one line on stderr unless `quiet`. Raises `UserError` for a file that
     cannot be read, a trainer without a tokenizer, and where no row is left.
@@ -34,22 +34,22 @@ def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None
     if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
         raise UserError(
             f"validation={file!r} is a file, and the trainer has no tokenizer for it; pass processing_class=tokenizer "
-            "to the trainer, or give tokenised rows"
+            "to the trainer, or pass tokenised rows"
         )
     pool = load_pool(file)
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", "") or type(trainer.model).__name__
     check_text(selector.validation_text, tokenizer, model=model, format=pool.format)
-    encode = Encoder(tokenizer, selector.validation_text, getattr(trainer.args, "max_length", None) or UNCUT)
+    encode = Encoder(tokenizer, selector.validation_text, getattr(trainer.args, "max_length", None) or NO_LIMIT)
     rows: list[dict[str, list[int]]] = []
-    lost: Counter[str] = Counter()
-    for _, found in encode.over(pool, range(len(pool))):
-        if isinstance(found, BadRow):
-            lost[str(found).partition(":")[0]] += 1
+    dropped: Counter[str] = Counter()
+    for _, tokens in encode.over(pool, range(len(pool))):
+        if isinstance(tokens, BadRow):
+            dropped[str(tokens).partition(":")[0]] += 1
         else:
-            rows.append({"input_ids": found.input_ids, "labels": found.labels})
-    why = "; ".join(f"{count} x {reason}" for reason, count in lost.most_common())
+            rows.append({"input_ids": tokens.input_ids, "labels": tokens.labels})
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
     if not rows:
-        raise UserError(f"validation={file!r} holds no row to learn from ({why}); give rows with answers")
-    if lost and not quiet and trainer.is_world_process_zero():
-        say(f"siftune: {lost.total()} of {len(pool)} validation rows are left out: {why}", error=True)
+        raise UserError(f"validation={file!r} holds no row with a label token ({reasons}); add rows with answers")
+    if dropped and not quiet and trainer.is_world_process_zero():
+        say(f"siftune: {dropped.total()} of {len(pool)} validation rows are left out: {reasons}", error=True)
     selector.use_validation(rows)

@@ -61,7 +61,7 @@ class Layout:
         return len(self.spans)
 
 
-class LaidOut(dict[str, Any]):
+class BatchWithLayout(dict[str, Any]):
     """A batch with its layout, so that the layout is read once."""
 
     layout: Layout
@@ -69,24 +69,24 @@ class LaidOut(dict[str, Any]):
     """The original batch."""
 
 
-def with_layout(batch: Batch, layout: Layout | None = None, *, packed: bool = False) -> LaidOut:
+def with_layout(batch: Batch, layout: Layout | None = None, *, packed: bool = False) -> BatchWithLayout:
     """The same batch (no copy of its tensors) that stores its layout. Raises `UserError` as `layout_of` does.
 
     `packed` treats a batch without boundaries as one of a trainer that packs: each line is one segment.
     """
-    if isinstance(batch, LaidOut) and layout is None:
+    if isinstance(batch, BatchWithLayout) and layout is None:
         return batch
-    laid_out = LaidOut(batch)
-    laid_out.original = batch
-    laid_out.layout = layout or _read(batch)
-    if packed and not laid_out.layout.packed:
-        laid_out.layout = Layout(_real_lines(batch), packed=True)
-    return laid_out
+    with_spans = BatchWithLayout(batch)
+    with_spans.original = batch
+    with_spans.layout = layout or _read(batch)
+    if packed and not with_spans.layout.packed:
+        with_spans.layout = Layout(_real_lines(batch), packed=True)
+    return with_spans
 
 
 def original_of(batch: Batch) -> Batch:
     """The batch without its layout, as the collator (or another source) returned it."""
-    return batch.original if isinstance(batch, LaidOut) else batch
+    return batch.original if isinstance(batch, BatchWithLayout) else batch
 
 
 def _real_lines(batch: Batch) -> list[Span]:
@@ -109,7 +109,7 @@ def layout_of(batch: Batch) -> Layout:
     >>> layout_of({"input_ids": ids_1T, "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}).spans
     [Span(line=0, start=0, stop=3), Span(line=0, start=3, stop=5)]
     """
-    return batch.layout if isinstance(batch, LaidOut) else _read(batch)
+    return batch.layout if isinstance(batch, BatchWithLayout) else _read(batch)
 
 
 def candidates_of(batch: Batch) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .layout import CUMULATIVE, LENGTHS, LaidOut, Layout, Span, layout_of, with_layout
+from .layout import CUMULATIVE, LENGTHS, BatchWithLayout, Layout, Span, layout_of, with_layout
 
 Batch = Mapping[str, Any]
 Piece = tuple[Batch, Span]
@@ -28,13 +28,15 @@ MAX_LENGTHS = ("max_length_q", "max_length_k")
 _REBUILT = (*LENGTHS, *CUMULATIVE, *MAX_LENGTHS, "seq_idx", "attention_mask")
 
 
-def cut_segments(batch: Batch, kept: torch.Tensor, *, pad_token: int = 0) -> LaidOut:
+def cut_segments(batch: Batch, kept: torch.Tensor, *, pad_token: int = 0) -> BatchWithLayout:
     """The segments `kept` (int64, ascending) of a packed batch, as a batch of the same kind. Raises `UserError`."""
     spans = layout_of(batch).spans
     return join_segments([(batch, spans[index]) for index in kept.tolist()], like=batch, pad_token=pad_token)
 
 
-def join_segments(pieces: Sequence[Piece], *, like: Batch, pad_token: int = 0, one_line: bool = False) -> LaidOut:
+def join_segments(
+    pieces: Sequence[Piece], *, like: Batch, pad_token: int = 0, one_line: bool = False
+) -> BatchWithLayout:
     """Segments of one or several packed batches as one batch with the keys of `like`, on its device. At least one
     piece. `one_line` joins them in one line, whatever the lines of `like`.
 

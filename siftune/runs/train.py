@@ -234,7 +234,7 @@ class _Job:
         import torch
         from transformers import set_seed
 
-        from ..hook.row_index import random_state_kept
+        from ..hook.row_index import preserved_random_state
         from ..models.load import quiet
         from ..sft.progress_callback import ProgressCallback
         from ..sft.token_counts import TokenCounts
@@ -251,7 +251,7 @@ class _Job:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         token_counts.begin(newest)
-        with random_state_kept(), quiet():
+        with preserved_random_state(), quiet():
             set_seed(recipe.seed)
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         token_counts.close()

@@ -21,8 +21,8 @@ from ..data.exports import clear
 from ..data.protect import foreign_name
 from ..errors import UserError
 from ..files import atomic_path, read_json, write_json
-from ..hook.row_index import collated, random_state_kept
-from ..models.layout import LaidOut
+from ..hook.row_index import collate_rows, preserved_random_state
+from ..models.layout import BatchWithLayout
 from ..online.maxloss import MaxLoss
 from ..online.rho_loss import TABLES
 from ..online.token_id import token_ids
@@ -63,7 +63,7 @@ def reference_losses(
     path = Path(out) if out is not None else Path(trainer.args.output_dir) / "siftune" / "reference.parquet"
     if path.suffix not in TABLES:
         raise UserError(f"out={str(path)!r} must end in .parquet or .safetensors")
-    with random_state_kept():
+    with preserved_random_state():
         loader = trainer.get_train_dataloader()
     dataset, collate = loader.dataset, loader.collate_fn
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
@@ -76,7 +76,7 @@ def reference_losses(
     every = [list(range(start, min(start + PART, len(dataset)))) for start in range(0, len(dataset), PART)]
     for index, rows in enumerate(counted("loss under the reference model", every, len(dataset), size=len)):
         part = folder / f"part-{index:06d}.parquet"
-        with random_state_kept():
+        with preserved_random_state():
             batches, owners = _batches(dataset, collate, rows)
         names = [digest.hex() for batch in batches for digest in token_ids(batch)]
         if _holds(part, names):
@@ -124,19 +124,21 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _batches(dataset: Any, collate: Callable[[list[Any]], Any], rows: list[int]) -> tuple[list[LaidOut], list[int]]:
+def _batches(
+    dataset: Any, collate: Callable[[list[Any]], Any], rows: list[int]
+) -> tuple[list[BatchWithLayout], list[int]]:
     """Batches of some rows, and the data set's row of each of their candidates."""
-    batches: list[LaidOut] = []
+    batches: list[BatchWithLayout] = []
     owners: list[int] = []
     for start in range(0, len(rows), CHUNK):
-        for batch, numbers in collated(dataset, collate, rows[start : start + CHUNK]):
+        for batch, numbers in collate_rows(dataset, collate, rows[start : start + CHUNK]):
             batches.append(batch)
             owners.extend(numbers)
     return batches, owners
 
 
 def _measured(
-    method: MaxLoss, model: torch.nn.Module, batches: list[LaidOut], rows: list[int], names: list[str]
+    method: MaxLoss, model: torch.nn.Module, batches: list[BatchWithLayout], rows: list[int], names: list[str]
 ) -> pa.Table:
     columns: dict[str, list[Any]] = {"row": list(rows), "token_id": names, "loss": [], "tokens": [], "reason": []}
     for batch in batches:

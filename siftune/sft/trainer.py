@@ -19,7 +19,7 @@ from typing import Any
 from ..budget import parse_keep
 from ..data.load import load_pool
 from ..errors import UserError
-from ..hook.row_index import random_state_kept
+from ..hook.row_index import preserved_random_state
 from ..hook.selector import selector_of
 from ..models.load import WEIGHT_FILES, find_folder, loading, quiet, read_config, read_tokenizer
 from ..models.tokenize_rows import check_text
@@ -97,7 +97,7 @@ class Prepared:
         arguments = sft_config(recipe, output_dir)
         selector = checked_selector(recipe, arguments)
         counting: tuple[Any, ...] = () if token_counts is None else token_counts.callbacks()
-        with random_state_kept():  # trl and transformers seed the global generators
+        with preserved_random_state():  # trl and transformers seed the global generators
             trainer = self._build(arguments, dataset, counting[:1], network)
         if token_counts is not None:
             token_counts.below(trainer)

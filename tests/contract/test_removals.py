@@ -73,7 +73,7 @@ LISTED: dict[tuple[str, str, str], tuple[int, str]] = {
         1,
         "faults/test_user_files.py::test_score_reference_replaces_only_its_own_table",
     ),
-    ("hook/ledger.py", "Ledger.forget_after", "unlink"): (2, LEDGER),
+    ("hook/ledger.py", "Ledger.drop_after", "unlink"): (2, LEDGER),
     ("sft/reference_losses.py", "reference_losses", "clear"): (1, TABLE),
     ("sft/reference_losses.py", "_begin", "clear"): (1, TABLE),
     # exports

@@ -122,7 +122,7 @@ def apart(folder: Path, rank: int) -> None:
     """Selectors that differ between ranks are noticed at the first step, on every rank."""
     live = trainer(folder, max_steps=2, per_device_train_batch_size=4, ddp_backend="gloo")
     attach(live, Random(keep="1/2", seed=rank), quiet=True)
-    with pytest.raises(RuntimeError, match="rank 1 kept other rows or remember other ones than rank 0"):
+    with pytest.raises(RuntimeError, match="rank 1 kept different rows or remember different ones than rank 0"):
         live.train()
 
 
@@ -150,7 +150,7 @@ def main(folder: Path, rank: int, world: int) -> None:
     if world != 2:
         return
     live = trainer(folder / "refused", per_device_train_batch_size=4, ddp_backend="gloo")
-    with pytest.raises(UserError, match='lie on different ones; pass scope="local"'):
+    with pytest.raises(UserError, match='are in different memories; pass scope="local"'):
         attach(live, registry.find("online", "greats").load()(keep=2, **needs("greats")))
     alone(folder / "alone")
     ends_unevenly(folder / "ends")

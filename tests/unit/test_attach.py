@@ -257,8 +257,8 @@ class TestRefusals:
 
     def test_selectors(self, tmp_path: Path) -> None:
         live = trainer(tmp_path)
-        self.refused(live, Random, "give an instance")
-        self.refused(live, "uds", "give an instance")
+        self.refused(live, Random, "pass an instance")
+        self.refused(live, "uds", "pass an instance")
         self.refused(object(), Random(keep=1), "no get_batch_samples")
 
     def test_budgets(self, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ class TestRefusals:
         live.args = copy.copy(live.args)
         live.args.__dict__.update(per_device_train_batch_size=4, gradient_accumulation_steps=1)
         with mock.patch.object(type(live.args), "world_size", 8):
-            self.refused(live, Greats(keep=1, validation=[]), 'lie on different ones; pass scope="local"')
+            self.refused(live, Greats(keep=1, validation=[]), 'are in different memories; pass scope="local"')
             self.refused(live, Random(keep="1%"), "less than one row of a micro-batch of 4 candidates of 8 processes")
             live.args.average_tokens_across_devices = False
             self.refused(live, Random(keep="1/8"), "is 4 rows for 8 micro-batches")

@@ -68,7 +68,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path, capsys:
     [
         (None, {}, "held-out.jsonl"),
         ([{"question": "what?"}], {}, "held-out.jsonl"),
-        ([{"instruction": "long" * 30, "output": "x"}], {"validation_text": "prompt"}, "no row to learn from"),
+        ([{"instruction": "long" * 30, "output": "x"}], {"validation_text": "prompt"}, "no row with a label token"),
         ([{"text": "words alone"}], {"validation_text": "chat"}, "text: prompt"),
         (ROWS, {"validation_text": "plain"}, "validation_text='plain'"),
     ],
@@ -94,5 +94,5 @@ def test_without_a_tokenizer_it_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="processing_class=tokenizer"):
         siftune.attach(live, Greats(keep=3, validation=path), quiet=True)
     own_loop = Greats(keep=1, validation=path, learning_rate=0.1)
-    with torch.random.fork_rng(), pytest.raises(UserError, match="give tokenised rows"):
+    with torch.random.fork_rng(), pytest.raises(UserError, match="tokenised rows"):
         own_loop.select(tiny_model("llama", layers=1), tiny_batch([5, 9]))

@@ -17,11 +17,12 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from siftune.errors import UserError
 from siftune.hook import checkpoint
-from siftune.hook.batching import Padding, real_tokens, trim
+from siftune.hook.batching import Padding, trim
 from siftune.hook.exchange import Ranks
 from siftune.hook.ledger import Ledger
 from siftune.hook.rebalance import build_batches, rebalance
 from siftune.hook.row_index import index_rows
+from siftune.models.hidden_states import real_tokens
 from siftune.online.token_id import token_ids
 from siftune.sft.token_counts import TokenCounts
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -198,7 +199,7 @@ class TestLedger:
         book.flush(10)
         _line(book, 11)  # buffered, never flushed: the run was killed
         again = Ledger(tmp_path)
-        again.forget_after(2)
+        again.drop_after(2)
         assert [path.name for path in (tmp_path / "selection").iterdir()] == ["part-2.parquet"]
         _line(again, 3)
         again.flush(3)
@@ -253,12 +254,12 @@ class TestState:
     def test_ranks_that_chose_together_serve_any_number_and_alone_only_theirs(self, tmp_path: Path) -> None:
         checkpoint.write(tmp_path / "together", Drifting(keep=1, scope="global"), {}, step=7, world=4)
         for world in (1, 2):
-            saved = checkpoint.read(tmp_path / "together", Drifting(keep=1), world=world, together=True)
+            saved = checkpoint.read(tmp_path / "together", Drifting(keep=1), world=world, across_ranks=True)
             assert saved.selector["note"] == "any plain value"
         for rank in (0, 1):
             checkpoint.write(tmp_path / "alone", Drifting(keep=1, scope="local"), {}, step=7, rank=rank, world=2)
         checkpoint.read(tmp_path / "alone", Drifting(keep=1), rank=1, world=2)
-        for now in ({"world": 2, "together": True}, {"world": 1}, {"world": 3}):
+        for now in ({"world": 2, "across_ranks": True}, {"world": 1}, {"world": 3}):
             with pytest.raises(UserError, match='resume with 2 processes and scope="local"'):
                 checkpoint.read(tmp_path / "alone", Drifting(keep=1), **now)  # type: ignore[arg-type]
 
@@ -292,7 +293,7 @@ class TestDamage:
         for place in range(0, len(content), 7):
             path.write_bytes(flipped(content, place))
             try:
-                Ledger(tmp_path).forget_after(9)
+                Ledger(tmp_path).drop_after(9)
                 merged = Ledger(tmp_path).merge()
                 assert merged is not None
                 assert pq.read_table(merged).equals(sound), place

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siftune import Greats, MaxGrad, MaxLoss, RhoLoss, UserError, reference_losses
-from siftune.models.layout import LaidOut, Span, layout_of, with_layout
+from siftune.models.layout import BatchWithLayout, Span, layout_of, with_layout
 from siftune.models.repack import cut_segments
 from siftune.online.token_id import token_ids
 from siftune.online.uds import UDS
@@ -217,7 +217,7 @@ def test_select_gives_a_packed_batch_of_the_kept_segments() -> None:
     model = tiny_model("llama", layers=2)
     rows = rows_of([9, 4, 12, 6, 5], seed=3)
     kept = MaxLoss(keep=2).select(model, pack(rows, "trl"))
-    assert isinstance(kept.batch, LaidOut)
+    assert isinstance(kept.batch, BatchWithLayout)
     expected = pack([rows[index] for index in kept.indices.tolist()], "trl")
     assert kept.batch["input_ids"].tolist() == expected["input_ids"].tolist()
     assert kept.batch["position_ids"].tolist() == expected["position_ids"].tolist()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from siftune import UserError
 from siftune.hook.batching import Padding
 from siftune.hook.exchange import Ranks, pack, unpack
-from siftune.hook.rebalance import rebalance, rebalance_by_tokens, shares
+from siftune.hook.rebalance import rebalance, rebalance_by_tokens, rows_per_rank
 from siftune.hook.selection_step import select_step
 from siftune.models.layout import with_layout
 from siftune.online.simple import Random
@@ -164,7 +164,7 @@ def test_as_few_rows_move_as_can(kept: list[int]) -> None:
 
 
 def test_shares_are_even_and_odd_rows_stay_where_most_were_kept() -> None:
-    assert shares({0: 0, 1: 5, 2: 2}) == {0: 2, 1: 3, 2: 2}
+    assert rows_per_rank({0: 0, 1: 5, 2: 2}) == {0: 2, 1: 3, 2: 2}
 
 
 def test_nothing_is_sent_where_no_row_moves() -> None:
@@ -207,7 +207,7 @@ def test_ranks_that_differ_stop_before_any_row_moves() -> None:
         selector = Random(keep="1/2", seed=ranks.rank)
         return select_step(selector, torch.nn.Linear(1, 1), [batch_of([3, 4])], ranks=ranks, padding=Padding())
 
-    with pytest.raises(RuntimeError, match="rank 1 kept other rows or remember other ones than rank 0"):
+    with pytest.raises(RuntimeError, match="rank 1 kept different rows or remember different ones than rank 0"):
         together(2, task)
 
 

@@ -146,11 +146,11 @@ def test_a_ledger_replaces_only_parts_of_ledgers(name: str) -> None:
     beside = [plant(Path("siftune/selection/notes.tmp")), plant(Path("siftune/selection/part-9.txt"))]
     made = ledger(range(1, 4))
     assert made.merge() is not None
-    made.forget_after(1)
+    made.drop_after(1)
     assert sorted(path.name for path in Path("siftune/selection").glob("*.parquet")) == ["part-1.parquet"]
     assert not made.merged.exists()
     mine = plant(Path("siftune", name))
-    for act in (lambda: made.forget_after(1), made.merge):
+    for act in (lambda: made.drop_after(1), made.merge):
         with pytest.raises(UserError, match="is no part of a selection's ledger, so it is not replaced; move it away"):
             act()
     if mine.name == "part-9.parquet":
