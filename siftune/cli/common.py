@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -52,44 +52,22 @@ def own_options(method: str) -> list[Option]:
 
 
 def which_method(words: list[str], command: str = "select") -> tuple[str | None, list[str]]:
-    """The method's name, from the first word or the configuration file, and the remaining words."""
+    """The method's name, from the first word or the configuration file, and the remaining words; None for help."""
     if words and not words[0].startswith("-"):
         return registry.find("offline", words[0]).name, words[1:]
-    if any(word in ("-h", "--help") for word in words):
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("-h", "--help", action="store_true")
+    early.add_argument("--config", nargs="?")
+    options, _ = early.parse_known_args(words)
+    if options.help:
         return None, words
-    paths = [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    paths += [after for word, after in itertools.pairwise(words) if word == "--config"]
-    named = read_config(paths[-1]).get("method") if paths else None
-    if named is None:
+    method = read_config(options.config).get("method") if options.config else None
+    if method is None:
         known = ", ".join(entry.name for entry in registry.methods("offline"))
         raise UserError(
             f"siftune {command} needs a method as its first argument: one of {known}; see siftune {command} --help"
         )
-    return registry.find("offline", str(named)).name, words
-
-
-def split_set(words: Sequence[str], *, example: str) -> tuple[list[str], dict[str, str]]:
-    """The words without every `--set KEY=VALUE`, and the settings as text.
-
-    Values may hold commas and brackets, so they cannot be parsed as a comma-separated list. Raises `UserError`.
-    """
-    rest: list[str] = []
-    settings: dict[str, str] = {}
-    remaining = list(words)
-    while remaining:
-        word = remaining.pop(0)
-        if word == "--set":
-            pair = remaining.pop(0) if remaining and not remaining[0].startswith("--") else ""
-        elif word.startswith("--set="):
-            pair = word.removeprefix("--set=")
-        else:
-            rest.append(word)
-            continue
-        key, separator, value = pair.partition("=")
-        if not separator or not key.strip():
-            raise UserError(f"--set {pair or '(nothing)'} is not KEY=VALUE; write --set {example}")
-        settings[key.strip()] = value
-    return rest, settings
+    return registry.find("offline", str(method)).name, words
 
 
 MAP_ROWS = 5000

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..output import say
 from ..runs.options import Everywhere, options_of
-from .common import page_line, print_json, read, split_set
+from .common import page_line, print_json, read
 from .parser import Command
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ def command() -> Command:
 
 
 def run(words: list[str]) -> int:
-    words, overrides = split_set(words, example="data=./pools")
     values = read(command(), words)
     if values is None:
         return 0
@@ -71,7 +70,7 @@ def run(words: list[str]) -> int:
     from ..study.compare import compare
     from ..study.spec import read_study
 
-    study = _adjusted(read_study(options.study, {**_parsed(options.set), **_parsed(overrides)}), options)
+    study = _adjusted(read_study(options.study, _parsed(options.set)), options)
     refuse_overlap(
         {"--out": options.out, "--run": options.run}, {"the study": options.study, "--config": options.config}
     )
@@ -83,7 +82,7 @@ def run(words: list[str]) -> int:
         part=options.part,
         cache=options.cache,
         dry_run=options.dry_run,
-        command=_shown(options, overrides),
+        command=_shown(options),
         on_event=_print_share if verbose else lambda name, share: None,
     )
     if options.json:
@@ -114,10 +113,10 @@ def _adjusted(study: Study, options: CompareOptions) -> Study:
     return study
 
 
-def _shown(options: CompareOptions, overrides: Mapping[str, str]) -> str:
+def _shown(options: CompareOptions) -> str:
     """The command for the page, with files and folders by name only: a published page holds no paths of a machine."""
     words = ["siftune", "compare", Path(str(options.study)).name]
-    for name, value in {**options.set, **overrides}.items():
+    for name, value in options.set.items():
         place = os.path.isabs(value) or os.path.exists(value)  # Path.exists raises for a long list
         words += ["--set", f"{name}={Path(value).name if place else value}"]
     words += [

@@ -11,8 +11,9 @@ from .parser import Command
 def run(words: list[str]) -> int:
     from ..runs.loop import LoopOptions, loop
 
-    method, words = which_method(words, command="loop") if words[:1] not in (["-h"], ["--help"]) else ("daar", words)
-    method_options = own_options(str(method))
+    method, words = which_method(words, command="loop")
+    method = method or "daar"  # for the help
+    method_options = own_options(method)
     command = Command(
         f"loop {method}",
         f"siftune loop {method} POOL... --model MODEL --recipe FILE | --tune COMMAND [options]",
@@ -36,7 +37,7 @@ def run(words: list[str]) -> int:
     verbose = not (options.quiet or options.json)
     shown = console()
     done = loop(
-        str(method),
+        method,
         options,
         settings,
         progress=progress(enabled=verbose),

@@ -1,4 +1,4 @@
-"""Parse the words of a command line and the keys of a YAML file into checked values, with `jsonargparse` for the types.
+"""Parse the words of a command line and the keys of a YAML file into checked values: one `jsonargparse` parser per command.
 
 Order of precedence: command line, then `--config`, then the field's default. Every invalid input is a `UserError` of
 one sentence that repeats the input. Does not import torch.
@@ -7,11 +7,13 @@ one sentence that repeats the input. Does not import torch.
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
 
 from ..errors import UserError
 from ..runs.options import Option, pairs, read_config, unknown
@@ -41,157 +43,160 @@ class Command:
         """As the user calls it."""
         return f"siftune {self.name}"
 
+    @cached_property
+    def by_name(self) -> Mapping[str, Option]:
+        """The options by name."""
+        return {option.name: option for option in self.options}
+
     def help(self) -> str:
         """The text of `--help`: usage, every option in its group with its default, examples."""
-        return str(self._parser().format_help())
+        return str(_Parser(self).format_help())
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """The value of every option. Raises `UserError`, or `HelpRequested`."""
-        raw, positional = self._split(words)
-        config = self._config(raw.pop("config")) if raw.get("config") else {}
-        if self.positional and positional:
-            self._place(raw, positional)
-        elif positional:
-            raise UserError(f"{self.where} has no argument {positional[0]!r}; see {self.where} --help")
-        parser = self._parser()
-        base = self._guarded(config, lambda: parser.parse_object(config))
-        args = [f"--{name.replace('_', '-')}={value}" for name, value in raw.items() if not self._is_switch(name)]
-        args += [self._option(name).flag for name in raw if self._is_switch(name)]
-        values = self._guarded(raw, lambda: parser.parse_args(args, namespace=base))
-        return {option.name: getattr(values, option.name) for option in self.options}
+        parser = _Parser(self)
+        given = parser.parse_args(words, defaults=False).as_dict()
+        values = parser.parse_config(given["config"] if given.get("config") else None)
+        for name, value in given.items():
+            values[name] = {**(values[name] or {}), **value} if self.by_name[name].repeats else value
+        return {option.name: values[option.name] for option in self.options}
 
-    # --- words ----------------------------------------------------------------------------------------------------
 
-    def _split(self, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-        """Options and the words without dashes, in any order."""
-        raw: dict[str, str] = {}
-        positional: list[str] = []
-        rest = list(words)
-        while rest:
-            word = rest.pop(0)
-            if word in ("-h", "--help"):
-                raise HelpRequested
-            if word == "--":
-                positional += rest
-                break
-            if not word.startswith("-") or word == "-":
-                positional.append(word)
-                continue
-            flag, has_value, value = word.partition("=")
-            option = self._option_named(flag)
-            if option.is_switch:
-                if has_value:
-                    raise UserError(f"{flag} is a switch and has no value, got {value!r}; remove it to turn it off")
-                raw[option.name] = ""
-            elif has_value or rest:
-                raw[option.name] = self._text(option, value if has_value else rest.pop(0))
-            else:
-                raise UserError(f"{flag} needs a value ({option.expects}); see {self.where} --help")
-        return raw, positional
+class _Parser(ArgumentParser):
+    """jsonargparse's parser of one command. Its own part: words without dashes in any place, the short form of a
+    mapping, and errors as one sentence."""
 
-    def _option_named(self, flag: str) -> Option:
-        named = [option for option in self.options if option.type != list[str]]
-        for option in named:
-            if flag == option.flag:
-                return option
-        flags = [option.flag for option in named]
-        raise unknown(flag, [*flags, "--help"], what="option", where=self.where)
-
-    def _text(self, option: Option, value: str) -> str:
-        """The short form of a mapping as JSON; anything else as it is."""
-        if "pairs" not in option.expects:
-            return value
-        try:
-            read = pairs(value)
-        except UserError as error:
-            raise UserError(f"{option.flag} {error}") from error
-        if isinstance(read, str):
-            return read
-        numeric = "float" in str(option.type) and "str" not in str(option.type).replace("dict[str", "", 1)
-        return json.dumps({name: _number(text) if numeric else text for name, text in read.items()})
-
-    def _place(self, raw: dict[str, str], positional: list[str]) -> None:
-        assert self.positional is not None
-        if self._option(self.positional).type == list[str]:
-            raw[self.positional] = json.dumps(positional)
-        elif len(positional) == 1:
-            raw[self.positional] = positional[0]
-        else:
-            raise UserError(f"{self.where} has one argument {self.positional}, got {' and '.join(positional)}")
-
-    # --- configuration files --------------------------------------------------------------------------------------
-
-    def _config(self, path: str) -> dict[str, Any]:
-        config = {name: value for name, value in read_config(path).items() if name not in self.fixed}
-        known = [option.name for option in self.options if option.name != "config"]
-        for name, value in config.items():
-            if name not in known:
-                raise UserError(f"{path}: {unknown(name, known, what='key', where=self.where)}")
-            if self._option(name).type == list[str] and isinstance(value, str):
-                config[name] = [value]
-            elif isinstance(value, str) and "pairs" in self._option(name).expects:
-                config[name] = json.loads(self._text(self._option(name), value))
-        return config
-
-    # --- jsonargparse ---------------------------------------------------------------------------------------------
-
-    def _parser(self) -> Any:
-        from jsonargparse import ArgumentParser
-
-        parser = ArgumentParser(
-            prog=self.where,
-            usage=self.usage,
-            description=self.about,
-            epilog="\n".join(["examples:", *(f"  {line}" for line in self.examples)]) if self.examples else None,
+    def __init__(self, command: Command) -> None:
+        examples = "\n".join(["examples:", *(f"  {line}" for line in command.examples)]) if command.examples else None
+        super().__init__(
+            prog=command.where,
+            usage=command.usage,
+            description=command.about,
+            epilog=examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             exit_on_error=False,
             default_env=False,
             allow_abbrev=False,
             add_help=False,
         )
+        self.command = command
+        self.given: dict[str, Any] = {}
+        """The text of each option of the command line, or a configuration's values, for errors."""
         groups: dict[str, Any] = {}
-        for option in self.options:
+        for option in command.options:
             if option.group not in groups:
-                groups[option.group] = parser.add_argument_group(option.group)
-            more: dict[str, Any] = {"default": option.default, "help": argparse.SUPPRESS}
-            if option.name != self.positional:
-                more["help"] = _help(option)
-            if option.is_switch:
-                more["action"] = "store_true"
-            else:
-                more |= {"type": option.type, "metavar": _metavar(option)}
-            groups[option.group].add_argument(option.flag, **more)
-        return parser
+                groups[option.group] = self.add_argument_group(option.group)
+            groups[option.group].add_argument(option.flag, **_how(option, hidden=option.name == command.positional))
+        self.add_argument("-h", "--help", action=_Help, nargs=0, help=argparse.SUPPRESS)
 
-    def _guarded(self, raw: dict[str, Any], parse: Any) -> Any:
-        """Run jsonargparse; its errors become a `UserError` that names the option and its value."""
-        try:
-            return parse()
-        except (argparse.ArgumentError, TypeError, ValueError) as error:
-            for option in self.options:
-                if option.name in raw and f'"{option.name}' in str(error):
-                    shown = option.name if option.name == self.positional else option.flag
-                    raise UserError(
-                        f"{shown} {raw[option.name]} is not {option.expects}; see {self.where} --help"
-                    ) from error
-            raise UserError(f"{self.where}: {' '.join(str(error).split())}; see {self.where} --help") from error
+    def parse_config(self, path: str | None) -> dict[str, Any]:
+        """Every option's value from a configuration file, its default where the file has none."""
+        config = {} if path is None else read_config(path)
+        known = [name for name in self.command.by_name if name != "config"]
+        self.given = {name: value for name, value in config.items() if name not in self.command.fixed}
+        for name in self.given:
+            if name not in known:
+                raise UserError(f"{path}: {unknown(name, known, what='key', where=self.command.where)}")
+        values = {name: _short(self.command.by_name[name], value) for name, value in self.given.items()}
+        return dict(self.parse_object(values).as_dict())
 
-    def _option(self, name: str) -> Option:
-        return next(option for option in self.options if option.name == name)
+    # --- what argparse calls --------------------------------------------------------------------------------------
 
-    def _is_switch(self, name: str) -> bool:
-        return self._option(name).is_switch
+    def _parse_known_args(self, words: Sequence[str], namespace: Any, **how: Any) -> tuple[Any, list[str]]:
+        """argparse leaves over the words that are no option and no value of one: the positional option takes them."""
+        for word in words[: words.index("--") if "--" in words else None]:
+            if re.match(r"--[^\s=]*[.]", word):  # jsonargparse would set a key inside the option's value
+                raise self._unknown_option(word)
+        namespace, words = super()._parse_known_args(words, namespace, **how)
+        dashes = words.index("--") if "--" in words else len(words)
+        for word in words[:dashes]:
+            if word.startswith("-") and word != "-":
+                raise self._unknown_option(word)
+        if positional := [*words[:dashes], *words[dashes + 1 :]]:
+            self._place(namespace, positional)
+        return namespace, []
+
+    def _place(self, namespace: Any, words: list[str]) -> None:
+        where, name = self.command.where, self.command.positional
+        if name is None:
+            raise UserError(f"{where} has no argument {words[0]!r}; see {where} --help")
+        if not self.command.by_name[name].is_list and len(words) > 1:
+            raise UserError(f"{where} has one argument {name}, got {' and '.join(words)}")
+        setattr(namespace, name, words if self.command.by_name[name].is_list else words[0])
+
+    def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
+        """The text of an option, kept for errors; the short form of a mapping as the mapping."""
+        text = super()._get_values(action, words)
+        option = self.command.by_name.get(action.dest)
+        if option is None or option.is_switch:
+            return text
+        if option.is_list:
+            raise self._unknown_option(option.flag)
+        if option.repeats:
+            text = {**self.given.get(option.name, {}), **_setting(option, text, self.command.where)}
+        self.given[option.name] = text
+        return _short(option, text)
+
+    def _unknown_option(self, flag: str) -> UserError:
+        flags = [option.flag for option in self.command.options if not option.is_list]
+        return unknown(flag.partition("=")[0], [*flags, "--help"], what="option", where=self.command.where)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """An error of argparse or jsonargparse as one sentence that names the option and its value."""
+        where = self.command.where
+        for option in self.command.options:
+            shown = option.name if option.name == self.command.positional else option.flag
+            if isinstance(ex, argparse.ArgumentError) and option.flag in str(ex.argument_name).split("/"):
+                if option.is_switch:
+                    value = message.rpartition("argument ")[2]
+                    raise UserError(f"{shown} is a switch and has no value, got {value}; remove it to turn it off")
+                if option.repeats:
+                    raise UserError(f"{shown} (nothing) is not KEY=VALUE; see {where} --help")
+                raise UserError(f"{shown} needs a value ({option.expects}); see {where} --help")
+            if option.name in self.given and f'"{option.name}' in message:
+                raise UserError(f"{shown} {self.given[option.name]} is not {option.expects}; see {where} --help")
+        raise UserError(f"{where}: {' '.join(message.split())}; see {where} --help") from ex
 
 
-def _number(text: str) -> float | str:
+class _Help(argparse.Action):
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise HelpRequested
+
+
+def _how(option: Option, *, hidden: bool) -> dict[str, Any]:
+    """The arguments of `add_argument`."""
+    how: dict[str, Any] = {"default": option.default, "help": argparse.SUPPRESS if hidden else _help(option)}
+    return how | ({"action": "store_true"} if option.is_switch else {"type": option.type, "metavar": _metavar(option)})
+
+
+def _short(option: Option, value: Any) -> Any:
+    """The value that a short form stands for: `a=1,b=2` for a mapping, one text for a list of one."""
+    if option.is_list:
+        return [value] if isinstance(value, str) else value
+    if not option.is_mapping:
+        return value
     try:
-        return float(text)
-    except ValueError:
-        return text
+        return pairs(value)
+    except UserError as error:
+        raise UserError(f"{option.flag} {error}") from error
+
+
+def _setting(option: Option, text: str, where: str) -> dict[str, str]:
+    """One KEY=VALUE; a value may hold commas and brackets, so there is one for each time that the option is passed."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"{option.flag} {text or '(nothing)'} is not KEY=VALUE; see {where} --help")
+    return {key.strip(): value}
 
 
 def _metavar(option: Option) -> str:
-    words = {"a whole number": "N", "a number": "X", "true or false": "BOOL", "pairs name=value": "A=B,..."}
+    words = {
+        "a whole number": "N",
+        "a number": "X",
+        "true or false": "BOOL",
+        "pairs name=value": "A=B,...",
+        "KEY=VALUE": "KEY=VALUE",
+    }
     if option.expects.startswith("one of "):
         return "{" + option.expects.removeprefix("one of ").replace(", ", ",") + "}"
     return words.get(option.expects, option.name.split("_")[-1].upper())

@@ -9,7 +9,7 @@ from ..output import say
 from ..runs.options import options_of
 from .common import print_json, read
 from .parser import Command
-from .train import named, overrides, settings
+from .train import named, overrides
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,6 @@ class ScoreReferenceOptions:
 
 
 def run(words: list[str]) -> int:
-    words, set_values = settings(words)
     command = Command(
         "score-reference",
         "siftune score-reference RECIPE --reference MODEL [options]",
@@ -63,7 +62,7 @@ def run(words: list[str]) -> int:
     from ..runs.score_reference import score_reference
     from ..sft.recipe import Recipe
 
-    recipe = Recipe.read(named(values, "score-reference"), overrides(values, set_values))
+    recipe = Recipe.read(named(values, "score-reference"), overrides(values))
     out = options.out or (f"{options.run}/reference.parquet" if options.run else "reference.parquet")
     refuse_overlap({"--out": out}, {"the recipe": options.recipe, "--config": options.config})
     verbose = not (options.quiet or options.json)

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..output import say
 from ..runs.options import options_of
 from ..runs.train import TuneOptions
-from .common import page_line, print_json, read, split_set
+from .common import page_line, print_json, read
 from .parser import Command
 
 
@@ -47,7 +47,6 @@ EXAMPLES = (
 
 
 def run(words: list[str]) -> int:
-    words, set_values = settings(words)
     command = Command(
         "train",
         "siftune train RECIPE [options]",
@@ -66,7 +65,7 @@ def run(words: list[str]) -> int:
     from ..sft.recipe import Recipe
     from .terminal import progress
 
-    recipe = Recipe.read(named(values, "train"), overrides(values, set_values))
+    recipe = Recipe.read(named(values, "train"), overrides(values))
     refuse_overlap(
         {"--out": options.out, "--run": options.run}, {"the recipe": values["recipe"], "--config": values["config"]}
     )
@@ -89,14 +88,6 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def settings(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words without every `--set KEY=VALUE`, and the settings, parsed as YAML."""
-    from ..yaml_io import set_value
-
-    rest, texts = split_set(words, example="sft.learning_rate=1e-4")
-    return rest, {key: set_value(key, value) for key, value in texts.items()}
-
-
 def named(values: Mapping[str, Any], command: str) -> str:
     """The recipe's path. Raises `UserError` where there is none."""
     if values["recipe"] is None:
@@ -106,7 +97,7 @@ def named(values: Mapping[str, Any], command: str) -> str:
     return str(values["recipe"])
 
 
-def overrides(values: Mapping[str, Any], set_values: Mapping[str, Any]) -> dict[str, Any]:
+def overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's overrides from the command line; its own options come last."""
     from ..yaml_io import set_value
 
@@ -114,7 +105,6 @@ def overrides(values: Mapping[str, Any], set_values: Mapping[str, Any]) -> dict[
     if values.get("online") is not None:  # first, so that --set can set fields of the new method
         result["online"] = None if values["online"] == "none" else values["online"]
     result |= {key: set_value(key, value) for key, value in (values.get("set") or {}).items()}
-    result |= set_values
     if values.get("keep") is not None:
         if values.get("online") == "none":
             raise UserError("--keep chooses rows and --online none does not; pass one of them")

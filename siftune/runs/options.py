@@ -150,8 +150,25 @@ class Option:
         return self.type is bool and self.default is False
 
     @property
+    def is_list(self) -> bool:
+        """True when the option takes the words without dashes, any number of them."""
+        return bool(self.type == list[str])
+
+    @property
+    def is_mapping(self) -> bool:
+        """True when the option takes pairs, `a=1,b=2`."""
+        return any((typing.get_origin(part) or part) is dict for part in (self.type, *typing.get_args(self.type)))
+
+    @property
+    def repeats(self) -> bool:
+        """True for `--set KEY=VALUE`, which may be passed once for each key."""
+        return self.name == "set"
+
+    @property
     def expects(self) -> str:
         """The type in words, for errors."""
+        if self.repeats:
+            return "KEY=VALUE"
         choices = [value for part in (self.type, *typing.get_args(self.type)) for value in _choices(part)]
         if choices:
             return "one of " + ", ".join(choices)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from siftune import registry
+from siftune.cli.compare import CompareOptions
 from siftune.cli.main import COMMANDS, main
 from siftune.cli.parser import Command
 from siftune.errors import MissingExtra, UserError
@@ -54,7 +55,15 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["select", "random", "pool.jsonl", "--target-mix", "a=x"], ["--target-mix"]),
         (["select", "random", "pool.jsonl", "--seed", "two"], ["--seed two", "whole number"]),
         (["select", "random", "pool.jsonl", "--on-bad-row", "stop"], ["--on-bad-row stop", "error, skip"]),
-        (["select", "random", "pool.jsonl", "--json=1"], ["--json is a switch and has no value"]),
+        (["select", "random", "pool.jsonl", "--json=1"], ["--json is a switch and has no value, got '1'"]),
+        (["select", "random", "--keep", "--json"], ["--keep needs a value (a whole number"]),
+        (["select", "random", "--pool", "pool.jsonl"], ["has no option --pool"]),
+        (["select", "random", "pool.jsonl", "--out.x=3"], ["has no option --out.x", "did you mean --out"]),
+        (["select", "random", "pool.jsonl", "--json.x"], ["has no option --json.x", "did you mean --json"]),
+        (["select", "random", "pool.jsonl", "--see", "3"], ["has no option --see", "did you mean --seed"]),
+        (["select", "--keep", "3"], ["needs a method"]),
+        (["train", "recipe.yaml", "--set", "--quiet"], ["--set (nothing) is not KEY=VALUE"]),
+        (["compare", "study.yaml", "--set", "rows"], ["--set rows is not KEY=VALUE"]),
         (["select", "random", "pool.jsonl", "--out", "a.xlsx"], ["a.xlsx", ".jsonl"]),
         (["select", "random", "pool.jsonl", "--out", "."], ["--out .", "folder"]),
         (["select", "random", "pool.jsonl", "--shards", "3/2"], ["3/2"]),
@@ -224,6 +233,24 @@ def test_every_option_of_everywhere_is_on_every_command(capsys: pytest.CaptureFi
                 name,
                 option.flag,
             )
+
+
+def test_a_repeated_setting_adds_to_the_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("set: {a: '0', c: '3'}\n")
+    command = Command("x", "x", "x", options_of(CompareOptions), "study", fixed=())
+    read = command.read(["--set", "a=[1, b=2]", "s", f"--config={tmp_path}/a.yaml", "--set=b=1e-4"])
+    assert read["set"] == {"a": "[1, b=2]", "b": "1e-4", "c": "3"}
+    assert read["study"] == "s"
+
+
+@pytest.mark.parametrize("words", [["--seed", "3", "--config", "a.yaml"], ["--config=a.yaml", "--seed=3"]])
+def test_the_command_line_wins_on_either_side_of_the_configuration(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("seed: 7\nrun: r\npool: [p.jsonl]\n")
+    read = Command("x", "x", "x", options_of(SelectOptions), "pool").read(words)
+    assert (read["seed"], read["run"], read["pool"]) == (3, "r", ["p.jsonl"])
 
 
 @pytest.mark.parametrize(

@@ -532,14 +532,12 @@ def test_the_command_tells_mistakes(
 
 
 def test_settings_are_yaml_and_many(said: Callable[..., Recipe]) -> None:
-    from siftune.cli.train import overrides, settings
+    from siftune.cli.train import overrides
 
-    rest, found = settings(["a.yaml", "--set", "sft.learning_rate=1e-4", "--set=train=[x.jsonl, y=1.jsonl]", "--quiet"])
-    assert rest == ["a.yaml", "--quiet"]
-    assert found == {"sft.learning_rate": 1e-4, "train": ["x.jsonl", "y=1.jsonl"]}
-    values = {"online": "rho-loss", "keep": "1/2", "seed": None, "set": None}
-    recipe = Recipe.read(said(online={"method": "uds", "keep": 1, "alpha": 2.0}).plain,
-                         overrides(values, {"online.reference": "t.parquet"}))  # fmt: skip
+    texts = {"sft.learning_rate": "1e-4", "train": "[x.jsonl, y=1.jsonl]"}
+    assert overrides({"seed": None, "set": texts}) == {"sft.learning_rate": 1e-4, "train": ["x.jsonl", "y=1.jsonl"]}
+    values = {"online": "rho-loss", "keep": "1/2", "seed": None, "set": {"online.reference": "t.parquet"}}
+    recipe = Recipe.read(said(online={"method": "uds", "keep": 1, "alpha": 2.0}).plain, overrides(values))
     assert recipe.online == {"method": "rho-loss", "keep": "1/2", "reference": "t.parquet"}
 
 
