@@ -1,136 +1,220 @@
-"""Padded against packed batches, plain against sifted, on rows with the lengths of real pools.
+"""Padded against packed batches, plain against sifted, on the rows of real pools.
 
 A padded micro-batch holds R rows as wide as its longest; a packed one holds the same rows in one line, whose position_ids
-restart. Both are trained on all rows, and sifted by UDS with keep = 1/8, in turns in one run. Candidates per second count rows
-read, label tokens per second tokens that the loss is taken from. The last table holds scoring alone against one forward pass over
-the same packed line.
+restart. Both are trained on all rows, and sifted by UDS with keep = 1/8, in turns in one run, on the batch whose share of
+real tokens is the median of 101 drawn ones. Candidates/s counts rows read, label tokens/s the tokens that the loss is taken
+from. Scoring the packed line is set against one forward pass over the same line, and against scoring the same rows one at a
+time, without any padding.
 
-Bar: scoring a packed batch costs at most 1.05 x the forward pass over the same real tokens.
-Run: python benchmarks/packing.py [--pools FOLDER]      (JSONL pools; without them the demo's corpus)
+Bar: scoring a packed line costs at most 1.05 x the forward pass over the same real tokens.
+Run: python benchmarks/packing.py [--pool FILE ...] [--model FOLDER]      (without --pool the demo's corpus)
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from machine import describe
-from steps import build, make_trainable, paired
+from steps import build, in_turns, make_trainable
 
 import siftune
+from siftune.data.formats import BadRow
+from siftune.data.load import load_pool
+from siftune.demo import corpus
 from siftune.models.hidden_states import iter_hidden_states, real_tokens, unwrap_model
 from siftune.models.layout import layout_of, with_layout
+from siftune.models.tokenize_rows import Encoder, Tokens
+from siftune.records import Row
 
 LONGEST = 512
 """Tokens of a row at most."""
+POOL_ROWS = 2_000
+"""Rows drawn from a pool, from which batches are drawn."""
+BATCHES = 101
+Batch = dict[str, torch.Tensor]
 
 
-def lengths_of_pool(path: Path, *, rows: int, seed: int) -> list[int]:
-    """Tokens of drawn rows, four bytes to a token, as byte-level BPE has them on English text."""
-    generator = torch.Generator().manual_seed(seed)
-    reader: Any = gzip.open if path.suffix == ".gz" else open
-    with reader(path, "rt", encoding="utf-8") as handle:
-        records = [json.loads(line) for line in handle]
-    chosen = torch.randperm(len(records), generator=generator)[:rows].tolist()
-    texts = [
-        " ".join(str(records[index].get(key, "")) for key in ("instruction", "input", "output")) for index in chosen
-    ]
-    return [max(8, min(LONGEST, len(text.encode()) // 4)) for text in texts]
+def tokens_of_pool(path: Path, encode: Encoder) -> list[Tokens]:
+    """Drawn rows of a pool as they are trained on; those without an answer after truncation are left out."""
+    pool = load_pool(path)
+    order = torch.randperm(len(pool.eligible), generator=torch.Generator().manual_seed(0))[:POOL_ROWS]
+    return _encoded(pool.read([int(pool.eligible[index]) for index in order.tolist()]), encode)
 
 
-def lengths_of_demo(*, rows: int, seed: int) -> list[int]:
+def tokens_of_demo(encode: Encoder) -> list[Tokens]:
     """The same of the demo's corpus."""
-    from siftune.demo import corpus
-
-    texts = [" ".join(row.values()) for row in corpus.rows(rows, seed)]
-    return [max(8, min(LONGEST, len(text.encode()) // 4)) for text in texts]
-
-
-def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    rows = corpus.rows(POOL_ROWS, 0)
+    return _encoded(
+        [Row(at, "", row["instruction"], row.get("input", ""), row["output"]) for at, row in enumerate(rows)], encode
+    )
 
 
-def packed(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    ids = torch.cat(rows)[None]
-    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
-    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+def _encoded(rows: Sequence[Row], encode: Encoder) -> list[Tokens]:
+    result = []
+    for row in rows:
+        try:
+            result.append(encode(row))
+        except BadRow:
+            continue
+    return result
 
 
-def train(model: Any, batch: Any) -> None:
+def share_of(rows: Sequence[Tokens]) -> float:
+    """Real tokens of a padded batch of these rows, as a share of its size."""
+    lengths = [len(row.input_ids) for row in rows]
+    return sum(lengths) / (len(lengths) * max(lengths))
+
+
+def median_batch(rows: Sequence[Tokens], size: int) -> list[Tokens]:
+    """Of the drawn batches, the one whose share of real tokens is the median."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        [rows[index] for index in torch.randperm(len(rows), generator=generator)[:size].tolist()]
+        for _ in range(BATCHES)
+    ]
+    return sorted(drawn, key=share_of)[BATCHES // 2]
+
+
+def padded(rows: Sequence[Tokens]) -> Batch:
+    ids = [torch.tensor(row.input_ids) for row in rows]
+    columns = {
+        "input_ids": (ids, 0),
+        "attention_mask": ([torch.ones_like(one) for one in ids], 0),
+        "labels": ([torch.tensor(row.labels) for row in rows], -100),
+    }
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {name: pad(values, batch_first=True, padding_value=fill) for name, (values, fill) in columns.items()}
+
+
+def packed(rows: Sequence[Tokens]) -> Batch:
+    def line(values: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.cat([torch.tensor(list(one)) for one in values])[None]
+
+    positions = line([range(len(row.input_ids)) for row in rows])
+    labels = line([row.labels for row in rows]).masked_fill(positions == 0, -100)
+    return {"input_ids": line([row.input_ids for row in rows]), "position_ids": positions, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured on one pool's batch."""
+
+    name: str
+    share: float
+    """Real tokens of the padded batch."""
+    tokens: int
+    """Of the packed line."""
+    rows: int
+    rounds: Mapping[str, Sequence[float]]
+    """Seconds of each way, round by round."""
+    labels: Mapping[str, int]
+    """Label tokens that a step of each way trains on."""
+
+    def seconds(self, way: str) -> float:
+        return statistics.median(self.rounds[way])
+
+    def ratio(self, slow: str, fast: str) -> float:
+        """Median over the rounds, so that a load which comes and goes slows both."""
+        return statistics.median(a / b for a, b in zip(self.rounds[slow], self.rounds[fast], strict=True))
+
+
+def train(model: Any, batch: Mapping[str, Any]) -> None:
     model(**batch, use_cache=False).loss.backward()
     model.zero_grad()
 
 
-def sifted(selector: Any, model: Any, batch: Any) -> int:
-    kept = selector.select(model, batch)
-    train(model, dict(kept.batch))
-    return int((kept.batch["labels"] != -100).sum())
-
-
-def measure(name: str, lengths: list[int], size: int, repeats: int) -> tuple[list[str], str]:
-    """The lines of both tables for one distribution of lengths."""
+def measure(name: str, rows: list[Tokens], *, vocabulary: int, repeats: int) -> Result:
+    """Every way on one batch, in turns."""
     torch.manual_seed(0)
     model = build("small", device="cpu", dtype=torch.float32)
+    assert vocabulary <= model.config.vocab_size
     make_trainable(model, "lora")
-    rows = [torch.randint(5, model.config.vocab_size, (length,)) for length in lengths[:size]]
-    batches = {"padded": padded(rows), "packed": packed(rows)}
-    selectors = {kind: siftune.UDS(keep="1/8") for kind in batches}
-    labels: dict[str, int] = {}
-    works: dict[str, Callable[[], Any]] = {}
-    for kind, batch in batches.items():
-        works[f"{kind}, all"] = lambda batch=batch: train(model, batch)
-        works[f"{kind}, sifted"] = lambda kind=kind, batch=batch: labels.update(
-            {kind: sifted(selectors[kind], model, batch)}
-        )
+    batches: dict[str, Batch] = {"padded": padded(rows), "packed": packed(rows)}
+    alone = [padded([row]) for row in rows]
     line = with_layout(batches["packed"])
-    works["scoring"] = lambda: selectors["packed"].score(model, batches["packed"])
-    works["forward"] = lambda: [None for _ in iter_hidden_states(unwrap_model(model), line, real_tokens(line))]
-    spent = paired(works, repeats=repeats, device="cpu")
-    assert len(layout_of(batches["packed"])) == size
-    share = sum(lengths[:size]) / (size * max(lengths[:size]))
-    table = []
+    assert len(layout_of(line)) == len(rows)
+    selectors = {kind: siftune.UDS(keep="1/8") for kind in (*batches, "alone")}
+    labels = {f"{kind}, all": int((batch["labels"][:, 1:] != -100).sum()) for kind, batch in batches.items()}
+
+    def sifted(kind: str) -> None:
+        kept = selectors[kind].select(model, batches[kind])
+        train(model, kept.batch)
+        labels[f"{kind}, sifted"] = int((kept.batch["labels"][:, 1:] != -100).sum())
+
+    ways: dict[str, Callable[[], Any]] = {}
     for kind, batch in batches.items():
-        for step, tokens in (("all", int((batch["labels"] != -100).sum())), ("sifted", labels[kind])):
-            took = spent[f"{kind}, {step}"]
-            table.append(f"| {name} | {share:.0%} | {kind} | {step} | {size / took:.1f} | {tokens / took:,.0f} |")
-    return table, f"| {name} | {sum(lengths[:size])} | {spent['scoring'] / spent['forward']:.2f} x |"
+        ways[f"{kind}, all"] = lambda batch=batch: train(model, batch)
+        ways[f"{kind}, sifted"] = lambda kind=kind: sifted(kind)
+    ways["scoring"] = lambda: selectors["packed"].score(model, batches["packed"])
+    ways["forward"] = lambda: [None for _ in iter_hidden_states(unwrap_model(model), line, real_tokens(line))]
+    ways["alone"] = lambda: [selectors["alone"].score(model, one) for one in alone]
+    rounds = in_turns(ways, repeats=repeats, device="cpu")
+    return Result(name, share_of(rows), line["input_ids"].shape[1], len(rows), rounds, labels)
+
+
+def report(results: Sequence[Result]) -> None:
+    print("| rows of | real tokens of the padded batch | batch | trained on | candidates/s | label tokens/s |")
+    print("|---|---:|---|---|---:|---:|")
+    for result in results:
+        for way in ("padded, all", "padded, sifted", "packed, all", "packed, sifted"):
+            kind, step = way.split(", ")
+            speeds = f"{result.rows / result.seconds(way):.1f} | {result.labels[way] / result.seconds(way):,.0f}"
+            print(f"| {result.name} | {result.share:.0%} | {kind} | {step} | {speeds} |")
+    print("\n| rows of | packed / padded, trained on all | packed / padded, sifted | sifted / all, packed |")
+    print("|---|---:|---:|---:|")
+    for result in results:
+        ratios = [
+            result.ratio("padded, all", "packed, all"),
+            result.ratio("padded, sifted", "packed, sifted"),
+            result.ratio("packed, all", "packed, sifted"),
+        ]
+        print(f"| {result.name} | " + " | ".join(f"{ratio:.2f} x" for ratio in ratios) + " |")
+    print("\n| rows of | tokens of the line | scoring s | / its forward (bar 1.05) | / the same rows one at a time |")
+    print("|---|---:|---:|---:|---:|")
+    for result in results:
+        ratios = [result.ratio("scoring", other) for other in ("forward", "alone")]
+        print(
+            f"| {result.name} | {result.tokens:,} | {result.seconds('scoring'):.2f} | {ratios[0]:.2f} x | {ratios[1]:.2f} x |"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pools", type=Path, help="folder of JSONL pools (.jsonl or .jsonl.gz)")
+    parser.add_argument("--pool", nargs="*", default=[], type=Path, help="files of rows; the demo's corpus without")
+    parser.add_argument(
+        "--model",
+        default=str(Path(siftune.__file__).parent / "demo" / "assets" / "model"),
+        help="folder whose tokenizer makes the rows' tokens; the weights are not read",
+    )
     parser.add_argument("--rows", type=int, default=16, help="rows of a micro-batch")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    if options.pools is None:
-        pools = {"demo corpus": lengths_of_demo(rows=options.rows, seed=0)}
-    else:
-        paths = [path for path in sorted(options.pools.glob("*.jsonl*")) if "heldout" not in path.name]
-        pools = {path.name.split(".")[0]: lengths_of_pool(path, rows=options.rows, seed=0) for path in paths}
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    encode = Encoder(tokenizer, "prompt", LONGEST)
+    pools = {path.name.split(".")[0]: tokens_of_pool(path, encode) for path in options.pool}
+    pools = pools or {"demo corpus": tokens_of_demo(encode)}
     print(describe())
     print(
-        f"\n{options.rows} rows a micro-batch, keep 1/8 by UDS, 6.8 M model shape, LoRA, float32; medians of {options.repeats}.\n"
+        f"\n{options.rows} rows a micro-batch, keep 1/8 by UDS, small shape, LoRA, float32, attention by sdpa; medians of "
+        f"{options.repeats} rounds. The second table compares candidates/s.\n"
     )
-    print("| lengths of | real tokens of the padded batch | batch | trained on | candidates/s | label tokens/s |")
-    print("|---|---:|---|---|---:|---:|")
-    results = [measure(name, lengths, options.rows, options.repeats) for name, lengths in pools.items()]
-    for table, _ in results:
-        print("\n".join(table))
-    print("\n| lengths of | tokens of the line | scoring against the forward pass over the same line |")
-    print("|---|---:|---:|")
-    for _, scoring in results:
-        print(scoring)
+    report(
+        [
+            measure(name, median_batch(rows, options.rows), vocabulary=len(tokenizer), repeats=options.repeats)
+            for name, rows in pools.items()
+        ]
+    )
 
 
 if __name__ == "__main__":

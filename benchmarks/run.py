@@ -55,6 +55,7 @@ BENCHMARKS = {
         "train_step.py --shape 0.5b --columns 128 --candidates 16 --keep 2 --repeats 2 "
         "--settings lora full --checkpointing no",
     ),
+    "packing": Benchmark("Packed batches: what padding costs, and what sifting a packed batch costs", "packing.py"),
     "ifd": Benchmark("IFD: batched against row by row", "ifd.py"),
     "deita-walk": Benchmark("Deita-D: the walk", "deita_walk.py"),
     "instag-walk": Benchmark("InsTag-D: the walk", "instag_walk.py"),
@@ -80,7 +81,8 @@ level with its explicit form with LoRA and a little faster with all weights. Wha
 against the row's tokens. IFD in batches is 2 x as fast as row by row with the embedded 1.8 M model; ours costs what its two forwards
 and the head on the answers' tokens cost (1.01 x), and that head alone is 0.4 of the forwards.
 
-The sections from IFD to InsTag-D's walk ran beside a documentation build, which had a lower priority.
+The sections from IFD to InsTag-D's walk ran beside a documentation build, which had a lower priority, and the section on packed
+batches beside several other jobs, at the highest priority; its ratios are medians over rounds of both ways in turn.
 
 ## What needs a GPU
 
@@ -152,7 +154,9 @@ def take(folder: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="which; all without")
-    parser.add_argument("--pool", nargs="*", default=[], help="JSONL files for daar-scoring; made-up rows without")
+    parser.add_argument(
+        "--pool", nargs="*", default=[], help="JSONL files for daar-scoring and packing; made-up rows without"
+    )
     parser.add_argument("--model", default=str(HERE.parent / "siftune" / "demo" / "assets" / "model"))
     parser.add_argument(
         "--take", type=Path, help="put the results of gpu.py in this folder on the page, and run nothing"
@@ -171,7 +175,7 @@ def main() -> None:
         if not (HERE / script).is_file() or benchmark.section:
             continue
         words, shown = [str(HERE / script), *arguments], benchmark.command
-        if name.startswith("daar-scoring"):
+        if name in ("daar-scoring", "packing"):
             words += ["--model", flags.model, *(["--pool", *flags.pool] if flags.pool else [])]
             pools = " ".join(Path(pool).name for pool in flags.pool)
             shown += f" --model {Path(flags.model).name}" + (f" --pool {pools}" if pools else "")

@@ -160,15 +160,20 @@ def seconds(work: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def paired(works: Mapping[str, Callable[[], Any]], *, repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each, taken in turns in one run, after one warm-up each."""
+def in_turns(works: Mapping[str, Callable[[], Any]], *, repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each, round by round, taken in turns in one run, after one warm-up each."""
     spent: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
             taken = seconds(work, device)
             if repeat:
                 spent[name].append(taken)
-    return {name: statistics.median(values) for name, values in spent.items()}
+    return spent
+
+
+def paired(works: Mapping[str, Callable[[], Any]], *, repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each, from `in_turns`."""
+    return {name: statistics.median(values) for name, values in in_turns(works, repeats=repeats, device=device).items()}
 
 
 def measure(step: Step, *, repeats: int, device: str) -> dict[str, float]:

@@ -29,7 +29,7 @@ from .checks import allows_dummies, check, check_batch, check_budget, selects_ac
 from .exchange import Ranks
 from .ledger import Ledger
 from .metrics import SelectionMetrics
-from .packing import describe_packed, packs
+from .packing import describe_lines, describe_packed, packed_lines, packs
 from .row_index import RowIndex, index_rows
 from .selection_step import Selection, select_step, window_count
 from .validation import read_validation
@@ -131,11 +131,8 @@ class Attachment:
     def describe(self) -> str:
         """Candidates and trained rows of a full step, and what that means for the schedule, in one line."""
         args, name = self.trainer.args, self.selector.name
-        if self._packed:  # the first batch shows how many rows a batch holds
-            return (
-                f"siftune: {name} scores the rows of every packed batch and trains on keep={self.selector.keep!r} of them, the "
-                "new effective batch; optimiser steps and schedule stay as they are"
-            )
+        if (lines := packed_lines(self.trainer)) is not None:  # how many rows they hold is known at the first step
+            return describe_lines(self.selector, self.trainer, lines)
         size, micro_batches, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
         ranks_per_choice = ranks if self._across_ranks else 1
         if self.selector.window == "step":
@@ -232,7 +229,8 @@ class Attachment:
         if self.selector.window != "step" and not self._across_ranks:
             self.selector.check_keep(max(segments))
         if not self._quiet:
-            say(describe_packed(self.selector, batches, self._model()), error=True)
+            processes = self.trainer.args.world_size if self._across_ranks else 1
+            say(describe_packed(self.selector, batches, self._model(), processes=processes), error=True)
 
     def _selecting_ranks(self, device: torch.device) -> Ranks:
         """The ranks that share one selection: all of them, or this one alone."""

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
+from ..budget import parse_keep
 from ..errors import UserError
 from ..models.hidden_states import iter_hidden_states, real_tokens, unwrap_model
 from ..models.layout import BatchWithLayout, Span
 from ..models.repack import join_segments
 from ..models.sharded import is_sharded
 from ..online.base import OnlineMethod
+from .selection_step import window_count
 
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "ssm", "hybrid")
 _RECURRENT_KEYS = ("ssm_cfg", "state_size", "mamba_d_state", "linear_conv_kernel_dim", "ssm_state_size", "conv_L_cache")
@@ -37,19 +39,49 @@ def packs(trainer: Any) -> bool:
     return options or flattens
 
 
-def describe_packed(selector: OnlineMethod, batches: Sequence[BatchWithLayout], model: torch.nn.Module) -> str:
+def packed_lines(trainer: Any) -> int | None:
+    """Packed lines that an optimiser step reads on all processes; None where lines hold one row each, or joined rows."""
+    args = trainer.args
+    options = any(getattr(args, name, False) is True for name in ("packing", "sample_packing"))
+    if not options and "seq_lengths" not in (getattr(trainer.train_dataset, "column_names", None) or ()):
+        return None
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def describe_lines(selector: OnlineMethod, trainer: Any, lines: int) -> str:
+    """What a step of packed lines reads and trains on, in one line; how many rows it holds is known at the first one."""
+    longest = getattr(trainer.args, "max_length", None)
+    size = f" of at most {longest:,} tokens" if isinstance(longest, int) else ""
+    return (
+        f"siftune: {selector.name} reads {lines} packed lines{size} per step, scores their rows and trains on "
+        f"{_budget(selector)}, the new effective batch; optimiser steps and schedule stay as they are"
+    )
+
+
+def _budget(selector: OnlineMethod) -> str:
+    share = f"keep={selector.keep!r} of them"
+    if selector.keep_tokens is None:
+        return share
+    choice = "step" if selector.window == "step" else "micro-batch"
+    limit = "" if parse_keep(selector.keep).fraction == 1.0 else f", {share} at most"
+    return f"the best of them that fit in {selector.keep_tokens:,} tokens per {choice}{limit}"
+
+
+def describe_packed(
+    selector: OnlineMethod, batches: Sequence[BatchWithLayout], model: torch.nn.Module, *, processes: int = 1
+) -> str:
     """What the first packed step holds, in one line, and a second line where the model reads across its rows.
 
-    Raises `UserError` for a model that carries a state from row to row.
+    `processes` choose together. Raises `UserError` for a model that carries a state from row to row.
     """
     tokens = [sum(span.tokens for span in batch.layout.spans) for batch in batches]
     segments = [len(batch.layout) for batch in batches]
-    kept = [selector.count(count) for count in segments]
-    budget = f" and at most {selector.keep_tokens} tokens" if selector.keep_tokens is not None else ""
+    kept = window_count(selector, segments) if selector.window == "step" else sum(map(selector.count, segments))
+    trained = f"{kept} rows" if processes == 1 and selector.keep_tokens is None else _budget(selector)
+    place = f" on this process, one of {processes}," if processes > 1 else ""
     line = (
         f"siftune: packed batches (rows begin where {_boundary_source(batches)} says so): the first step holds {sum(segments)} rows of "
-        f"{sum(tokens)} tokens in {len(batches)} micro-batch{'es' if len(batches) > 1 else ''} and trains on "
-        f"{sum(kept)} rows{budget}"
+        f"{sum(tokens):,} tokens in {len(batches)} micro-batch{'es' if len(batches) > 1 else ''}{place} and trains on {trained}"
     )
     if not selector.needs_forward or is_sharded(unwrap_model(model).called):  # a forward pass would need every rank
         return line

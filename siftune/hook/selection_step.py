@@ -25,7 +25,7 @@ import torch
 
 from ..budget import parse_keep
 from ..models.layout import candidates_of, layout_of, original_of, with_layout
-from ..online.base import Measured, OnlineMethod
+from ..online.base import Measured, OnlineMethod, with_segment_tokens
 from ..records import RowScores
 from .batching import Padding, has_labels, token_counts
 from .exchange import Ranks, pack, unpack
@@ -197,7 +197,9 @@ def _choose_group(
     unlabelled = joined.unlabelled.nonzero().flatten().tolist()
     scores = without_scores(selector.combine(joined.measured), dict.fromkeys(unlabelled, NO_ANSWER))
     count = window_count(selector, [part.measured.rows for part in parts])
-    chosen = choose(selector, scores, joined.measured, count, minimum=0 if allow_dummies else len(parts))
+    packed = any(part.packed for part in parts)
+    choosable = with_segment_tokens(joined.measured, joined.tokens) if packed else joined.measured
+    chosen = choose(selector, scores, choosable, count, minimum=0 if allow_dummies else len(parts))
     selector.commit(joined.measured, scores, chosen)
     return scores, chosen
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,6 +27,8 @@ from ..models.repack import cut_segments
 from ..records import Kept, RowScores
 
 Batch = Mapping[str, Any]
+SEGMENT_TOKENS = "segment_tokens"
+"""The column of a packed batch's candidates that `keep_tokens` counts: all tokens of a segment."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +170,14 @@ class OnlineMethod(ABC):
         return self.affordable(order, measured)[:count].sort().values
 
     def affordable(self, order: torch.Tensor, measured: Measured) -> torch.Tensor:
-        """The head of `order` whose `tokens` column fits into `keep_tokens`, at least one row; all without a budget."""
+        """The head of `order` whose `tokens` column fits into `keep_tokens`, at least one row; all without a budget.
+
+        Segments of a packed batch fill a line: each is taken, in order, if all of its tokens still fit.
+        """
         if self.keep_tokens is None or len(order) == 0:
             return order
+        if (sizes := measured.columns.get(SEGMENT_TOKENS)) is not None:
+            return _filling(order, sizes, self.keep_tokens)
         used = measured.columns["tokens"][order].cumsum(0)
         return order[: max(1, int((used <= self.keep_tokens).sum()))]
 
@@ -203,9 +210,15 @@ class OnlineMethod(ABC):
         if self._steps <= self.start_step:
             return self._keep_all(batch)
         batch = with_layout(batch)
+        layout = batch.layout
         measured = self.measure(model, batch)
         scores = self.combine(measured)
-        kept = self.choose(scores, measured, self.count(measured.rows))
+        choosable = (
+            with_segment_tokens(measured, torch.tensor([span.tokens for span in layout.spans]))
+            if layout.packed
+            else measured
+        )
+        kept = self.choose(scores, choosable, self.count(measured.rows))
         self.commit(measured, scores, kept)
         return Kept(kept, scores, cut(batch, kept))
 
@@ -266,7 +279,23 @@ class ModelScored(OnlineMethod):
     """Padded tokens of one scoring pass at most, which bounds its activations; None is the whole batch at once (the
     trainer hook sets its own)."""
     keep_tokens: int | None = None
-    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row."""
+    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row. In a packed
+    batch all tokens of a segment count, and segments that no longer fit are passed over for smaller ones."""
+
+
+def with_segment_tokens(measured: Measured, tokens: torch.Tensor) -> Measured:
+    """The candidates of a packed batch with the tokens `(B,)` (int64) that each takes up in a line, for `keep_tokens`."""
+    return replace(measured, columns={**measured.columns, SEGMENT_TOKENS: tokens})
+
+
+def _filling(order: torch.Tensor, sizes: torch.Tensor, room: int) -> torch.Tensor:
+    """Candidates in `order` that fill `room` tokens, those left out that no longer fit; the first where none does."""
+    taken: list[int] = []
+    for index, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        if size <= room:
+            taken.append(index)
+            room -= size
+    return torch.tensor(taken or order[:1].tolist(), dtype=torch.int64)
 
 
 def rows_of(batch: Batch) -> int:

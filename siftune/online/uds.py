@@ -83,7 +83,8 @@ class UDS(ModelScored):
     length_norm: Literal["none", "sqrt", "tokens"] = "none"
     """Divide `intra` by 1 (the paper), by √N or by N, the tokens that count."""
     keep_tokens: int | None = None
-    """Token budget of one choice, beside `keep`: best rows first while the tokens that count fit, at least one row."""
+    """Token budget of one choice, beside `keep`: best rows first while the tokens that count fit, at least one row. In a
+    packed batch all tokens of a segment count, and segments that no longer fit are passed over for smaller ones."""
     precision: Literal["exact", "fast"] = "exact"
     """`fast`: matrix products in place of eigenvalues (to 1e-4, shown per row, else exact); pays on accelerators."""
     route: Literal["auto", "eigenvalues", "polar"] = "auto"

@@ -17,8 +17,9 @@ from transformers import Trainer, TrainingArguments
 from siftune import MaxLoss, UserError, attach
 from siftune.online.base import OnlineMethod
 from siftune.online.simple import Random, Regular
+from siftune.online.token_id import token_ids
 from siftune.online.uds import UDS
-from tests.packed import LAYOUTS, Row, pack, rows_of
+from tests.packed import LAYOUTS, Row, pack, padded, rows_of
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import arguments, ledger, loss_by_hand, losses, weights
 
@@ -156,6 +157,25 @@ class TestMessages:
         assert re.search(r"the first step holds 8 rows of \d+ tokens in 1 micro-batch and trains on 2 rows", printed)
         assert "reads across" not in printed
 
+    def test_packed_lines_are_announced_with_their_length_and_budget(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        live = sft(tmp_path, packing=True, max_steps=1, gradient_accumulation_steps=2)
+        attach(live, MaxLoss(keep="all", keep_tokens=64))
+        printed = capsys.readouterr().err
+        assert "maxloss reads 8 packed lines of at most 64 tokens per step" in printed
+        assert "trains on the best of them that fit in 64 tokens per micro-batch, the new effective batch" in printed
+        live.train()
+        assert "in 2 micro-batches and trains on the best of them that fit in 64 tokens per micro-batch" in (
+            capsys.readouterr().err
+        )
+
+    def test_joined_single_rows_are_announced_as_candidates(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        attach(sft(tmp_path, padding_free=True), MaxLoss(keep="1/4"))
+        assert "scores 4 candidates per step and trains on 1 of them" in capsys.readouterr().err
+
     def test_a_model_that_reads_across_rows_is_reported_once(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -193,11 +213,12 @@ class TestRefusals:
             live.train()
 
 
+SFT_ROWS = rows_of(LENGTHS * 9, seed=2)
+
+
 def sft(folder: Path, **options: Any) -> Any:
     trl = pytest.importorskip("trl")
-    data = Dataset.from_list(
-        [{key: row[key] for key in ("input_ids", "labels")} for row in rows_of(LENGTHS * 9, seed=2)]
-    )
+    data = Dataset.from_list(SFT_ROWS)
     return trl.SFTTrainer(
         model=tiny_model("llama", layers=2, width=16),
         args=trl.SFTConfig(
@@ -213,6 +234,31 @@ def sft(folder: Path, **options: Any) -> Any:
 
 
 TRL: dict[str, dict[str, Any]] = {"padding-free": {"padding_free": True}, "packing": {"packing": True}}
+
+
+def test_a_token_budget_gives_one_dense_line_of_trl_packing(tmp_path: Path) -> None:
+    """Eight lines of 64 tokens come in and one goes out: the best segments first, none cut, while one still fits."""
+    live = sft(tmp_path, packing=True, per_device_train_batch_size=8, max_steps=3)
+    attach(live, MaxLoss(keep="all", keep_tokens=64), quiet=True)
+    trained: list[Any] = []
+    previous = live.training_step
+    live.training_step = lambda model, batch, *more: trained.append(batch) or previous(model, batch, *more)
+    live.train()
+    lengths = {name.hex(): len(row["input_ids"]) for row in SFT_ROWS for name in token_ids(padded([row]))}
+    for step, batch in enumerate(trained, 1):
+        candidates = sorted(
+            (line for line in ledger(tmp_path) if line["step"] == step), key=lambda line: -line["total"]
+        )
+        expected, room = set(), 64
+        for line in candidates:
+            if lengths[line["token_id"]] <= room:
+                expected.add(line["token_id"])
+                room -= lengths[line["token_id"]]
+        assert sum(lengths[line["token_id"]] for line in candidates) > 7 * 64
+        assert {line["token_id"] for line in candidates if line["kept"]} == expected
+        assert {name.hex() for name in token_ids(batch)} == expected
+        assert batch["input_ids"].shape == (1, 64 - room)
+        assert room < min(lengths[line["token_id"]] for line in candidates if not line["kept"])
 
 
 @pytest.mark.slow
