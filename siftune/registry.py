@@ -123,7 +123,7 @@ _INSTAG = "InsTag, arXiv 2308.07074"
 _DEITA = "Deita, arXiv 2312.15685"
 
 register(
-    "offline", "random", "siftune.offline.simple:Random", summary="a seeded uniform draw, the reference at equal budget"
+    "offline", "random", "siftune.offline.random:Random", summary="a seeded uniform draw, the reference at equal budget"
 )
 register(
     "offline",
@@ -136,14 +136,14 @@ register(
 register(
     "offline",
     "length",
-    "siftune.offline.simple:Length",
+    "siftune.offline.length:Length",
     summary="words of the question, the longest first",
     paper=_DAAR,
 )
 register(
     "offline",
     "output-length",
-    "siftune.offline.simple:OutputLength",
+    "siftune.offline.output_length:OutputLength",
     summary="words of the answer, the longest first",
     paper=_DAAR,
 )

@@ -18,8 +18,8 @@ from siftune import registry
 from siftune.cli.main import main
 from siftune.errors import UserError
 from siftune.offline.base import OfflineMethod
-from siftune.offline.simple import Length
-from siftune.offline.simple import Random as OfflineRandom
+from siftune.offline.length import Length
+from siftune.offline.random import Random as OfflineRandom
 from siftune.online.base import Batch, Measured, ModelScored
 from siftune.online.maxloss import MaxLoss
 from siftune.online.simple import Random, Regular
@@ -145,14 +145,14 @@ def test_a_package_that_cannot_be_used_is_named_and_stops_nothing_else(
         UserError, match=r"the method lost of the package broken-scores cannot be used .*no_such_module"
     ):
         registry.find("offline", "lost")
-    assert registry.find("offline", "random").target == "siftune.offline.simple:Random"
+    assert registry.find("offline", "random").target == "siftune.offline.random:Random"
     assert main(["select", "lost", "pool.jsonl"]) == 2
     assert "broken-scores" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("point", "reason"),
-    [("random = siftune.offline.simple:Random", "name already"), ("other = siftune.offline.simple:Random", "same name"),
+    [("random = siftune.offline.random:Random", "name already"), ("other = siftune.offline.random:Random", "same name"),
      ("plain = builtins:dict", "not a subclass of siftune.OfflineMethod")],
 )  # fmt: skip
 def test_an_entry_point_that_is_no_new_method_is_refused(site: Path, point: str, reason: str) -> None:

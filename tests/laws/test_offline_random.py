@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from siftune.offline.draw import draw
-from siftune.offline.simple import Random
+from siftune.offline.random import Random
 from tests.pools import make_pool
 
 ROWS = [{"text": f"row {number}"} for number in range(5000)]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from siftune.data.load import load_pool
-from siftune.offline.simple import Length, OutputLength
+from siftune.offline.length import Length
+from siftune.offline.output_length import OutputLength
 from tests.pools import make_pool
 
 

@@ -1,8 +1,7 @@
-"""The methods that need no model: a seeded uniform draw, and the length of the question or of the answer in words.
+"""A seeded uniform draw: the reference every other method is compared with at equal budget.
 
-Random is the reference every other method is compared with at equal budget. Its score is uniform on [0, 1), higher is
-kept; it depends on the seed and the row's content (see `draw`), so permuting a pool permutes its scores. Lengths are
-the baseline of DaaR (arXiv 2502.04380). Cost: one hash, or one split, per row.
+The score is uniform on [0, 1), higher is kept; it depends on the seed and the row's content (see `draw`), so permuting a
+pool permutes its scores. Cost: one hash per row.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +48,7 @@ class UniformTask:
 class Random(OfflineMethod):
     """A uniform draw without replacement: any budget is a random sample, and a larger one contains a smaller one.
 
-    >>> siftune.offline.simple.Random(seed=1).fit(pool).score(pool).keep(fraction=0.2)
+    >>> siftune.offline.random.Random(seed=1).fit(pool).score(pool).keep(fraction=0.2)
     """
 
     name: ClassVar[str] = "random"
@@ -72,52 +71,3 @@ class Random(OfflineMethod):
                         values[row] = _uniform(number(self.seed, _PURPOSE, row_id, nth))
                     seen[digest] += 1
         return Scores(pool=pool, method=self.name, values=values, reasons=reasons, info={"seed": self.seed})
-
-
-# --- lengths ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WordsTask:
-    """Words (runs of characters between white space) of the question or of the answer, float32."""
-
-    part: Literal["question", "output"]
-
-    @property
-    def key(self) -> str:
-        return f"words-{self.part}"
-
-    def __call__(self, pool: Pool, shard: Shard) -> ShardResult:
-        score = np.full(len(shard), np.nan, dtype=np.float32)
-        good = np.array([row for row in range(shard.start, shard.stop) if row not in pool.reasons], dtype=np.int64)
-        for block in np.array_split(good, max(1, len(good) // 256)):
-            for row in pool.read(block.tolist()):
-                score[row.row - shard.start] = len(getattr(row, self.part).split())
-        return ShardResult({"score": score})
-
-
-@dataclass(kw_only=True, eq=False)
-class Length(OfflineMethod):
-    """The longest questions first: words in `instruction` and `input` (of a chat, in every turn before the last
-    answer).
-
-    >>> siftune.offline.simple.Length().score(pool).keep(fraction=0.2)
-    """
-
-    name: ClassVar[str] = "length"
-
-    def shard_task(self, pool: Pool) -> ShardTask:
-        return WordsTask("question")
-
-
-@dataclass(kw_only=True, eq=False)
-class OutputLength(OfflineMethod):
-    """The longest answers first: words in `output` (of a chat, in the last answer).
-
-    >>> siftune.offline.simple.OutputLength().score(pool).keep(fraction=0.2)
-    """
-
-    name: ClassVar[str] = "output-length"
-
-    def shard_task(self, pool: Pool) -> ShardTask:
-        return WordsTask("output")
