@@ -42,6 +42,8 @@ CODE_ENDINGS = re.compile(
     r"|factory|import|imports)"
 )
 """Endings of keys whose value is a class, a function or a path to one."""
+COMPARED = ("only_class",)
+"""Keys of siftune's own whose value is compared with the name of a class, and never imported."""
 NAMES = re.compile(r"(?:.*_)?(?:implementation|backend)(?:_internal)?")
 """Keys whose value is one of a library's own names; a path or a repository there is code."""
 JSON_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
@@ -109,7 +111,8 @@ def _check_key(part: str, value: Any, name: str, where: str) -> None:
     harmless = value is None or value is (part in HARMLESS_WHEN_TRUE)
     plain = value is None or isinstance(value, (bool, int, float))
     foreign = NAMES.fullmatch(part) and any(mark in text for text in _texts(value) for mark in "/.")
-    if (part in CODE and not harmless) or (CODE_ENDINGS.fullmatch(part) and not plain) or foreign:
+    ending = CODE_ENDINGS.fullmatch(part) and name not in COMPARED
+    if (part in CODE and not harmless) or (ending and not plain) or foreign:
         raise UserError(
             f"{where}: {name} names code to run, which no file may; leave it out (only Python code may pass it, as in "
             "siftune.Recipe.read({...}))"

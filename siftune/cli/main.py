@@ -28,6 +28,7 @@ OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fi
   siftune select METHOD POOL...         score a pool and keep the best rows
   siftune keep RUN --keep 10% --out F   cut a run's stored scores at another budget, without the model
   siftune train RECIPE.yaml             fine-tune (trl, peft), selecting in every batch with an online method
+  siftune run --online METHOD -- CMD    run any training command (torchrun, accelerate, a framework's), selecting in every batch
   siftune score-reference RECIPE.yaml   every row's loss under a reference model, for rho-loss
   siftune evaluate MODEL --suite NAME   the papers' tasks, any of lm-evaluation-harness's, held-out loss
   siftune loop METHOD POOL...           choose, tune by a recipe or command, choose again with the tuned model
@@ -47,6 +48,7 @@ COMMANDS = (
     "select",
     "keep",
     "train",
+    "run",
     "score-reference",
     "evaluate",
     "loop",

@@ -9,7 +9,7 @@ callback writes state and ledger. Cost: the selector's scoring; nothing else run
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,17 @@ class Attachment:
             f"the new effective batch; optimiser steps and schedule stay as they are, so an epoch trains on "
             f"{kept / (size * micro_batches * ranks):.1%} of the rows it reads"
         )
+
+    def train_through(self, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Train with `train`, the trainer's method below every override, for a selector attached while one of them runs.
+
+        The overrides are not run again; the arguments are those of `Trainer.train`.
+        """
+        outermost, self._previous["train"] = self._previous["train"], train
+        try:
+            return self._train(*args, **kwargs)
+        finally:
+            self._previous["train"] = outermost
 
     # --- what replaces the trainer's own methods --------------------------------------------------------------------
 

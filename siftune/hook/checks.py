@@ -30,8 +30,16 @@ _PREFERENCE_MARKS = (
     "Reward",
     "PRM",
     "Preference",
+    "Pairwise",
+    "Reranker",
+    "Embedding",
+    "SentenceTransformer",
+    "CrossEncoder",
+    "SparseEncoder",
 )
 """Marks of trainers and collators whose batches hold pairs, prompts to answer or rewards, not rows to imitate."""
+_OTHER_TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM")
+"""Ends of the names of models whose labels are not the row's next tokens."""
 _PACKING_KEYS = (
     "packing and padding_free (trl), packing and neat_packing (LLaMA-Factory), sample_packing (Axolotl), packing and "
     "padding_free (ms-swift), pack (Oumi)"
@@ -120,21 +128,29 @@ def _check_data(trainer: Any) -> None:
 
 def _check_task(trainer: Any) -> None:
     """Refuse trainers whose batches are not rows to imitate."""
+    if reason := other_task(trainer):
+        raise UserError(reason)
+
+
+def other_task(trainer: Any) -> str | None:
+    """Why a trainer's batches are not rows to imitate; None for one that fine-tunes a causal language model."""
     kinds = [cls.__name__ for cls in type(trainer).__mro__ if cls.__name__.endswith("Trainer")]
     kinds.append(type(trainer.data_collator).__name__)
     if preference := [kind for kind in kinds if any(mark in kind for mark in _PREFERENCE_MARKS)]:
-        raise UserError(
+        return (
             f"{preference[0]} trains on pairs, rewards or generated answers, and selection chooses single rows to imitate, so "
             "pairs would be separated; use it with SFTTrainer or Trainer"
         )
     model: Any = trainer.model
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = type(model).__name__
-    if any(f"For{task}" in name for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering")):
-        raise UserError(
-            f"{name} is a classifier, and selection works on causal language models, whose labels are tokens; load the model "
+    if any(f"For{task}" in name for task in _OTHER_TASKS):
+        kind = "a masked language model" if "MaskedLM" in name else "a classifier"
+        return (
+            f"{name} is {kind}, and selection works on causal language models, whose labels are tokens; load the model "
             "with AutoModelForCausalLM or train without siftune"
         )
+    return None
 
 
 def _is_null(feature: Any) -> bool:

@@ -1,10 +1,14 @@
 """Axolotl: select the rows of every batch, configured in the YAML file alone, through Axolotl's plugin interface.
 
-    plugins:
-      - siftune.integrations.axolotl.SiftunePlugin
     siftune:
       method: uds
       keep: 1/8
+
+The plugin is registered in the entry-point group `axolotl.plugins`, which Axolotl 0.21 reads by itself; an older Axolotl needs its
+name in the YAML file too:
+
+    plugins:
+      - siftune.integrations.axolotl.SiftunePlugin
 
 Axolotl creates its trainer, a `transformers.Trainer`, and passes it to every plugin; this plugin attaches the selector to
 it. Importable without Axolotl, whose base class only adds hooks that do nothing.
