@@ -170,7 +170,7 @@ def _how(option: Option, *, hidden: bool) -> dict[str, Any]:
 
 
 def _short(option: Option, value: Any) -> Any:
-    """The value that a short form stands for: `a=1,b=2` for a mapping, one text for a list of one."""
+    """The value of a short form: `a=1,b=2` for a mapping, one text for a list of one."""
     if option.is_list:
         return [value] if isinstance(value, str) else value
     if not option.is_mapping:

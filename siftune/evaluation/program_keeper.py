@@ -45,7 +45,7 @@ def main(options: dict[str, Any]) -> int:
     program = os.fork()
     if program == 0:
         _prctl(_PDEATHSIG, signal.SIGKILL)
-        _limit(options, own_count=isolated == "user")
+        _limit(options, counted_apart=isolated == "user")
         runpy.run_path("program.py", run_name="__main__")
         os.write(options["pipe"], options["word"].encode())
         sys.exit(0)

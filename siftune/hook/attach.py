@@ -152,11 +152,11 @@ class Attachment:
 
         The overrides are not run again; the arguments are those of `Trainer.train`.
         """
-        outermost, self._previous["train"] = self._previous["train"], train
+        outermost, self._original["train"] = self._original["train"], train
         try:
             return self._train(*args, **kwargs)
         finally:
-            self._previous["train"] = outermost
+            self._original["train"] = outermost
 
     # --- what replaces the trainer's own methods --------------------------------------------------------------------
 

@@ -33,12 +33,12 @@ class SelectionMetrics:
     def scoring(self, device: torch.device) -> Iterator[None]:
         """Count the time inside as scoring; on CUDA the device's own time, not that of work queued before."""
         if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
             yield
-            stop.record()
-            stop.synchronize()
-            self._scoring_seconds += start.elapsed_time(stop) / 1000
+            end.record()
+            end.synchronize()
+            self._scoring_seconds += begin.elapsed_time(end) / 1000
         else:
             start = time.perf_counter()
             yield

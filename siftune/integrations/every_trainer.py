@@ -51,7 +51,7 @@ def install(request: Request, trainer_class: type[Any] | None = None) -> None:
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _train(self, functools.partial(original, self), args, kwargs)
 
-    trainer_class.train = train
+    trainer_class.train = train  # type: ignore[method-assign]
 
 
 def _train(trainer: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

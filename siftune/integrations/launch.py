@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +88,7 @@ def _run(command: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 @contextmanager
-def _forwarding() -> Iterator[object]:
+def _forwarding() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
     """While the context is open, signals to this process go to the command; yields a function that takes the process."""
     running: list[subprocess.Popen[bytes]] = []
     early: list[int] = []
