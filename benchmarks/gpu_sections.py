@@ -257,22 +257,22 @@ def norms(setting: Setting) -> None:
 
     width = SHAPES[setting.shape]["hidden_size"]
     lengths = (16, 48) if setting.rehearse else (128, 256, 512, 1024, 2048, 4096)
-    hows: tuple[nuclear.How, ...] = ("eigenvalues", "polar", "fast")
+    routes: tuple[nuclear.NormRoute, ...] = ("eigenvalues", "polar", "fast")
     generator = torch.Generator(setting.device).manual_seed(0)
     with exact_math(torch.device(setting.device)):
         factor, _ = factorise(random_head(width, 4 * width, setting.device))
         setting.show(
             "", f"One row, width {width}, singular values over three decades; error against a float64 SVD on the CPU"
         )
-        setting.head("tokens", *hows, "lanczos")
+        setting.head("tokens", *routes, "lanczos")
         for length in lengths:
             scale = torch.logspace(0, -3, width, device=setting.device)
             states = torch.randn(1, length, width, device=setting.device, generator=generator) * scale
             image = torch.cat(list(factor.images(states)), dim=2)[0]
             reference = float(torch.linalg.svdvals(image.cpu()).sum())
             ways: dict[str, Callable[[], nuclear.Norms]] = {
-                how: lambda how=how, states=states: nuclear.norms(states, [states.shape[1]], factor, how=how)[0]
-                for how in hows
+                route: lambda route=route, states=states: nuclear.norms(states, [states.shape[1]], factor, route=route)[0]
+                for route in routes
             }
             ways["lanczos"] = lambda states=states: nuclear.lanczos_norms(states[0], factor)
             results = {name: way() for name, way in ways.items()}

@@ -182,7 +182,7 @@ def scale(args: argparse.Namespace, shape: dict[str, int]) -> tuple[list[dict[st
             "lanczos_s": lambda s=states: lanczos_norms(s[0], factor),
         }
         if tokens <= 1024 or args.device == "cuda":
-            actions["fast_s"] = lambda s=states: norms(s, [s.shape[1]], factor, how="fast")
+            actions["fast_s"] = lambda s=states: norms(s, [s.shape[1]], factor, route="fast")
         by_tokens.append({"tokens": tokens, **in_turn(actions, args.device, 3 if tokens < 2048 else 1)})
     by_vocabulary = []
     for vocabulary in (8_192, 32_768, 131_072, 262_144):

@@ -127,7 +127,7 @@ class ShardResult:
     """What a method computed for one shard.
 
     `columns` are arrays whose first axis is the shard's rows (`score` float32, `tokens` int32, `probabilities`
-    float32 `(rows, K)`, ...); rows that could not be scored hold NaN and stand in `reasons`, keyed by pool row.
+    float32 `(rows, K)`, ...); rows that could not be scored have NaN and an entry in `reasons`, keyed by pool row.
     """
 
     columns: Mapping[str, NDArray[Any]]
@@ -200,14 +200,14 @@ class Scores:
         weight w(x) of DaaR's Prop. 3.2 and is cut by `fraction`, `count` or `tokens`. Raises `UserError` for a budget
         that does not fit.
         """
-        said = {"fraction": fraction, "count": count, "tokens": tokens, "quota": quota}
-        named = [name for name, value in said.items() if value is not None]
+        budgets = {"fraction": fraction, "count": count, "tokens": tokens, "quota": quota}
+        named = [name for name, value in budgets.items() if value is not None]
         if len(named) != 1:
             raise UserError(f"keep() needs exactly one of fraction, count, tokens and quota, not {named or 'none'}")
         values: Any = self.values
         if target_mix is not None:
             if quota is not None:
-                raise UserError("quota and target_mix are two budgets; give one of them")
+                raise UserError("quota and target_mix are two budgets; pass one of them")
             values = np.where(np.isnan(self.values), np.nan, self.weights(target_mix))
         rows: NDArray[np.int64]
         if quota is not None:
@@ -220,7 +220,7 @@ class Scores:
             rows = budget.within_tokens(values, self.tokens, tokens)
         else:
             rows = budget.top(values, self._rows_for(fraction, count))
-        rule = {named[0]: said[named[0]]} | ({"target_mix": dict(target_mix)} if target_mix else {})
+        rule = {named[0]: budgets[named[0]]} | ({"target_mix": dict(target_mix)} if target_mix else {})
         return Subset(self, rows, rule)
 
     def _rows_for(self, fraction: float | str | None, count: int | None) -> int:
@@ -284,7 +284,7 @@ class Subset:
 class RowScores:
     """Scores of the B candidates of a batch: `total` and the method's own parts, float64 `(B,)`, on the CPU.
 
-    A row that cannot be scored holds NaN in every tensor and stands in `reasons`. Parts read as attributes:
+    A row that cannot be scored has NaN in every tensor and an entry in `reasons`. Parts read as attributes:
     `scores.intra`, `scores.inter` for UDS.
     """
 

@@ -2,7 +2,7 @@
 
     python tools/words.py
 
-Checks the names that a file defines, its comments, docstrings and string literals, in the rooms of `ROOMS`, and the text of
+Checks the names that a file defines, its comments, docstrings and string literals, in the files of `ROOMS`, and the text of
 `PAGES`. Prints `file:line: word -> replacement` for each finding; exit code 1 where there is one. Cost: about a second.
 """
 
@@ -17,19 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = (
-    "siftune/cli",
-    "siftune/demo",
-    "siftune/evaluation",
-    "siftune/hook",
-    "siftune/integrations",
-    "siftune/reports",
-    "siftune/runs",
-    "siftune/sft",
-    "siftune/study",
-    "siftune/testing.py",
-)
-"""The files and folders of the package that are checked; a room is added once it has no finding."""
+ROOMS = ("siftune",)
+"""The files and folders that are checked: the complete package."""
 PAGES = ("README.md", "docs")
 EXCLUDED = (
     "siftune/demo/domains",  # grammars: a change of their text changes the corpus and the embedded model

@@ -141,8 +141,8 @@ def _stamps(parts: list[Part]) -> list[tuple[int, int]]:
     for part in parts:
         if part.path is not None:
             with plain_errors(part.name):
-                found = os.stat(part.path)
-            stamps.append((found.st_size, found.st_mtime_ns))
+                status = os.stat(part.path)
+            stamps.append((status.st_size, status.st_mtime_ns))
     return stamps
 
 
@@ -189,8 +189,8 @@ def _find_format(
     for index, chunk in chunks:
         head.append((index, chunk))
         for line, row, reason in zip(chunk.lines, chunk.rows, chunk.reasons, strict=True):
-            if row is not None and (found := recognise(row, columns)):
-                return found
+            if row is not None and (name := recognise(row, columns)):
+                return name
             first = first or _unknown(parts[index].name, line, row, reason, columns)
         examined += len(chunk)
         if examined >= _HEAD_ROWS:

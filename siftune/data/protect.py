@@ -81,16 +81,16 @@ def check_parents(folder: Path, named: str) -> None:
     for part in (folder, *folder.parents):
         if part.exists():
             if not part.is_dir():
-                what = "is" if part == folder else f"lies below {part}, which is"
+                what = "is" if part == folder else f"is below {part}, which is"
                 raise UserError(f"{named} {folder} {what} a file, not a folder; choose another path")
             return
 
 
 def refuse_nested(flag: str, output: Path, name: str, folder: Path) -> None:
-    """Raise `UserError` where two folders to be made are one, or one lies in the other, whether they exist yet or not."""
+    """Raise `UserError` where two output folders are the same, or one is inside the other, whether they exist or not."""
     here, there = output.expanduser().resolve(), folder.expanduser().resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise UserError(f"{flag} {output} and {name} ({folder}) lie in each other; choose another path")
+        raise UserError(f"{flag} {output} and {name} ({folder}) are inside one another; choose another path")
 
 
 def places(value: Any) -> Iterator[Path]:

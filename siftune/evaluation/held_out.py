@@ -30,8 +30,8 @@ from ..models.features import batches
 from ..models.hidden_states import exact_math, predicting_tokens, unwrap_model
 from ..models.load import quiet
 from ..models.tokenize_rows import IGNORED, Encoder, check_text
-from ..online.logit_access import View
-from ..online.maxloss import shared_walks
+from ..online.logit_access import LogitAccess
+from ..online.maxloss import shared_vocabulary_passes
 from ..progress import counted
 from ..records import Pool
 
@@ -209,16 +209,16 @@ def sums(
             f"the tokenizer gives token {largest}, and the model's vocabulary has {vocabulary} tokens; use the model's own "
             "tokenizer"
         )
-    view = View()
+    logit_access = LogitAccess()
     length_R = np.array([len(ids) for ids, _ in rows], dtype=np.int32)
     for members in counted("held-out loss", batches(length_R, token_budget), len(rows), size=len):
         batch = _padded([rows[index] for index in members])
         wanted_BT = predicting_tokens(batch)
         target_BT = torch.roll(batch["labels"], -1, dims=1)
-        for seen in view.rows(model, batch, wanted_BT):
-            device = seen.head.device if seen.head is not None else torch.device("cpu")
+        for head_inputs in logit_access.rows(model, batch, wanted_BT):
+            device = head_inputs.head.device if head_inputs.head is not None else torch.device("cpu")
             with exact_math(device):
-                for some, blocks in shared_walks(seen):
+                for some, blocks in shared_vocabulary_passes(head_inputs):
                     targets = [target_BT[row][wanted_BT[row]] for row in some]
                     loss_N, right_N = against(blocks, torch.cat(targets))
                     lengths = [len(target) for target in targets]

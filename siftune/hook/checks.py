@@ -96,7 +96,7 @@ def _check_sharding(trainer: Any, selector: OnlineMethod) -> None:
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None) if deepspeed else None
     sharding = "FSDP" if getattr(trainer, "is_fsdp_enabled", False) else ""
     sharding = "ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else sharding
-    if sharding and selector.whole_weights():
+    if sharding and selector.needs_complete_weights():
         raise UserError(
             f"{sharding} shards the weights, and {selector.name} takes gradients of single rows, which need the complete weights; use "
             "uds or maxloss, or plain DDP"

@@ -40,9 +40,9 @@ class SelectionMetrics:
             end.synchronize()
             self._scoring_seconds += begin.elapsed_time(end) / 1000
         else:
-            start = time.perf_counter()
+            started = time.perf_counter()
             yield
-            self._scoring_seconds += time.perf_counter() - start
+            self._scoring_seconds += time.perf_counter() - started
 
     def add(self, selection: Selection) -> None:
         """Add one step."""

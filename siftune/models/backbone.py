@@ -218,8 +218,8 @@ def _weights_digest(backbone: Backbone) -> str:
     settings = f"{backbone.layer}|{backbone.torch_dtype}|{_config_facts(backbone)}"
     name = blake2b("\n".join(["weights 2", settings, *stamps]).encode(), digest_size=16).hexdigest()
     digests = Store(cache_folder() / "weights")
-    if found := digests.get(name):
-        return str(found[1]["digest"])
+    if stored := digests.get(name):
+        return str(stored[1]["digest"])
     digest = blake2b(digest_size=16)
     for title, tensor in sorted(backbone.network.state_dict().items()):
         digest.update(f"{title}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())

@@ -158,7 +158,7 @@ def _is_reply(entry: dict[str, Any]) -> bool:
 class Counts:
     """Counts of requests and tokens, for summaries."""
 
-    asked: int = 0
+    sent: int = 0
     """Requests sent in this run."""
     reused: int = 0
     """Replies taken from the journal, or shared with an equal request."""
@@ -200,11 +200,11 @@ class Journaled:
                     reusable.append((content, request.key))
                 else:
                     pending[content] = [request.key]
-                    self.counts.asked += 1
+                    self.counts.sent += 1
                     # The content hash is the internal name: two callers may use one name for two requests.
                     yield Request(**{**_fields(request), "key": content})
 
-        for reply in counted("requests", self.generator.replies(missing()), unit="replies", done=self.counts.asked):
+        for reply in counted("requests", self.generator.replies(missing()), unit="replies", done=self.counts.sent):
             names = pending.pop(reply.key)
             self._keep(reply, names[0])
             yield from self._known(reusable)

@@ -91,16 +91,20 @@ def original_of(batch: Batch) -> Batch:
 
 def _real_lines(batch: Batch) -> list[Span]:
     """Every line as one segment, from its first real token to its last; lines of padding alone have none."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    real_BT = torch.ones(ids.shape, dtype=torch.bool)
-    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
-        real_BT = mask.detach().cpu() != 0
     spans = []
-    for line, real_T in enumerate(real_BT):
+    for line, real_T in enumerate(_unmasked(batch)):
         columns = real_T.nonzero().flatten().tolist()
         if columns:
             spans.append(Span(line, columns[0], columns[-1] + 1))
     return spans
+
+
+def _unmasked(batch: Batch) -> torch.Tensor:
+    """Bool `(B, T)` on the CPU: the tokens that a mask of the shape of `input_ids` marks; all without such a mask."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        return mask.detach().cpu() != 0
+    return torch.ones(ids.shape, dtype=torch.bool)
 
 
 def layout_of(batch: Batch) -> Layout:
@@ -142,12 +146,14 @@ def _read(batch: Batch) -> Layout:
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         shape = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise UserError(f"input_ids of {shape} are not (rows, tokens); pass one line of token ids per row")
+    positions_BT = _positions(batch)
+    padding_BT = None if positions_BT is None else _trailing_zeros(positions_BT)
     readers: dict[str, Callable[[Batch], list[Span] | None]] = {
         **{name: _from_lengths(name) for name in LENGTHS},
         **{name: _from_cumulative(name) for name in CUMULATIVE},
         "seq_idx": _from_numbers("seq_idx"),
         "attention_mask": _from_mask,
-        "position_ids": _from_positions,
+        "position_ids": lambda batch: _from_positions(batch, positions_BT, padding_BT),
     }
     read = {name: spans for name, reader in readers.items() if (spans := reader(batch)) is not None}
     if not read:
@@ -160,16 +166,9 @@ def _read(batch: Batch) -> Layout:
                 f"{source} divides the batch into {len(spans)} segments and {name} divides it into {len(other_spans)}, at other "
                 "places; make the collator return boundaries that agree"
             )
-    return Layout(_before_padding(spans, batch), packed=True, source=source)
-
-
-def _before_padding(spans: Sequence[Span], batch: Batch) -> list[Span]:
-    """Without the one-token segments that a collator makes of padding: those in a trailing run of positions 0."""
-    positions_BT = _positions(batch)
-    if positions_BT is None:
-        return list(spans)
-    padding_BT = _trailing_zeros(positions_BT)
-    return [span for span in spans if not bool(padding_BT[span.line, span.start])]
+    if padding_BT is not None:  # a collator may make one-token segments of the padding
+        spans = [span for span in spans if not bool(padding_BT[span.line, span.start])]
+    return Layout(spans, packed=True, source=source)
 
 
 def _positions(batch: Batch) -> torch.Tensor | None:
@@ -294,12 +293,7 @@ def _runs(numbers_BT: torch.Tensor, real_BT: torch.Tensor) -> list[Span]:
 
 
 def _from_mask(batch: Batch) -> list[Span] | None:
-    mask = batch.get("attention_mask")
-    if "input_ids" not in batch:
-        raise UserError(
-            f"the batch has no input_ids, only {', '.join(map(str, batch)) or 'nothing'}; tokenise the rows first"
-        )
-    ids = batch["input_ids"]
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
     if not isinstance(mask, torch.Tensor):
         return None
     if mask.ndim == 4:
@@ -333,15 +327,12 @@ def _from_block_mask(mask: torch.Tensor, ids: torch.Tensor) -> list[Span] | None
     return spans
 
 
-def _from_positions(batch: Batch) -> list[Span] | None:
-    ids, positions_BT = batch["input_ids"], _positions(batch)
-    if positions_BT is None:
+def _from_positions(
+    batch: Batch, positions_BT: torch.Tensor | None, padding_BT: torch.Tensor | None
+) -> list[Span] | None:
+    if positions_BT is None or padding_BT is None:
         return None
-    mask = batch.get("attention_mask")
-    real_BT = torch.ones(ids.shape, dtype=torch.bool)
-    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
-        real_BT = mask.detach().cpu() != 0
-    real_BT = real_BT & ~_trailing_zeros(positions_BT)
+    real_BT = _unmasked(batch) & ~padding_BT
     after_real_BT = torch.zeros_like(real_BT)
     after_real_BT[:, 1:] = real_BT[:, :-1]
     restarts_BT = real_BT & after_real_BT & (positions_BT == 0)

@@ -69,23 +69,35 @@ class PhiTask:
         return ShardResult(columns, reasons)
 
 
-class _Labelled(OfflineMethod):
-    """Base of the two methods."""
-
-    model: str
-    label_column: str
-    band: str | None
-    layer: int
-    max_length: int
-    dtype: DType
-    device: str
-    token_budget: int | None
-    learned: LabelCentroids | None
+@dataclass(kw_only=True, eq=False)
+class _LabelledDiversity(OfflineMethod):
+    """Base of the two methods: their options, the centroids that both learn, and the bands."""
 
     phi: ClassVar[str]
+    """The column of `PhiTask` that the method ranks by."""
     sign: ClassVar[float]
-    least: ClassVar[int]
-    """Domains at least."""
+    """-1 where a small phi is kept."""
+    min_domains: ClassVar[int]
+
+    model: str
+    """Model whose embedding layer is read: a folder or a hub id."""
+    label_column: str
+    """Your column that holds a row's domain: text or a number."""
+    band: str | None = None
+    """Only this part of every domain, in the score's order: 0-20, 20-40, 40-60, 60-80, 80-100 (paper), or any such."""
+    layer: int = 0
+    """0 is the embedding layer (paper); n is the mean state after n decoder layers."""
+    max_length: int = 512
+    """Tokens read of a row (paper: 512)."""
+    dtype: DType = "auto"
+    """`auto`, `float32` or `bfloat16`."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:0`, `mps`."""
+    token_budget: int | None = None
+    """Tokens of a batch; None is the device's default."""
+
+    learned: LabelCentroids | None = field(default=None, init=False, repr=False)
+    """The result of `fit` or `load`."""
 
     def check(self) -> None:
         """Check settings and model before any weight is loaded. Raises `UserError`."""
@@ -117,9 +129,9 @@ class _Labelled(OfflineMethod):
         if settings not in read:
             read[settings] = _domains(pool, self.label_column)
         domains = read[settings]
-        if len(domains) < self.least:
+        if len(domains) < self.min_domains:
             raise UserError(
-                f"{self.name} needs at least {self.least} domains, and column {self.label_column!r} holds "
+                f"{self.name} needs at least {self.min_domains} domains, and column {self.label_column!r} holds "
                 f"{len(domains)} ({', '.join(domains)}); name another --label-column"
             )
         return domains
@@ -192,7 +204,7 @@ class _Labelled(OfflineMethod):
 
 
 @dataclass(kw_only=True, eq=False)
-class InterDiversity(_Labelled):
+class InterDiversity(_LabelledDiversity):
     """Rows far from the other domains first: minus the sum of a row's cosines to the other domains' centroids.
 
     Raises `UserError` for settings, a model or a label column that cannot be used.
@@ -204,31 +216,11 @@ class InterDiversity(_Labelled):
     name: ClassVar[str] = "inter-diversity"
     phi: ClassVar[str] = "inter"
     sign: ClassVar[float] = -1.0
-    least: ClassVar[int] = 2
-
-    model: str
-    """Model whose embedding layer is read: a folder or a hub id."""
-    label_column: str
-    """Your column that holds a row's domain: text or a number."""
-    band: str | None = None
-    """Only this part of every domain, in the score's order: 0-20, 20-40, 40-60, 60-80, 80-100 (paper), or any such."""
-    layer: int = 0
-    """0 is the embedding layer (paper); n is the mean state after n decoder layers."""
-    max_length: int = 512
-    """Tokens read of a row (paper: 512)."""
-    dtype: DType = "auto"
-    """`auto`, `float32` or `bfloat16`."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:0`, `mps`."""
-    token_budget: int | None = None
-    """Tokens of a batch; None is the device's default."""
-
-    learned: LabelCentroids | None = field(default=None, init=False, repr=False)
-    """The result of `fit` or `load`."""
+    min_domains: ClassVar[int] = 2
 
 
 @dataclass(kw_only=True, eq=False)
-class IntraDiversity(_Labelled):
+class IntraDiversity(_LabelledDiversity):
     """Rows near the centroid of their own domain first: the cosine of a row to it.
 
     Raises `UserError` for settings, a model or a label column that cannot be used.
@@ -240,27 +232,7 @@ class IntraDiversity(_Labelled):
     name: ClassVar[str] = "intra-diversity"
     phi: ClassVar[str] = "intra"
     sign: ClassVar[float] = 1.0
-    least: ClassVar[int] = 1
-
-    model: str
-    """Model whose embedding layer is read: a folder or a hub id."""
-    label_column: str
-    """Your column that holds a row's domain: text or a number."""
-    band: str | None = None
-    """Only this part of every domain, in the score's order: 0-20, 20-40, 40-60, 60-80, 80-100 (paper), or any such."""
-    layer: int = 0
-    """0 is the embedding layer (paper); n is the mean state after n decoder layers."""
-    max_length: int = 512
-    """Tokens read of a row (paper: 512)."""
-    dtype: DType = "auto"
-    """`auto`, `float32` or `bfloat16`."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:0`, `mps`."""
-    token_budget: int | None = None
-    """Tokens of a batch; None is the device's default."""
-
-    learned: LabelCentroids | None = field(default=None, init=False, repr=False)
-    """The result of `fit` or `load`."""
+    min_domains: ClassVar[int] = 1
 
 
 # --- domains and bands ------------------------------------------------------------------------------------------------
@@ -268,18 +240,18 @@ class IntraDiversity(_Labelled):
 
 def _domains(pool: Pool, column: str) -> tuple[str, ...]:
     """The labels of the pool's rows, sorted. Raises `UserError` for a column without labels, or with too many."""
-    found: set[str] = set()
+    labels: set[str] = set()
     for start in range(0, len(pool), SHARD_ROWS):
-        labels_of(pool, Shard(0, start, min(start + SHARD_ROWS, len(pool))), column, None, found)
-        if len(found) > MOST_DOMAINS:
+        labels_of(pool, Shard(0, start, min(start + SHARD_ROWS, len(pool))), column, None, labels)
+        if len(labels) > MOST_DOMAINS:
             raise UserError(f"column {column!r} holds more than {MOST_DOMAINS} labels; name one that holds domains")
-    if text := next((label for label in sorted(found) if len(label) > LONGEST or "\n" in label), None):
+    if text := next((label for label in sorted(labels) if len(label) > LONGEST or "\n" in label), None):
         raise UserError(
             f"column {column!r} holds text, not domains ({text[:40]!r}...); name one that holds a row's domain"
         )
-    if not found:
+    if not labels:
         raise UserError(f"no row has a label in column {column!r}; name the column that holds domains (--label-column)")
-    return tuple(sorted(found))
+    return tuple(sorted(labels))
 
 
 def read_band(band: str | None) -> tuple[float, float] | None:

@@ -37,8 +37,8 @@ Ratio = Literal["perplexity", "loss"]
 class _Pair:
     """A row's two sequences and the span of the answer's tokens in each."""
 
-    asked: Ids
-    asked_span: tuple[int, int]
+    conditioned: Ids
+    conditioned_span: tuple[int, int]
     alone: Ids
     alone_span: tuple[int, int]
 
@@ -83,14 +83,16 @@ class IFDTask:
                 else:
                     pairs[row.row] = pair
         kept = list(pairs)
-        asked_B = mean_losses(self.lm, [p.asked for p in pairs.values()], [p.asked_span for p in pairs.values()])
+        conditioned_B = mean_losses(
+            self.lm, [p.conditioned for p in pairs.values()], [p.conditioned_span for p in pairs.values()]
+        )
         alone_B = mean_losses(self.lm, [p.alone for p in pairs.values()], [p.alone_span for p in pairs.values()])
-        ratio_B = _ratio(asked_B, alone_B, self.ratio)
+        ratio_B = _ratio(conditioned_B, alone_B, self.ratio)
         reasons |= _dropped(kept, ratio_B)
         positions = np.array(kept, dtype=np.int64) - shard.start
         columns: dict[str, NDArray[Any]] = {"tokens": tokens}
         usable_B = np.array([row not in reasons for row in kept], dtype=np.bool_)
-        for name, values in (("score", ratio_B), ("loss_asked", asked_B), ("loss_alone", alone_B)):
+        for name, values in (("score", ratio_B), ("loss_asked", conditioned_B), ("loss_alone", alone_B)):
             columns[name] = np.full(len(shard), np.nan, dtype=np.float32)
             columns[name][positions] = np.where(usable_B, values, np.nan) if name == "score" else values
         return ShardResult(columns, reasons)
@@ -123,9 +125,9 @@ class IFDTask:
         return _Pair(encoded.ids[:last], (max(first + skipped, 1), last), answer, (1, len(answer)))
 
 
-def _ratio(asked_B: NDArray[np.float64], alone_B: NDArray[np.float64], ratio: Ratio) -> NDArray[np.float64]:
+def _ratio(conditioned_B: NDArray[np.float64], alone_B: NDArray[np.float64], ratio: Ratio) -> NDArray[np.float64]:
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        return np.exp(asked_B - alone_B) if ratio == "perplexity" else asked_B / alone_B
+        return np.exp(conditioned_B - alone_B) if ratio == "perplexity" else conditioned_B / alone_B
 
 
 def _dropped(rows: list[int], ratio_B: NDArray[np.float64]) -> dict[int, str]:
@@ -155,7 +157,7 @@ class IFD(OfflineMethod):
     ratio: Ratio = "perplexity"
     """Ratio of perplexities (SuperFiltering) or of mean losses (Cherry LLM); the two rank differently."""
     prompt: str | None = None
-    """Text file with {question}, or {instruction} and {input}: what stands before the answer. None: the row's own text."""
+    """Text file with {question}, or {instruction} and {input}: the text before the answer. None: the row's own text."""
     compat: Literal["paper"] | None = None
     """`paper`: no start token before a text, so the answer's first token counts only where the question is given."""
     max_length: int = 1024

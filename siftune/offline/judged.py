@@ -169,7 +169,7 @@ class Judged(OfflineMethod):
                 "unreadable": kinds.count("unreadable reply"),
                 "refused": kinds.count("refused by the judge"),
                 "unanswered": kinds.count("no reply"),
-                "asked_now": counts.asked,
+                "asked_now": counts.sent,
                 "found_in_journal": counts.reused,
                 "cost_now": cost(self.price, counts.prompt_tokens, counts.completion_tokens),
                 "replies": str(task.journal),

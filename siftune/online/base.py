@@ -2,11 +2,11 @@
 
 A selection has five steps, so that the trainer hook can choose across several micro-batches and ranks:
 
-    measure   the forward pass: what each candidate says by itself (norms, a sketch, a loss); reads no memory
-    compare   measurements + memory, each candidate by itself (nothing, for most); ranks share this work out
+    measure   the forward pass: values of each candidate alone (norms, a sketch, a loss); reads no memory
+    compare   measurements + memory, each candidate alone (nothing, for most); the work is divided between ranks
     combine   measurements + memory -> RowScores
     choose    RowScores -> indices to keep
-    commit    memory, counters and statistics take the kept rows in
+    commit    memory, counters and statistics are updated with the kept rows
 
 Shapes: `B` candidates (rows of a padded batch, segments of a packed one), `T` columns of the batch.
 """
@@ -33,10 +33,10 @@ SEGMENT_TOKENS = "segment_tokens"
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What the forward pass says of `rows` candidates, before any memory is read.
+    """The measurements of `rows` candidates by the forward pass, before any memory is read.
 
-    `columns` are CPU tensors whose first axis is the candidates; a candidate that cannot be scored holds NaN and
-    stands in `reasons`.
+    `columns` are CPU tensors whose first axis is the candidates; a candidate that cannot be scored has NaN and
+    an entry in `reasons`.
     """
 
     rows: int
@@ -69,7 +69,7 @@ class OnlineMethod(ABC):
     """Which registry the method belongs to."""
     summary: ClassVar[str] = ""
     """What it ranks by, for `siftune methods`; empty is the first line of the class's docstring. This and the next two
-    are read of a method that another package registers by an entry point."""
+    are also read from a method that another package registers by an entry point."""
     paper: ClassVar[str] = "-"
     """Its source."""
     needs: ClassVar[str] = "-"
@@ -100,29 +100,29 @@ class OnlineMethod(ABC):
     """Optimiser steps begun, saved with the state."""
     _steps_announced = False
     """Whether `new_step` is called from outside, so that `select` does not count steps itself."""
-    _stale = True
-    """Whether the trained weights may have moved since something was derived from them."""
-    _moved = True
-    """Whether they may have since the model was last looked at."""
+    _derived_stale = True
+    """Whether the trained weights may have changed since values were derived from them."""
+    _head_stale = True
+    """Whether they may have changed since the head was last read."""
 
     def check(self) -> None:
-        """Refuse options that cannot work, before any model is run. Raises `UserError` that names value and way out.
+        """Refuse options that cannot work, before any model is run. Raises `UserError`, which names the value and the fix.
 
         Called before every selection and by `check_keep`; subclasses add their own options.
         """
         parse_keep(self.keep)
-        one_of("window", self.window, ("micro", "step"))
-        one_of("scope", self.scope, ("global", "local"))
-        at_least("start_step", self.start_step, 0)
+        check_choice("window", self.window, ("micro", "step"))
+        check_choice("scope", self.scope, ("global", "local"))
+        check_minimum("start_step", self.start_step, 0)
         for name in ("score_tokens", "keep_tokens"):
             if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
+                check_minimum(name, getattr(self, name), 1)
 
     def check_files(self) -> None:  # noqa: B027
         """Refuse files and models that the options name and that do not exist, before training. Raises `UserError`.
         The default names none."""
 
-    def whole_weights(self) -> bool:
+    def needs_complete_weights(self) -> bool:
         """Whether scoring needs every trained weight complete in this process, so that none may be sharded:
         `needs_gradients`, for a method whose options do not change it."""
         return self.needs_gradients
@@ -135,10 +135,10 @@ class OnlineMethod(ABC):
         """
         self._steps += 1
         self._steps_announced = True
-        self._weights_moved()
+        self._mark_weights_changed()
 
-    def _weights_moved(self) -> None:
-        self._stale = self._moved = True
+    def _mark_weights_changed(self) -> None:
+        self._derived_stale = self._head_stale = True
 
     def provenance(self) -> dict[str, str]:
         """How scores were computed where that was decided at run time, for the log and the ledger's metadata."""
@@ -148,17 +148,17 @@ class OnlineMethod(ABC):
 
     @abstractmethod
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
-        """Look at the candidates with `model` as it stands. Changes no state; leaves training flags, RNG and
-        gradients as they were."""
+        """Measure the candidates with the current weights of `model`. Changes no state; training flags, RNG and gradients
+        are restored."""
 
     def compare(self, measured: Measured) -> Measured:
         """The same candidates with more columns: what depends on a candidate and on the memory, and on no other
-        candidate. Changes no state. The default adds nothing; `combine` has to do without the columns, too."""
+        candidate. Changes no state. The default adds nothing; `combine` must not require the columns."""
         return measured
 
     @abstractmethod
     def combine(self, measured: Measured) -> RowScores:
-        """Scores of the measured candidates, with the memory as it stands. Changes no state."""
+        """Scores of the measured candidates, with the current memory. Changes no state."""
 
     def choose(self, scores: RowScores, measured: Measured, count: int) -> torch.Tensor:
         """Indices of the `count` best candidates, ascending; ties go to the lower index.
@@ -167,9 +167,9 @@ class OnlineMethod(ABC):
         """
         total = torch.where(torch.isnan(scores.total), -torch.inf, scores.total)
         order = torch.argsort(-total, stable=True)
-        return self.affordable(order, measured)[:count].sort().values
+        return self.within_token_budget(order, measured)[:count].sort().values
 
-    def affordable(self, order: torch.Tensor, measured: Measured) -> torch.Tensor:
+    def within_token_budget(self, order: torch.Tensor, measured: Measured) -> torch.Tensor:
         """The head of `order` whose `tokens` column fits into `keep_tokens`, at least one row; all without a budget.
 
         Segments of a packed batch fill a line: each is taken, in order, if all of its tokens still fit.
@@ -178,11 +178,11 @@ class OnlineMethod(ABC):
             return order
         if (sizes := measured.columns.get(SEGMENT_TOKENS)) is not None:
             return _filling(order, sizes, self.keep_tokens)
-        used = measured.columns["tokens"][order].cumsum(0)
-        return order[: max(1, int((used <= self.keep_tokens).sum()))]
+        total_tokens = measured.columns["tokens"][order].cumsum(0)
+        return order[: max(1, int((total_tokens <= self.keep_tokens).sum()))]
 
     def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
-        """Take the kept candidates into memory and count the selection. The default has no memory."""
+        """Add the kept candidates to the memory and count the selection. The default has no memory."""
         self._selections += 1
 
     # --- the public two -------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class OnlineMethod(ABC):
         >>> scores.total, scores.intra, scores.inter
         """
         self.check()
-        self._weights_moved()
+        self._mark_weights_changed()
         return self.combine(self.measure(model, with_layout(batch)))
 
     def select(self, model: torch.nn.Module, batch: Batch) -> Kept:
@@ -204,7 +204,7 @@ class OnlineMethod(ABC):
         >>> loss = model(**kept.batch).loss
         """
         self.check()
-        self._weights_moved()
+        self._mark_weights_changed()
         if not self._steps_announced:
             self._steps += 1
         if self._steps <= self.start_step:
@@ -253,12 +253,12 @@ class OnlineMethod(ABC):
         return {"selections": self._selections, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave. Raises `UserError` when it belongs to another configuration."""
-        own = self.state_dict()
-        if set(state) | {"steps"} != set(own) | {"steps"}:
+        """Restore a state of `state_dict`. Raises `UserError` when it belongs to another configuration."""
+        expected = self.state_dict()
+        if set(state) | {"steps"} != set(expected) | {"steps"}:
             raise UserError(
-                f"{self.name} keeps {', '.join(own) or 'no state'}, and this state holds {', '.join(state) or 'nothing'}; "
-                "it is another method's"
+                f"{self.name} keeps {', '.join(expected) or 'no state'}, and this state holds {', '.join(state) or 'nothing'}; "
+                "it belongs to another method"
             )
         self._load_counters(state)
 
@@ -303,13 +303,13 @@ def rows_of(batch: Batch) -> int:
     return candidates_of(batch)
 
 
-def one_of(name: str, value: object, known: Sequence[str]) -> None:
-    """Raise `UserError` unless `value` is one of the known words."""
-    if value not in known:
-        raise UserError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise `UserError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
 
 
-def at_least(name: str, value: object, bound: float) -> None:
+def check_minimum(name: str, value: object, bound: float) -> None:
     """Raise `UserError` unless `value` is a number (a whole one for a whole bound) of at least `bound`."""
     kinds = (int,) if isinstance(bound, int) else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not value >= bound:

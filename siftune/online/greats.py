@@ -4,10 +4,10 @@
     gain        = influence − η Σ_{j kept before} ⟨g_j, ·⟩          η the current learning rate
 
 K times the candidate with the largest gain is taken. The published scores are these times η > 0, which changes no order
-and says nothing at η = 0, where a warm-up begins. Higher = better; the total is minus the position in the greedy order.
+and are all zero at η = 0, where a warm-up begins. Higher = better; the total is minus the position in the greedy order.
 Cost: a plain forward and backward pass over the validation rows, whose mean gradient is all that counts; one over the
 candidates with their own gradients, and B(B + 1)/2 + B products per weight; gradients beyond `hold_mb` are computed again
-for each group that they meet.
+for each group that they are multiplied with.
 Source: Wang et al., GREATS, NeurIPS 2024, as the baseline of UDS (arXiv 2510.16882).
 
 Axes: `B` candidates, `V` validation rows.
@@ -27,11 +27,11 @@ from ..errors import UserError
 from ..models.hidden_states import predicting_tokens
 from ..models.layout import candidates_of
 from ..records import RowScores
-from .base import Batch, Measured, ModelScored, at_least, one_of
-from .per_example.backward import Gradients, RowGradients
-from .per_example.ghost import PAIRS
+from .base import Batch, Measured, ModelScored, check_choice, check_minimum
+from .per_example.backward import PerExampleGradients, RowGradients
+from .per_example.ghost import PAIRS_SIZE_FACTOR
 
-Group = tuple[list[int], int]
+RowGroup = tuple[list[int], int]
 """(rows, columns)."""
 
 
@@ -56,7 +56,7 @@ class Greats(ModelScored):
     """How a row of a file becomes tokens: by the chat template, as question and answer, or by the template where the
     tokenizer has one."""
     learning_rate: float | None = None
-    """η, >= 0. None is the current one: the trainer hook hands it over; in a loop of your own, set it or call
+    """η, >= 0. None is the current one, which the trainer hook passes; in your own loop, set it or call
     `new_step(learning_rate=...)`."""
     hold_mb: int = 2048
     """Megabytes of gradients held while groups of rows are compared; the rest is computed again when it is needed."""
@@ -64,17 +64,17 @@ class Greats(ModelScored):
     """`micro` only: inner products are between the candidates of one micro-batch."""
 
     def __post_init__(self) -> None:
-        self._gradients = Gradients(larger=PAIRS)
-        self._handed: float | None = None
+        self._gradients = PerExampleGradients(size_factor=PAIRS_SIZE_FACTOR)
+        self._announced_rate: float | None = None
         self._batches: list[Batch] | None = None
 
     def check(self) -> None:
         super().check()
-        at_least("validation_rows", self.validation_rows, 1)
-        one_of("validation_text", self.validation_text, ("auto", "chat", "prompt"))
-        at_least("hold_mb", self.hold_mb, 0)
+        check_minimum("validation_rows", self.validation_rows, 1)
+        check_choice("validation_text", self.validation_text, ("auto", "chat", "prompt"))
+        check_minimum("hold_mb", self.hold_mb, 0)
         if self.learning_rate is not None:
-            at_least("learning_rate", self.learning_rate, 0.0)
+            check_minimum("learning_rate", self.learning_rate, 0.0)
         if self.window == "step":
             raise UserError(
                 "window='step' would need the inner products between all micro-batches of greats; use window='micro' "
@@ -83,7 +83,7 @@ class Greats(ModelScored):
 
     @property
     def validation_file(self) -> str | None:
-        """The file that `use_validation` is to be given the rows of; None where `validation` holds rows itself."""
+        """The file whose rows `use_validation` needs; None where `validation` holds rows itself."""
         return str(self.validation) if isinstance(self.validation, (str, Path)) else None
 
     def check_files(self) -> None:
@@ -91,20 +91,20 @@ class Greats(ModelScored):
             load_pool(self.validation_file)
 
     def use_validation(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take the tokenised rows of the file. Raises `UserError` where none has a label token."""
+        """Use the tokenised rows of the file. Raises `UserError` where none has a label token."""
         self._batches = validation_batches(rows, self.validation_rows)
 
     def new_step(self, *, learning_rate: float | None = None) -> None:
         super().new_step()
         if learning_rate is not None:
-            self._handed = learning_rate
+            self._announced_rate = learning_rate
 
     @property
-    def _rate(self) -> float:
-        rate = self.learning_rate if self.learning_rate is not None else self._handed
+    def _current_rate(self) -> float:
+        rate = self.learning_rate if self.learning_rate is not None else self._announced_rate
         if rate is None:
             raise UserError(
-                "greats weighs its candidates by the learning rate and was told none; give learning_rate=, or call "
+                "greats weights its candidates by the learning rate, which is unknown; set learning_rate=, or call "
                 "new_step(learning_rate=...) before select"
             )
         return rate
@@ -113,19 +113,19 @@ class Greats(ModelScored):
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         """Columns `influence` `(B,)`, `products` `(B, B)` (float64, ⟨g_i, g_j⟩) and `tokens` `(B,)` (int64)."""
-        rate = self._rate
+        rate = self._current_rate
         assert rate >= 0, "a learning rate"
-        wanted = predicting_tokens(batch)
-        rows = len(wanted)
+        positions = predicting_tokens(batch)
+        rows = len(positions)
         products, influence = self._products(model, batch, self._validation())
         finite = torch.isfinite(influence) & torch.isfinite(products.diagonal())
         reasons = {}
         for row in (~finite).nonzero().flatten().tolist():
-            reasons[row] = "its gradient is not finite" if bool(wanted[row].any()) else "no label tokens to score"
+            reasons[row] = "its gradient is not finite" if bool(positions[row].any()) else "no label tokens to score"
             if bool(torch.isfinite(products[row, row])):
                 reasons[row] = "no validation row has a finite gradient"
             influence[row] = torch.nan
-        return Measured(rows, {"influence": influence, "products": products, "tokens": wanted.sum(dim=1)}, reasons)
+        return Measured(rows, {"influence": influence, "products": products, "tokens": positions.sum(dim=1)}, reasons)
 
     def _products(self, model: torch.nn.Module, batch: Batch, held_out: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """⟨g_i, g_j⟩ `(B, B)` and ⟨g_i, mean_v g_v⟩ `(B,)`, NaN where a row has no label token."""
@@ -133,22 +133,22 @@ class Greats(ModelScored):
         count = candidates_of(batch)
         products = torch.full((count, count), torch.nan, dtype=torch.float64)
         influence = torch.full((count,), torch.nan, dtype=torch.float64)
-        shelf = _Shelf(self._gradients, model, batch, groups, self.hold_mb * 2**20)
-        wanted: dict[int, torch.Tensor] | None = None
+        cache = _GradientCache(self._gradients, model, batch, groups, self.hold_mb * 2**20)
+        validation_gradient: dict[int, torch.Tensor] | None = None
         for first in range(len(groups)):
-            ours = shelf.take(first)
-            if first == 0:  # after candidates, which say in one sentence why a model's gradients cannot be had
-                wanted = self._gradients.mean(model, held_out, self.score_tokens)
-            if wanted is not None:
-                for mine in ours:
-                    influence[mine.rows] = mine.against(wanted)
+            first_parts = cache.get(first)
+            if first == 0:  # after the candidates, whose error explains why a model has no row gradients
+                validation_gradient = self._gradients.mean(model, held_out, self.score_tokens)
+            if validation_gradient is not None:
+                for first_part in first_parts:
+                    influence[first_part.rows] = first_part.inner_with_gradient(validation_gradient)
             for second in range(first, len(groups)):
-                for mine in ours:
-                    for other in ours if second == first else shelf.take(second):
-                        found = mine.inner(other)
-                        products[torch.tensor(mine.rows)[:, None], torch.tensor(other.rows)] = found
-                        products[torch.tensor(other.rows)[:, None], torch.tensor(mine.rows)] = found.T
-            shelf.drop(first)
+                for first_part in first_parts:
+                    for second_part in first_parts if second == first else cache.get(second):
+                        block = first_part.inner(second_part)
+                        products[torch.tensor(first_part.rows)[:, None], torch.tensor(second_part.rows)] = block
+                        products[torch.tensor(second_part.rows)[:, None], torch.tensor(first_part.rows)] = block.T
+            cache.drop(first)
         return products, influence
 
     def _validation(self) -> Batch:
@@ -156,8 +156,8 @@ class Greats(ModelScored):
         if self._batches is None:
             if (file := self.validation_file) is not None:
                 raise UserError(
-                    f"validation={file!r} is a file, which attach tokenises with the trainer's tokenizer; in a loop of "
-                    "your own give tokenised rows: input_ids and labels"
+                    f"validation={file!r} is a file, which attach tokenises with the trainer's tokenizer; in your "
+                    "own loop pass tokenised rows: input_ids and labels"
                 )
             self._batches = validation_batches(self.validation, self.validation_rows)
         return self._batches[self._selections % len(self._batches)]
@@ -165,45 +165,56 @@ class Greats(ModelScored):
     # --- combine --------------------------------------------------------------------------------------------------------
 
     def combine(self, measured: Measured) -> RowScores:
-        """Total: minus the position in the greedy order. Parts `influence`, and `gain` when the row's turn came."""
+        """Total: minus the position in the greedy order. Parts `influence`, and `gain` at the row's turn."""
         influence, products = measured.columns["influence"], measured.columns["products"]
         total = torch.full_like(influence, torch.nan)
         gain = torch.full_like(influence, torch.nan)
-        left = torch.where(torch.isnan(influence), -torch.inf, influence)
-        for position in range(int(torch.isfinite(left).sum())):
-            best = int(left.argmax())
-            total[best], gain[best] = -position, left[best]
-            left = left - self._rate * products[best].nan_to_num(0.0)
-            left[best] = -torch.inf
+        remaining = torch.where(torch.isnan(influence), -torch.inf, influence)
+        for position in range(int(torch.isfinite(remaining).sum())):
+            best = int(remaining.argmax())
+            total[best], gain[best] = -position, remaining[best]
+            remaining = remaining - self._current_rate * products[best].nan_to_num(0.0)
+            remaining[best] = -torch.inf
         return RowScores(total, {"influence": influence, "gain": gain}, dict(measured.reasons))
 
 
-class _Shelf:
+class _GradientCache:
     """Gradients of groups of rows, held up to a number of bytes and computed again beyond it."""
 
     def __init__(
-        self, gradients: Gradients, model: torch.nn.Module, batch: Batch, groups: Sequence[Group], room: int
+        self,
+        gradients: PerExampleGradients,
+        model: torch.nn.Module,
+        batch: Batch,
+        groups: Sequence[RowGroup],
+        max_bytes: int,
     ) -> None:
-        self._gradients, self._model, self._batch, self._groups, self._room = gradients, model, batch, groups, room
-        self._held: dict[int, list[RowGradients]] = {}
+        self._gradients, self._model, self._batch, self._groups, self._free_bytes = (
+            gradients,
+            model,
+            batch,
+            groups,
+            max_bytes,
+        )
+        self._cached: dict[int, list[RowGradients]] = {}
 
-    def take(self, index: int) -> list[RowGradients]:
-        if index in self._held:
-            return self._held[index]
+    def get(self, index: int) -> list[RowGradients]:
+        if index in self._cached:
+            return self._cached[index]
         rows, width = self._groups[index]
-        made = self._gradients.of(self._model, self._batch, rows, width)
-        size = sum(part.bytes for part in made)
-        if size <= self._room:
-            self._held[index] = made
-            self._room -= size
-        return made
+        gradients = self._gradients.compute(self._model, self._batch, rows, width)
+        size = sum(part.bytes for part in gradients)
+        if size <= self._free_bytes:
+            self._cached[index] = gradients
+            self._free_bytes -= size
+        return gradients
 
     def drop(self, index: int) -> None:
-        self._room += sum(part.bytes for part in self._held.pop(index, []))
+        self._free_bytes += sum(part.bytes for part in self._cached.pop(index, []))
 
 
 def validation_batches(validation: Any, rows: int) -> list[Batch]:
-    """What the user gave as batches, without those that hold no label token. Raises `UserError` where none is left.
+    """The user's validation rows as batches, without those that hold no label token. Raises `UserError` where none is left.
 
     >>> validation_batches([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}], 8)[0]["attention_mask"]
     tensor([[1, 1, 1]])
@@ -211,20 +222,20 @@ def validation_batches(validation: Any, rows: int) -> list[Batch]:
     parts = [validation] if isinstance(validation, Mapping) else list(validation)
     for part in parts:
         if not isinstance(part, Mapping) or not {"input_ids", "labels"} <= set(part):
-            found = ", ".join(map(str, part)) if isinstance(part, Mapping) else type(part).__name__
+            content = ", ".join(map(str, part)) if isinstance(part, Mapping) else type(part).__name__
             raise UserError(
-                f"validation holds {found or 'nothing'}, and greats needs tokenised rows: input_ids and labels"
+                f"validation holds {content or 'nothing'}, and greats needs tokenised rows: input_ids and labels"
             )
     if any(torch.as_tensor(part["input_ids"]).ndim != 2 for part in parts):
-        learnt = [part for part in parts if (torch.as_tensor(part["labels"])[1:] != -100).any()]
-        parts = [_collated(learnt[start : start + rows]) for start in range(0, len(learnt), rows)]
+        labelled = [part for part in parts if (torch.as_tensor(part["labels"])[1:] != -100).any()]
+        parts = [_collate(labelled[start : start + rows]) for start in range(0, len(labelled), rows)]
     batches = [part for part in parts if bool(predicting_tokens(part).any())]
     if not batches:
-        raise UserError("validation holds no row with a label token to learn; give rows with answers")
+        raise UserError("validation holds no row with a label token; add rows with answers")
     return batches
 
 
-def _collated(rows: Sequence[Mapping[str, Any]]) -> Batch:
+def _collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     """Rows padded on the right into one batch."""
     columns: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for row in rows:
@@ -234,6 +245,6 @@ def _collated(rows: Sequence[Mapping[str, Any]]) -> Batch:
         columns["attention_mask"].append(torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))))
     fill = {"labels": -100}
     return {
-        name: torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=fill.get(name, 0))
-        for name, some in columns.items()
+        name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
+        for name, values in columns.items()
     }

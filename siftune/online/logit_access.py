@@ -1,11 +1,11 @@
-"""How an online method looks at a model's logits without forming them: one forward, one head formula, one check.
+"""How an online method reads a model's logits without forming them: one forward, one head formula, one check.
 
-The head is read as a linear map (siftune.models.head) and held, at first use, against the logits that the model itself
-gives for the last column of the scoring forward. Where they disagree, or the head is no linear map, the model's own
+The head is read as a linear map (siftune.models.head) and compared, at first use, with the logits that the model itself
+returns for the last column of the scoring forward. Where they disagree, or the head is no linear map, the model's own
 head is run one row at a time, and a warning says so once.
 Cost: one forward of the backbone; the check takes 8 tokens' logits, once.
 
-Axes: `B` rows, `T` columns, `N` positions wanted of a row, `D` inputs of the head, `V` vocabulary.
+Axes: `B` rows, `T` columns, `N` scored positions of a row, `D` inputs of the head, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """Some rows as the head sees them: `inputs` of a head formula, or, where none holds, the model's own `logits`."""
+class HeadInputs:
+    """Some rows at the head: the `inputs` of its formula, or, where no formula holds, the model's own `logits`."""
 
     rows: list[int]
     """Positions in the batch."""
@@ -66,20 +66,20 @@ class Seen:
         return self.logits.shape[1]
 
 
-class View:
-    """What a method knows of one model's head between batches: whether its formula holds, and what follows from it.
+class LogitAccess:
+    """Access to one model's logits over many batches: whether the head's formula holds, and what is derived from it.
 
-    >>> for seen in View().rows(model, batch, real_tokens(batch)): ...
+    >>> for head_inputs in LogitAccess().rows(model, batch, real_tokens(batch)): ...
     """
 
     def __init__(self) -> None:
-        self._checked: tuple[Any, ...] | None = None
-        """The model whose formula was held against its logits."""
-        self._holds = True
-        self._whole: tuple[tuple[Any, ...], Head | None] | None = None
+        self._checked_model: tuple[Any, ...] | None = None
+        """The model whose formula was compared with its logits."""
+        self._formula_holds = True
+        self._gathered_head: tuple[tuple[Any, ...], Head | None] | None = None
         """The head of a model that is sharded over processes, gathered."""
-        self._weight: weakref.ref[torch.Tensor] | None = None
-        """The weight that all below was derived from: another one may lie at the same address later."""
+        self._head_weight: weakref.ref[torch.Tensor] | None = None
+        """The weight that all below was derived from: another tensor may have the same address later."""
         self._factor: tuple[tuple[Any, ...], Factor] | None = None
         self._gram: tuple[tuple[Any, ...], Gram | None] | None = None
         self._projected: tuple[tuple[Any, ...], torch.Tensor] | None = None
@@ -89,70 +89,72 @@ class View:
         self,
         model: nn.Module,
         batch: Batch,
-        wanted: torch.Tensor,
+        positions: torch.Tensor,
         *,
         score_tokens: int | None = None,
-        fresh: bool = True,
-    ) -> Iterator[Seen]:
-        """Every row of the batch that wants a position (`wanted` is bool `(B, T)`), in groups, in any order.
+        gather_again: bool = True,
+    ) -> Iterator[HeadInputs]:
+        """Every row of the batch with a position to score (`positions` is bool `(B, T)`), in groups, in any order.
 
-        A row may come twice, when the check fails after some rows: the later one holds. Of a model that is sharded over
-        processes all have to walk, to the end; with `fresh` its head is gathered again where training moves it.
+        A row is returned twice where the check fails after some rows: the later one counts. For a model that is sharded over
+        processes all of them have to iterate to the end; with `gather_again` a trained head is gathered again.
         """
         parts = unwrap_model(model)
         identity = (id(parts.causal), id(parts.head))
         passes = largest_of_all if is_sharded(parts.called) else None
-        head = read_head(parts) if passes is None else self._gathered(identity, parts, fresh=fresh)
+        head = read_head(parts) if passes is None else self._gather(identity, parts, gather_again=gather_again)
         if head is None:
-            self._distrust(identity, f"{type(parts.head).__name__} is no plain linear head")
-        if head is not None and (self._holds or self._checked != identity):
-            for chunk in iter_hidden_states(parts, batch, wanted, score_tokens=score_tokens, passes=passes):
-                if self._checked != identity and self._fails(head, parts, chunk, together=passes is not None):
+            self._fall_back_to_logits(identity, f"{type(parts.head).__name__} is no plain linear head")
+        if head is not None and (self._formula_holds or self._checked_model != identity):
+            for chunk in iter_hidden_states(parts, batch, positions, score_tokens=score_tokens, passes=passes):
+                if self._checked_model != identity and self._formula_fails(
+                    head, parts, chunk, together=passes is not None
+                ):
                     break
                 if chunk.rows:
-                    yield Seen(chunk.rows, head, [head.inputs(states) for states in chunk.states])
+                    yield HeadInputs(chunk.rows, head, [head.inputs(states) for states in chunk.states])
             else:
                 return
-        for row, logits in iter_logits(parts, batch, wanted, passes=passes):
-            yield Seen([row], None, [], logits)
+        for row, logits in iter_logits(parts, batch, positions, passes=passes):
+            yield HeadInputs([row], None, [], logits)
 
-    def _gathered(self, identity: tuple[Any, ...], parts: ModelParts, *, fresh: bool) -> Head | None:
-        known = self._whole
-        if known is None or known[0] != identity or (fresh and known[1] is not None and known[1].trained):
-            self._whole = (identity, gather_head(parts))
-        assert self._whole is not None
-        return self._whole[1]
+    def _gather(self, identity: tuple[Any, ...], parts: ModelParts, *, gather_again: bool) -> Head | None:
+        cached = self._gathered_head
+        if cached is None or cached[0] != identity or (gather_again and cached[1] is not None and cached[1].trained):
+            self._gathered_head = (identity, gather_head(parts))
+        assert self._gathered_head is not None
+        return self._gathered_head[1]
 
-    def _fails(self, head: Head, parts: ModelParts, chunk: Chunk, *, together: bool) -> bool:
+    def _formula_fails(self, head: Head, parts: ModelParts, chunk: Chunk, *, together: bool) -> bool:
         identity = (id(parts.causal), id(parts.head))
         with exact_math(head.device):
             verdict = head.agrees(chunk.probe_states, chunk.probe_logits)
-        told = {None: 0, True: 1, False: 2}[verdict]
-        if together:  # one process that cannot trust the formula makes all walk the other way
-            told = largest_of_all(told)
-        if told == 0:
+        status = {None: 0, True: 1, False: 2}[verdict]
+        if together:  # where the formula fails on one process, all use the logits
+            status = largest_of_all(status)
+        if status == 0:
             return False
-        if told == 1:
-            self._checked, self._holds = identity, True
+        if status == 1:
+            self._checked_model, self._formula_holds = identity, True
             return False
-        self._distrust(identity, "its logits are not those of hidden states times head")
+        self._fall_back_to_logits(identity, "its logits are not those of hidden states times head")
         return True
 
-    def _distrust(self, identity: tuple[Any, ...], why: str) -> None:
-        if self._checked == identity and not self._holds:
+    def _fall_back_to_logits(self, identity: tuple[Any, ...], reason: str) -> None:
+        if self._checked_model == identity and not self._formula_holds:
             return
-        self._checked, self._holds = identity, False
+        self._checked_model, self._formula_holds = identity, False
         warnings.warn(
-            f"scores are taken from the model's own logits, one row at a time and more slowly: {why}", stacklevel=4
+            f"scores are taken from the model's own logits, one row at a time and more slowly: {reason}", stacklevel=4
         )
 
     # --- once per version of the weights ------------------------------------------------------------------------------
 
-    def forget(self, head: Head, *, stale: bool) -> None:
+    def drop_stale(self, head: Head, *, stale: bool) -> None:
         """Drop what was derived from another model's head, and, at a new step (`stale`), from weights that training
-        may have moved: version counters do not see all of it."""
-        if self._weight is None or self._weight() is not head.weight:
-            self._weight = weakref.ref(head.weight)
+        may have moved: version counters do not show every change."""
+        if self._head_weight is None or self._head_weight() is not head.weight:
+            self._head_weight = weakref.ref(head.weight)
             self._factor = self._projected = self._gram = self._base_projected = None
         if stale and head.trained:
             self._factor = self._projected = None
@@ -160,7 +162,7 @@ class View:
             self._gram = self._base_projected = None
 
     def factor(self, head: Head) -> Factor:
-        """C of the head (`factorise`), formed again only when the weights are others."""
+        """C of the head (`factorise`), formed again only when the weights differ."""
         if self._factor is None or self._factor[0] != head.key:
             base = self._gram[1] if self._gram is not None and self._gram[0] == head.base_key else None
             factor, base = factorise(head, base)
@@ -168,12 +170,12 @@ class View:
         return self._factor[1]
 
     def projected(self, head: Head, sketch: Sketch) -> torch.Tensor:
-        """Γ₁ W `(d₁, D)`, float64, formed again only when the weights or the sketch are others."""
+        """Γ₁ W `(d₁, D)`, float64, formed again only when the weights or the sketch differ."""
         key = (*head.key, id(sketch), sketch.vocabulary)
         if self._projected is None or self._projected[0] != key:
             base_key = (*head.base_key, id(sketch), sketch.vocabulary)
-            known = self._base_projected
-            base = known[1] if known is not None and known[0] == base_key else None
+            cached = self._base_projected
+            base = cached[1] if cached is not None and cached[0] == base_key else None
             projected, base = head.project(sketch.columns, base)
             self._projected, self._base_projected = (key, projected), (base_key, base)
         return self._projected[1]

@@ -20,10 +20,10 @@ import torch
 
 from ..models.hidden_states import predicting_tokens
 from ..records import RowScores
-from .base import Batch, Measured, ModelScored, one_of
-from .logit_access import View
-from .maxloss import over_labels
-from .per_example.backward import Gradients
+from .base import Batch, Measured, ModelScored, check_choice
+from .logit_access import LogitAccess
+from .maxloss import reduce_over_labels
+from .per_example.backward import PerExampleGradients
 
 
 @dataclass(kw_only=True, eq=False)
@@ -40,34 +40,34 @@ class MaxGrad(ModelScored):
     """`exact`: over all trained weights. `last-layer`: at the logits, summed over label tokens; no backward pass."""
 
     def __post_init__(self) -> None:
-        self._view = View()
-        self._gradients = Gradients()
+        self._logit_access = LogitAccess()
+        self._gradients = PerExampleGradients()
 
     def check(self) -> None:
         super().check()
-        one_of("variant", self.variant, ("exact", "last-layer"))
+        check_choice("variant", self.variant, ("exact", "last-layer"))
 
-    def whole_weights(self) -> bool:
+    def needs_complete_weights(self) -> bool:
         return self.variant == "exact"
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         """Columns `gradient` `(B,)` (float64) and `tokens` `(B,)` (int64, label tokens)."""
-        wanted = predicting_tokens(batch)
+        positions = predicting_tokens(batch)
         if self.variant == "exact":
-            norms = torch.full((len(wanted),), torch.nan, dtype=torch.float64)
+            norms = torch.full((len(positions),), torch.nan, dtype=torch.float64)
             for rows, width in self._gradients.plan(model, batch, self.score_tokens):
-                for part in self._gradients.of(model, batch, rows, width):
+                for part in self._gradients.compute(model, batch, rows, width):
                     norms[part.rows] = part.squares().sqrt()
         else:
-            norms = over_labels(
-                self._view, model, batch, wanted, logit_gradients, torch.sum, score_tokens=self.score_tokens
+            norms = reduce_over_labels(
+                self._logit_access, model, batch, positions, logit_gradients, torch.sum, score_tokens=self.score_tokens
             )
         reasons = {
-            row: "its gradient is not finite" if bool(wanted[row].any()) else "no label tokens to score"
+            row: "its gradient is not finite" if bool(positions[row].any()) else "no label tokens to score"
             for row in (~torch.isfinite(norms)).nonzero().flatten().tolist()
         }
         norms[list(reasons)] = torch.nan
-        return Measured(len(wanted), {"gradient": norms, "tokens": wanted.sum(dim=1)}, reasons)
+        return Measured(len(positions), {"gradient": norms, "tokens": positions.sum(dim=1)}, reasons)
 
     def combine(self, measured: Measured) -> RowScores:
         return RowScores(measured.columns["gradient"], {}, dict(measured.reasons))
@@ -84,17 +84,17 @@ def logit_gradients(blocks: Iterable[tuple[int, int, torch.Tensor]], targets: to
     """
     others: torch.Tensor | None = None
     for start, stop, block in blocks:
-        aim = targets.to(block.device)
+        block_targets = targets.to(block.device)
         if others is None:
             others = torch.full((2, len(block)), -torch.inf, dtype=torch.float64, device=block.device)
-            own = torch.full((len(block),), -torch.inf, dtype=torch.float64, device=block.device)
-        inside = ((aim >= start) & (aim < stop)).nonzero().flatten()
-        place = (inside, aim[inside] - start)
-        own[inside] = block[place].double()
+            target_logit = torch.full((len(block),), -torch.inf, dtype=torch.float64, device=block.device)
+        in_block = ((block_targets >= start) & (block_targets < stop)).nonzero().flatten()
+        place = (in_block, block_targets[in_block] - start)
+        target_logit[in_block] = block[place].double()
         block = block.index_put(place, block.new_tensor(-torch.inf))
         pieces = torch.stack([torch.logsumexp(block, dim=1).double(), torch.logsumexp(2 * block, dim=1).double()])
         others = torch.logaddexp(others, pieces)
     assert others is not None, "a head without a vocabulary"
-    everything = torch.logaddexp(others[0], own)
-    missing = torch.exp(others[0] - everything)  # 1 - p(target)
-    return (missing**2 + torch.exp(others[1] - 2 * everything)).sqrt().cpu()
+    log_normaliser = torch.logaddexp(others[0], target_logit)
+    one_minus_p = torch.exp(others[0] - log_normaliser)  # 1 - p(target)
+    return (one_minus_p**2 + torch.exp(others[1] - 2 * log_normaliser)).sqrt().cpu()

@@ -1,9 +1,9 @@
 """The memory of kept rows' sketches, and a row's mean distance to it (UDS, arXiv 2510.16882, section 3.2).
 
 Higher distance = more novel. First in, first out by default; `reservoir` keeps a uniform sample of all kept rows.
-Cost: M*1024 float64 numbers (8 MB at M = 1024) on the CPU; B*M*1024 operations per batch.
+Cost: M*1024 float64 elements (8 MB at M = 1024) on the CPU; B*M*1024 operations per batch.
 
-Axes: `M` capacity, `B` candidates, `S` numbers of a sketch.
+Axes: `M` capacity, `B` candidates, `S` elements of a sketch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import UserError
 
 
 class Memory:
-    """Sketches of at most M kept rows. `policy` is `fifo` or `reservoir` (seeded by `seed` and the rows seen alone).
+    """Sketches of at most M kept rows. `policy` is `fifo` or `reservoir` (seeded by `seed` and the number of rows pushed).
 
     >>> memory = Memory(1024); memory.push(sketches)
     >>> memory.distances(sketches)
@@ -27,26 +27,26 @@ class Memory:
         self.capacity, self.policy, self.seed = capacity, policy, seed
         self.sketches = torch.empty(0, 0, dtype=torch.float64)
         """`(<= M, S)`; their order is that of the slots, not of time."""
-        self.seen = 0
+        self.pushed = 0
         """Rows ever pushed."""
 
     def __len__(self) -> int:
         return len(self.sketches)
 
     def push(self, sketches: torch.Tensor) -> None:
-        """Take in `(B, S)` sketches in order; the oldest leave (fifo), or chance decides (reservoir)."""
+        """Add `(B, S)` sketches in order; the oldest are replaced (fifo), or random ones (reservoir)."""
         if self.capacity == 0 or len(sketches) == 0:
             return
-        size = min(self.capacity, self.seen + len(sketches))
+        size = min(self.capacity, self.pushed + len(sketches))
         slots = torch.zeros(size, sketches.shape[1], dtype=torch.float64)
         if len(self):
             slots[: len(self)] = self.sketches
         for offset, sketch in enumerate(sketches):
-            slot = self._slot(self.seen + offset)
+            slot = self._slot(self.pushed + offset)
             if slot is not None:
                 slots[slot] = sketch
         self.sketches = slots
-        self.seen += len(sketches)
+        self.pushed += len(sketches)
 
     def distances(self, sketches: torch.Tensor) -> torch.Tensor:
         """Mean Euclidean distance of each of `(B, S)` sketches to the memory, float64 `(B,)`; 0 while it is empty."""
@@ -55,24 +55,24 @@ class Memory:
         return pairwise(sketches, self.sketches).mean(dim=1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sketches": self.sketches.clone(), "seen": self.seen}
+        return {"sketches": self.sketches.clone(), "seen": self.pushed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         sketches = state["sketches"]
         if len(sketches) > self.capacity:
             raise UserError(
-                f"the saved memory holds {len(sketches)} rows and memory={self.capacity} does not; use the same memory"
+                f"the saved memory holds {len(sketches)} rows more than memory={self.capacity}; set memory as it was saved"
             )
-        self.sketches, self.seen = sketches.to("cpu", torch.float64).clone(), int(state["seen"])
+        self.sketches, self.pushed = sketches.to("cpu", torch.float64).clone(), int(state["seen"])
 
-    def _slot(self, number: int) -> int | None:
-        """Where the row that is pushed as the `number`-th (from 0) goes."""
-        if number < self.capacity:
-            return number
+    def _slot(self, index: int) -> int | None:
+        """Where the row that is pushed as the `index`-th (from 0) goes."""
+        if index < self.capacity:
+            return index
         if self.policy == "fifo":
-            return number % self.capacity
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        slot = int(torch.randint(0, number + 1, (1,), generator=generator))
+            return index % self.capacity
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        slot = int(torch.randint(0, index + 1, (1,), generator=generator))
         return slot if slot < self.capacity else None
 
 

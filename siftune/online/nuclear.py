@@ -26,10 +26,10 @@ EXACT_TOLERANCE = 1e-7
 """Relative error of the exact polar route; rows that cannot show it are computed by eigenvalues."""
 RIDGE = 1e-15
 """Share of the trace that the exact polar route adds to the diagonal: a few roundings, so that Cholesky succeeds."""
-GROUP_NUMBERS = 2**23
+GROUP_ELEMENTS = 2**23
 """Elements of the Gram matrices of one group at most (64 MB in float64), unless one row has more."""
 
-How = Literal["eigenvalues", "polar", "fast"]
+NormRoute = Literal["eigenvalues", "polar", "fast"]
 """`eigenvalues` and `polar` are exact, `fast` is to `FAST_TOLERANCE`."""
 
 
@@ -46,26 +46,28 @@ class Norms:
 
 
 class DeviceNorms(NamedTuple):
-    """Norms of R rows where they were computed; reading them is left to the caller, who may have more to launch."""
+    """Norms of R rows where they were computed; the caller reads them, after launching further work."""
 
     nuclear: torch.Tensor
     """Float64 `(R,)`, NaN for a row that is not finite."""
     square: torch.Tensor
     """Square of the Frobenius norm, float64 `(R,)`; the host takes its root, which is correctly rounded there."""
-    shown: torch.Tensor
+    verified: torch.Tensor
     """Bool `(R,)`: false where a polar iteration could not show its accuracy; that row needs `eigenvalues`."""
 
 
-def norms(inputs: torch.Tensor, lengths: Sequence[int], factor: Factor, *, how: How = "eigenvalues") -> list[Norms]:
+def norms(
+    inputs: torch.Tensor, lengths: Sequence[int], factor: Factor, *, route: NormRoute = "eigenvalues"
+) -> list[Norms]:
     """Norms of `inputs @ [W b]ᵀ` row by row: `inputs` is `(R, N, D)`, zeros beyond each row's own length.
 
-    A polar iteration (`how="polar"` or `"fast"`) has eigenvalues behind it for rows that cannot show its tolerance.
+    A polar iteration (`route="polar"` or `"fast"`) falls back to eigenvalues for rows that cannot show its tolerance.
     A row with NaN gives NaN and leaves the others alone.
 
     >>> factor, _ = factorise(head)
     >>> norms(head.inputs(states)[None], [len(states)], factor)[0].nuclear
     """
-    return norms_of_grams(gram_of_rows(inputs, factor), ranks(lengths, factor), how=how)
+    return norms_of_grams(gram_of_rows(inputs, factor), ranks(lengths, factor), route=route)
 
 
 def ranks(lengths: Sequence[int], factor: Factor) -> list[int]:
@@ -100,8 +102,8 @@ def groups(
         yield from ([index] for index in range(len(lengths)))
         return
     group: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if group and not _fits(len(group) + 1, lengths[group[0]], lengths[index], width, tokens):
+    for index in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if group and not _fits_group(len(group) + 1, lengths[group[0]], lengths[index], width, tokens):
             yield group
             group = []
         group.append(index)
@@ -114,12 +116,12 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _fits(count: int, longest: int, length: int, width: int | None, tokens: int) -> bool:
+def _fits_group(count: int, longest: int, length: int, width: int | None, tokens: int) -> bool:
     """Whether a row of this length may join a group, making it `count` rows."""
     side = longest if width is None else min(longest, width)
     same_side = width is None or (longest <= width) == (length <= width)
-    small = count * longest <= tokens and count * side * side <= GROUP_NUMBERS
-    return small and same_side and length >= 0.75 * longest
+    within_limits = count * longest <= tokens and count * side * side <= GROUP_ELEMENTS
+    return within_limits and same_side and length >= 0.75 * longest
 
 
 def gram_of_blocks(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -139,37 +141,39 @@ def gram_of_blocks(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
     return gram.tril() + gram.tril(-1).T
 
 
-def norms_of_grams(grams: torch.Tensor, ranks: Sequence[int], *, how: How = "eigenvalues") -> list[Norms]:
+def norms_of_grams(grams: torch.Tensor, ranks: Sequence[int], *, route: NormRoute = "eigenvalues") -> list[Norms]:
     """Norms of any matrices from their float64 Gram matrices `(R, N, N)`, read by the host.
 
     `ranks` are the largest ranks possible: eigenvalues beyond them belong to the padding and are left out.
     """
-    first = device_norms(grams, ranks, how)
-    nuclear, squares, shown = first.nuclear.tolist(), first.square.tolist(), first.shown.tolist()
-    open_rows = [row for row, fine in enumerate(shown) if not fine]
-    if open_rows:
-        again = device_norms(grams[open_rows], [ranks[row] for row in open_rows], "eigenvalues").nuclear.tolist()
-        for row, value in zip(open_rows, again, strict=True):
+    attempt = device_norms(grams, ranks, route)
+    nuclear, squares, verified = attempt.nuclear.tolist(), attempt.square.tolist(), attempt.verified.tolist()
+    unverified_rows = [row for row, row_verified in enumerate(verified) if not row_verified]
+    if unverified_rows:
+        exact_values = device_norms(
+            grams[unverified_rows], [ranks[row] for row in unverified_rows], "eigenvalues"
+        ).nuclear.tolist()
+        for row, value in zip(unverified_rows, exact_values, strict=True):
             nuclear[row] = value
     return [
-        Norms(value, math.sqrt(square), fell_back=not fine)
-        for value, square, fine in zip(nuclear, squares, shown, strict=True)
+        Norms(value, math.sqrt(square), fell_back=not row_verified)
+        for value, square, row_verified in zip(nuclear, squares, verified, strict=True)
     ]
 
 
-def device_norms(grams: torch.Tensor, ranks: Sequence[int], how: How) -> DeviceNorms:
+def device_norms(grams: torch.Tensor, ranks: Sequence[int], route: NormRoute) -> DeviceNorms:
     """As `norms_of_grams`, left on the device and without a second attempt: `sum sqrt(eigenvalues)` and the trace."""
     squares = grams.diagonal(dim1=1, dim2=2).sum(dim=1)
     finite = torch.isfinite(squares)
-    grams = torch.where(finite[:, None, None], grams, 0.0)  # eigvalsh refuses all rows for the sake of one
-    if how == "eigenvalues":
-        nuclear, shown = eigenvalue_traces(grams, ranks), torch.ones_like(finite)
-    elif how == "polar":
-        nuclear, shown = exact_polar_traces(grams)
+    grams = torch.where(finite[:, None, None], grams, 0.0)  # eigvalsh would raise for every row of the batch
+    if route == "eigenvalues":
+        nuclear, verified = eigenvalue_traces(grams, ranks), torch.ones_like(finite)
+    elif route == "polar":
+        nuclear, verified = exact_polar_traces(grams)
     else:
-        nuclear, shown = polar_traces(grams)
+        nuclear, verified = polar_traces(grams)
     squares = torch.where(finite, squares.clamp_min(0), torch.nan)
-    return DeviceNorms(torch.where(finite, nuclear, torch.nan), squares, shown | ~finite)
+    return DeviceNorms(torch.where(finite, nuclear, torch.nan), squares, verified | ~finite)
 
 
 def eigenvalue_traces(grams: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
@@ -206,14 +210,14 @@ def exact_polar_traces(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     eye = torch.eye(size, dtype=grams.dtype, device=grams.device)
     inverses = torch.linalg.solve_triangular(factor, polar, upper=False).diagonal(dim1=1, dim2=2)
     added = ridge / scale.square() * inverses.where(live, 0.0).sum(dim=1)
-    shown = (
+    verified = (
         (info == 0)
         & torch.isfinite(value)
         & ((polar @ polar.mT - eye).norm(dim=(1, 2)) <= 0.1 * EXACT_TOLERANCE)
         & ((root - root.mT).norm(dim=(1, 2)) <= 0.01 * EXACT_TOLERANCE * root.norm(dim=(1, 2)))
         & (added.abs() <= 0.5 * EXACT_TOLERANCE * value)
     )
-    return value * scale, shown
+    return value * scale, verified
 
 
 def polar_traces(
@@ -238,7 +242,7 @@ def polar_traces(
     polar = 1.5 * polar - 0.5 * (polar @ polar.mT @ polar)
     value = (polar * factor).sum(dim=(1, 2), dtype=torch.float64)
     root, square = polar.mT @ factor, factor.mT @ factor
-    sound = (
+    verified = (
         (info == 0)
         & torch.isfinite(value * scale)
         & ((value - before).abs() <= 0.2 * FAST_TOLERANCE * value)
@@ -246,7 +250,7 @@ def polar_traces(
         & (size * ridge.sqrt() <= 0.5 * FAST_TOLERANCE * value * scale)
         & ((polar @ polar.mT).norm(dim=(1, 2)) <= math.sqrt(size) * (1 + 1e-3))
     )
-    return value * scale, sound
+    return value * scale, verified
 
 
 def _polar_factor(factor: torch.Tensor, smallest: float) -> torch.Tensor:

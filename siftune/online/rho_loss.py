@@ -27,10 +27,10 @@ from .base import Batch, Measured, ModelScored
 from .maxloss import MaxLoss
 from .token_id import token_ids
 
-REMAKE = "make the table again with siftune.reference_losses(trainer, ref_model)"
+RECREATE_TABLE = "make the table again with siftune.reference_losses(trainer, ref_model)"
 
 Table = Mapping[bytes, float]
-TABLES = (".parquet", ".safetensors")
+TABLE_SUFFIXES = (".parquet", ".safetensors")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,7 +38,7 @@ class RhoLoss(ModelScored):
     """Keeps the K candidates with the largest reducible loss.
 
     >>> RhoLoss(keep=2, reference=held_out_model).select(model, batch).scores.irreducible
-    >>> RhoLoss(keep=2, reference="reference.parquet")          # made by siftune.reference_losses
+    >>> RhoLoss(keep=2, reference="reference.parquet")          # written by siftune.reference_losses
     """
 
     name: ClassVar[str] = "rho-loss"
@@ -48,11 +48,11 @@ class RhoLoss(ModelScored):
     (`.parquet`, `.safetensors`), or a mapping from `token_id` (bytes or hex) to the loss."""
 
     def __post_init__(self) -> None:
-        self._ours, self._theirs = MaxLoss(keep=self.keep), MaxLoss(keep=self.keep)
-        self._model: torch.nn.Module | None = None
+        self._model_loss, self._reference_loss = MaxLoss(keep=self.keep), MaxLoss(keep=self.keep)
+        self._reference_model: torch.nn.Module | None = None
         self._table: Table | None = None
-        self._met = False
-        """Whether any candidate was found in the table yet."""
+        self._any_row_in_table = False
+        """Whether any candidate was in the table so far."""
 
     def check(self) -> None:
         super().check()
@@ -66,51 +66,53 @@ class RhoLoss(ModelScored):
     def check_files(self) -> None:
         if not isinstance(self.reference, (str, Path)):
             return
-        if Path(self.reference).suffix not in TABLES:
+        if Path(self.reference).suffix not in TABLE_SUFFIXES:
             find_folder(str(self.reference), None)
         elif not Path(self.reference).is_file():
             raise UserError(f"reference={str(self.reference)!r} does not exist; make it with siftune score-reference")
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         """Columns `loss`, `irreducible` `(B,)` (float64) and `tokens` `(B,)` (int64, label tokens)."""
-        self._ours.score_tokens = self._theirs.score_tokens = self.score_tokens
-        measured = self._ours.measure(model, batch)
+        self._model_loss.score_tokens = self._reference_loss.score_tokens = self.score_tokens
+        measured = self._model_loss.measure(model, batch)
         loss, reasons = measured.columns["loss"].clone(), dict(measured.reasons)
-        self._load(next(model.parameters()).device)
-        if self._model is not None:
-            theirs = self._theirs.measure(self._model, batch)
-            irreducible, lacking = theirs.columns["loss"].clone(), dict(theirs.reasons)
-            lacking = {row: f"under the reference model {reason}" for row, reason in lacking.items()}
+        self._load_reference(next(model.parameters()).device)
+        if self._reference_model is not None:
+            reference = self._reference_loss.measure(self._reference_model, batch)
+            irreducible, reference_reasons = reference.columns["loss"].clone(), dict(reference.reasons)
+            reference_reasons = {
+                row: f"under the reference model {reason}" for row, reason in reference_reasons.items()
+            }
         else:
-            irreducible, lacking = self._looked_up(batch)
-        reasons = {**lacking, **reasons}
+            irreducible, reference_reasons = self._from_table(batch)
+        reasons = {**reference_reasons, **reasons}
         loss[list(reasons)] = torch.nan
         irreducible[list(reasons)] = torch.nan
         columns = {"loss": loss, "irreducible": irreducible, "tokens": measured.columns["tokens"]}
         return Measured(measured.rows, columns, dict(sorted(reasons.items())))
 
-    def _looked_up(self, batch: Batch) -> tuple[torch.Tensor, dict[int, str]]:
+    def _from_table(self, batch: Batch) -> tuple[torch.Tensor, dict[int, str]]:
         assert self._table is not None
-        found = [self._table.get(digest) for digest in token_ids(batch)]
-        self._met |= any(value is not None for value in found)
-        if not self._met:
+        losses = [self._table.get(digest) for digest in token_ids(batch)]
+        self._any_row_in_table |= any(value is not None for value in losses)
+        if not self._any_row_in_table:
             raise UserError(
-                f"none of {len(found)} candidates is among the {len(self._table)} rows of the reference table; make it "
+                f"none of {len(losses)} candidates is among the {len(self._table)} rows of the reference table; make it "
                 "with this trainer's own data, tokenizer and max_length (siftune.reference_losses)"
             )
-        missing = {row: "the reference table lacks it" for row, value in enumerate(found) if value is None}
-        values = torch.tensor([torch.nan if value is None else value for value in found], dtype=torch.float64)
-        empty = {row: "the reference table holds no loss for it" for row, value in enumerate(found) if value != value}
+        missing = {row: "the reference table has no row for it" for row, value in enumerate(losses) if value is None}
+        values = torch.tensor([torch.nan if value is None else value for value in losses], dtype=torch.float64)
+        empty = {row: "the reference table holds no loss for it" for row, value in enumerate(losses) if value != value}
         return values, {**missing, **empty}
 
-    def _load(self, device: torch.device) -> None:
-        if self._model is not None or self._table is not None:
+    def _load_reference(self, device: torch.device) -> None:
+        if self._reference_model is not None or self._table is not None:
             return
         if isinstance(self.reference, torch.nn.Module):
-            self._model = self.reference
+            self._reference_model = self.reference
         elif isinstance(self.reference, Mapping):
             self._table = {_digest(name): float(loss) for name, loss in self.reference.items()}
-        elif Path(self.reference).suffix in TABLES:
+        elif Path(self.reference).suffix in TABLE_SUFFIXES:
             self._table = read_table(Path(self.reference))
         else:
             from transformers import AutoModelForCausalLM
@@ -119,7 +121,7 @@ class RhoLoss(ModelScored):
                 f"reference={str(self.reference)!r} could not be loaded",
                 lambda: AutoModelForCausalLM.from_pretrained(str(self.reference), dtype="auto", use_safetensors=True),
             )
-            self._model = loaded.to(device).eval().requires_grad_(False)
+            self._reference_model = loaded.to(device).eval().requires_grad_(False)
 
     def combine(self, measured: Measured) -> RowScores:
         loss, irreducible = measured.columns["loss"], measured.columns["irreducible"]
@@ -141,19 +143,19 @@ def read_table(path: Path) -> Table:
         from safetensors.torch import load_file
 
         tensors = loading(f"the reference table {path} cannot be read", lambda: load_file(path))
-        _expect(path, set(tensors))
+        _check_columns(path, set(tensors))
         names = tensors["token_id"].contiguous().numpy().tobytes()
         return {names[16 * at : 16 * at + 16]: float(loss) for at, loss in enumerate(tensors["loss"].tolist())}
     from ..data.checked_parquet import read_checked
 
-    table = read_checked(path, way_out=REMAKE)
-    _expect(path, set(table.column_names))
+    table = read_checked(path, way_out=RECREATE_TABLE)
+    _check_columns(path, set(table.column_names))
     columns = table.select(["token_id", "loss"]).to_pydict()
     pairs = zip(columns["token_id"], columns["loss"], strict=True)
     return {_digest(name): float("nan") if loss is None else loss for name, loss in pairs}
 
 
-def _expect(path: Path, names: set[str]) -> None:
+def _check_columns(path: Path, names: set[str]) -> None:
     if not {"token_id", "loss"} <= names:
         raise UserError(f"{path} holds {', '.join(sorted(names))}, and a reference table has token_id and loss")
 

@@ -18,8 +18,8 @@ import torch
 
 from . import nuclear
 
-Exact = Literal["eigenvalues", "polar"]
-EXACT: tuple[Exact, ...] = ("eigenvalues", "polar")
+ExactRouteName = Literal["eigenvalues", "polar"]
+EXACT_ROUTES: tuple[ExactRouteName, ...] = ("eigenvalues", "polar")
 
 
 def device_clock(device: torch.device) -> float:
@@ -31,55 +31,55 @@ def device_clock(device: torch.device) -> float:
 
 @dataclass
 class ExactRoute:
-    """The route, decided at the first call of `on`, and again where the head is on another device by then.
+    """The route, decided at the first call of `choose`, and again where the head is on another device by then.
 
     >>> route = ExactRoute("auto")
-    >>> route.on(torch.device("cpu"), lambda name: None)
+    >>> route.choose(torch.device("cpu"), lambda name: None)
     'eigenvalues'
     """
 
     requested: Literal["auto", "eigenvalues", "polar"] = "auto"
     clock: Callable[[torch.device], float] = device_clock
-    chosen: Exact | None = None
+    chosen: ExactRouteName | None = None
     """What runs, once that is known."""
-    seconds: dict[Exact, float] = field(default_factory=dict)
+    seconds: dict[ExactRouteName, float] = field(default_factory=dict)
     """Time of each route on the first batch; empty where none was timed."""
-    at: torch.device | None = None
+    decided_for: torch.device | None = None
     """The device that it was decided for."""
 
-    def on(self, device: torch.device, trial: Callable[[Exact], object]) -> Exact:
+    def choose(self, device: torch.device, trial: Callable[[ExactRouteName], object]) -> ExactRouteName:
         """The route for this device; `trial(route)` computes the first batch's norms and is called only to time them."""
-        if self.chosen is None or device != self.at:
+        if self.chosen is None or device != self.decided_for:
             self.seconds = {}
-            self.chosen, self.at = self._decide(device, trial), device
+            self.chosen, self.decided_for = self._decide(device, trial), device
         return self.chosen
 
     def describe(self) -> str:
         """One sentence on the choice and its reason; empty before the first batch."""
-        if self.chosen is None or self.at is None:
+        if self.chosen is None or self.decided_for is None:
             return ""
-        chosen = f"{self.chosen} on {_name(self.at)}"
+        description = f"{self.chosen} on {_device_name(self.decided_for)}"
         if self.seconds:
-            times = ", ".join(f"{route} {1000 * taken:.1f} ms" for route, taken in self.seconds.items())
-            return f"{chosen}, the faster one on the first batch ({times})"
+            times = ", ".join(f"{route} {1000 * duration:.1f} ms" for route, duration in self.seconds.items())
+            return f"{description}, the faster one on the first batch ({times})"
         if self.requested != "auto":
-            return f"{chosen}, set by route={self.requested!r}"
-        return chosen
+            return f"{description}, set by route={self.requested!r}"
+        return description
 
-    def _decide(self, device: torch.device, trial: Callable[[Exact], object]) -> Exact:
+    def _decide(self, device: torch.device, trial: Callable[[ExactRouteName], object]) -> ExactRouteName:
         if self.requested != "auto":
             return self.requested
         if not nuclear.is_accelerator(device):
             return "eigenvalues"
-        self.seconds = seconds = {route: self._time(device, route, trial) for route in EXACT}
-        return min(EXACT, key=lambda route: seconds[route])
+        self.seconds = seconds = {route: self._time(device, route, trial) for route in EXACT_ROUTES}
+        return min(EXACT_ROUTES, key=lambda route: seconds[route])
 
-    def _time(self, device: torch.device, route: Exact, trial: Callable[[Exact], object]) -> float:
+    def _time(self, device: torch.device, route: ExactRouteName, trial: Callable[[ExactRouteName], object]) -> float:
         trial(route)  # libraries load and choose their kernels
         start = self.clock(device)
         trial(route)
         return self.clock(device) - start
 
 
-def _name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

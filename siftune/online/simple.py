@@ -69,8 +69,8 @@ class Random(OnlineMethod):
         return Measured(rows_of(batch))
 
     def combine(self, measured: Measured) -> RowScores:
-        # A generator made afresh from (seed, selections so far): scoring twice gives the same numbers, and no
-        # generator state has to travel with a checkpoint.
+        # A new generator from (seed, selections so far): scoring twice gives the same numbers, and no
+        # generator state has to be stored in a checkpoint.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self._selections) % 2**63)
         return RowScores(torch.rand(measured.rows, dtype=torch.float64, generator=generator))
 

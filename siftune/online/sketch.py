@@ -56,14 +56,14 @@ class Sketch(tuple[int, int]):
     paper: bool
     _signs: Signs | None
     _indices: Indices | None
-    _time: torch.Tensor | None
-    _moved: torch.Tensor | None
+    _time_columns: torch.Tensor | None
+    _time_on_device: torch.Tensor | None
     _block: torch.Tensor | None
 
     def __new__(cls, shape: Iterable[int], *, seed: int = 0, paper: bool = False) -> Sketch:
         self = super().__new__(cls, shape)  # type: ignore[arg-type]
         self.seed, self.paper = seed, paper
-        self._signs = self._indices = self._time = self._moved = self._block = None
+        self._signs = self._indices = self._time_columns = self._time_on_device = self._block = None
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -77,14 +77,14 @@ class Sketch(tuple[int, int]):
     @property
     def signs(self) -> Signs:
         """Raises `UserError` before a vocabulary is known."""
-        self._bound()
+        self._check_bound()
         assert self._signs is not None
         return self._signs
 
     @property
     def indices(self) -> Indices:
         """Raises `UserError` before a vocabulary is known."""
-        self._bound()
+        self._check_bound()
         assert self._indices is not None
         return self._indices
 
@@ -106,7 +106,7 @@ class Sketch(tuple[int, int]):
         second = self._draw(PERIOD, self[1], generator)
         self._signs = Signs(signs, self.time_signs(PERIOD))
         self._indices = Indices(first, second)
-        self._time = self._moved = self._block = None
+        self._time_columns = self._time_on_device = self._block = None
 
     def time_signs(self, length: int) -> torch.Tensor:
         """Signs of the positions `0 .. length - 1`: a longer row's begin with a shorter row's. `(length,)`."""
@@ -116,22 +116,22 @@ class Sketch(tuple[int, int]):
 
     def columns(self, start: int, stop: int) -> torch.Tensor:
         """Columns `start .. stop - 1` of Γ₁, float64 `(d₁, stop - start)`."""
-        # cos(a + b) from the angles of a block that starts at 0 and of `start`: a block costs a few multiplications
-        first = self._angles(torch.arange(start, start + 1))
+        # cos(a + b) from the angles of a block that starts at 0 and of `start`: a few multiplications per block
+        offset = self._angles(torch.arange(start, start + 1))
         block = self._block
         if block is None or block.shape[2] < stop - start:
             block = self._block = self._angles(torch.arange(stop - start))
         cosines, sines = block[:, :, : stop - start]
-        turned: torch.Tensor = cosines * first[0] - sines * first[1]
-        return turned.mul_(self.signs.vocabulary[start:stop] * self.scales[0])
+        cosine_columns: torch.Tensor = cosines * offset[0] - sines * offset[1]
+        return cosine_columns.mul_(self.signs.vocabulary[start:stop] * self.scales[0])
 
     def rows(self, length: int) -> torch.Tensor:
         """The first `length` columns of Γ₂, float64 `(d₂, length)`; position t is the row's t-th real token."""
-        if self._time is None or self._time.shape[1] < length:
+        if self._time_columns is None or self._time_columns.shape[1] < length:
             size = max(PERIOD, length)
             turns = self.indices.time[:, None] * torch.arange(size) % PERIOD
-            self._time = _cosines(PERIOD)[turns] * self.time_signs(size) * self.scales[1]
-        return self._time[:, :length]
+            self._time_columns = _cosines(PERIOD)[turns] * self.time_signs(size) * self.scales[1]
+        return self._time_columns[:, :length]
 
     def apply(self, inputs: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Sketches of rows: `inputs` `(R, N, D)`, zeros beyond a row's length, `projected` = Γ₁ W `(d₁, D)`.
@@ -146,10 +146,14 @@ class Sketch(tuple[int, int]):
         rows = self.rows(length)
         if rows.device == device:
             return rows
-        if self._moved is None or self._moved.device != device or self._moved.shape[1] < length:
-            assert self._time is not None
-            self._moved = self._time.to(device)
-        return self._moved[:, :length]
+        if (
+            self._time_on_device is None
+            or self._time_on_device.device != device
+            or self._time_on_device.shape[1] < length
+        ):
+            assert self._time_columns is not None
+            self._time_on_device = self._time_columns.to(device)
+        return self._time_on_device[:, :length]
 
     def _draw(self, size: int, count: int, generator: torch.Generator) -> torch.Tensor:
         """`count` frequencies. k and size - k have the same cosines, so half of them (less 0) are distinct."""
@@ -166,10 +170,10 @@ class Sketch(tuple[int, int]):
         turns = (self.indices.vocabulary[:, None] * positions % size).double() * (2 * math.pi / size)
         return torch.stack([turns.cos(), turns.sin()])
 
-    def _bound(self) -> None:
+    def _check_bound(self) -> None:
         if self._signs is None:
             raise UserError(
-                "the sketch's signs and indices depend on the vocabulary, which no batch has told yet; "
+                "the sketch's signs and indices depend on the vocabulary, which is unknown before the first batch; "
                 "score a batch first, or call sketch.bind(vocabulary)"
             )
 

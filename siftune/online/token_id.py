@@ -1,7 +1,7 @@
 """`token_id`: the name of a row by what the model sees of it, blake2b-128 of its real input ids and its label mask.
 
-A row of a packed batch has the name that it has alone. Padding is removed, so it does not depend on the batch, the epoch or the worker a row came in. An id column would not
-do: trainers drop it before the collator. Cost: one hash a row.
+A row of a packed batch has the name that it has alone. Padding is removed, so it does not depend on the batch, the epoch
+or the worker that a row came from. An id column is no alternative: trainers drop it before the collator. Cost: one hash a row.
 
 Shapes: `B` rows of a batch, `T` columns.
 """
@@ -35,17 +35,19 @@ def token_ids(batch: Batch) -> list[bytes]:
     layout = layout_of(batch)
     if layout.packed:
         return [_digest(*_segment(columns[:2, line, start:stop])) for line, start, stop in layout.spans]
-    return [_digest(row_ids[kept != 0], learnt[kept != 0]) for row_ids, learnt, kept in zip(*columns, strict=True)]
+    return [
+        _digest(row_ids[kept != 0], label_mask[kept != 0]) for row_ids, label_mask, kept in zip(*columns, strict=True)
+    ]
 
 
 def _segment(columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ids and label mask of a segment, whose first token is a label in no row's own loss."""
-    ids, learnt = columns[0], columns[1].copy()
-    learnt[0] = 0
-    return ids, learnt
+    ids, label_mask = columns[0], columns[1].copy()
+    label_mask[0] = 0
+    return ids, label_mask
 
 
-def _digest(ids: NDArray[np.int64], learnt: NDArray[np.int64]) -> bytes:
+def _digest(ids: NDArray[np.int64], label_mask: NDArray[np.int64]) -> bytes:
     digest = blake2b(ids.astype("<i8").tobytes(), digest_size=16)
-    digest.update(learnt.astype(np.uint8).tobytes())
+    digest.update(label_mask.astype(np.uint8).tobytes())
     return digest.digest()

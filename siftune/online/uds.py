@@ -7,7 +7,7 @@
 Logits are never formed (siftune.online.nuclear, siftune.online.sketch); padding never enters a score.
 Cost: one forward of the backbone, and about 1 % of it for the scores of a frozen head.
 
-Axes: `B` candidates, `N` tokens of a row, `V` vocabulary, `S` = d₁·d₂ numbers of a sketch.
+Axes: `B` candidates, `N` tokens of a row, `V` vocabulary, `S` = d₁·d₂ elements of a sketch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..errors import UserError
 from ..models.head import Factor, Head
 from ..models.hidden_states import exact_math, predicting_tokens, real_tokens
 from ..records import RowScores
-from .base import Batch, Measured, ModelScored, at_least, one_of
-from .collected import Collected, Columns, Entry
-from .logit_access import Seen, View
+from .base import Batch, Measured, ModelScored, check_choice, check_minimum
+from .collected import DeviceMeasurements, MeasuredColumns, RowEntry
+from .logit_access import HeadInputs, LogitAccess
 from .memory import Memory, pairwise
 from .nuclear import (
-    How,
+    NormRoute,
     Norms,
     device_norms,
     gram_of_blocks,
@@ -41,12 +41,12 @@ from .nuclear import (
     norms_of_grams,
     ranks,
 )
-from .route import EXACT, Exact, ExactRoute
+from .route import EXACT_ROUTES, ExactRoute, ExactRouteName
 from .sketch import Sketch
 
 PAPER_ALPHA = 1.5e-3
 """α of the authors' training script."""
-FORGET = 0.99
+SPREAD_DECAY = 0.99
 """Weight that the running spreads of `alpha="auto"` keep per selection: a memory of about 100 selections."""
 
 
@@ -62,7 +62,7 @@ class UDS(ModelScored):
 
     alpha: float | Literal["auto"] = "auto"
     """Weight of `inter`, >= 0. `auto` is the ratio of the two terms' running spreads among candidates that were
-    compared with each other; with `compat="paper"` it stands for the authors' 1.5e-3."""
+    compared with each other; with `compat="paper"` it is the authors' 1.5e-3."""
     memory: int = 1024
     """Kept rows that are remembered (the paper's M); 0 turns the memory off."""
     sketch: tuple[int, int] = (128, 8)
@@ -97,138 +97,149 @@ class UDS(ModelScored):
     relative standard error is the part `intra_error`. None is exact at every length."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.sketch, (tuple, list)):  # equal to what was given, and able to show its draw
+        if isinstance(self.sketch, (tuple, list)):  # equal to the tuple, with the signs and indices of its draw
             self.sketch = Sketch(self.sketch, seed=self.seed, paper=self.compat == "paper")
         self._memory = Memory(self.memory, policy=self.memory_policy, seed=self.seed)
-        self._view = View()
-        self._exact = ExactRoute(self.route)
+        self._logit_access = LogitAccess()
+        self._exact_route = ExactRoute(self.route)
         self._spread_intra = 0.0
         self._spread_inter = 0.0
 
     def check(self) -> None:
         super().check()
         if self.alpha != "auto":
-            at_least("alpha", self.alpha, 0.0)
-        at_least("memory", self.memory, 0)
+            check_minimum("alpha", self.alpha, 0.0)
+        check_minimum("memory", self.memory, 0)
         if not isinstance(self.sketch, Sketch) or len(self.sketch) != 2:
             raise UserError(f"sketch={self.sketch!r} must be two numbers, such as (128, 8)")
         for side in self.sketch:
-            at_least("sketch", side, 1)
+            check_minimum("sketch", side, 1)
         if isinstance(self.norm, str):
-            one_of("norm", self.norm, ("nuclear", "frobenius", "blend"))
+            check_choice("norm", self.norm, ("nuclear", "frobenius", "blend"))
         elif isinstance(self.norm, bool) or not 0 <= self.norm <= 1:
             raise UserError(f"norm={self.norm!r} must be nuclear, frobenius, blend or the nuclear share in [0, 1]")
-        one_of("tokens", self.tokens, ("all", "answer"))
+        check_choice("tokens", self.tokens, ("all", "answer"))
         if self.compat is not None:
-            one_of("compat", self.compat, ("paper",))
-        at_least("within", self.within, 0.0)
+            check_choice("compat", self.compat, ("paper",))
+        check_minimum("within", self.within, 0.0)
         if not 0 <= self.apart <= 1:
             raise UserError(f"apart={self.apart!r} must be a share of a sketch's length in [0, 1]")
-        one_of("length_norm", self.length_norm, ("none", "sqrt", "tokens"))
-        one_of("precision", self.precision, ("exact", "fast"))
-        one_of("route", self.route, ("auto", *EXACT))
+        check_choice("length_norm", self.length_norm, ("none", "sqrt", "tokens"))
+        check_choice("precision", self.precision, ("exact", "fast"))
+        check_choice("route", self.route, ("auto", *EXACT_ROUTES))
         if self.precision == "fast" and self.route != "auto":
             raise UserError(
                 f"route={self.route!r} is for precision='exact', and precision is 'fast'; remove one of them"
             )
-        one_of("memory_policy", self.memory_policy, ("fifo", "reservoir"))
+        check_choice("memory_policy", self.memory_policy, ("fifo", "reservoir"))
         if self.lanczos_above is not None:
-            at_least("lanczos_above", self.lanczos_above, 1)
+            check_minimum("lanczos_above", self.lanczos_above, 1)
 
     # --- measure ------------------------------------------------------------------------------------------------------
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
-        """Columns `intra` `(B,)`, `sketch` `(B, S)` (float64), `tokens` `(B,)` (int64), `intra_error` where asked."""
-        wanted = real_tokens(batch)
+        """Columns `intra` `(B,)`, `sketch` `(B, S)` (float64), `tokens` `(B,)` (int64), `intra_error` with `lanczos_above`."""
+        positions = real_tokens(batch)
         if self.tokens == "answer":
-            wanted &= predicting_tokens(batch)
-        collected = Collected()
-        fresh, self._moved = self._moved, False
+            positions &= predicting_tokens(batch)
+        measurements = DeviceMeasurements()
+        gather_again, self._head_stale = self._head_stale, False
         device = torch.device("cpu")
-        for seen in self._view.rows(model, batch, wanted, score_tokens=self.score_tokens, fresh=fresh):
-            self._bind(seen.vocabulary)
-            if seen.head is not None:
-                self._view.forget(seen.head, stale=self._stale)
-                self._stale = False
-            device = seen.device
+        for head_inputs in self._logit_access.rows(
+            model, batch, positions, score_tokens=self.score_tokens, gather_again=gather_again
+        ):
+            self._bind_sketch(head_inputs.vocabulary)
+            if head_inputs.head is not None:
+                self._logit_access.drop_stale(head_inputs.head, stale=self._derived_stale)
+                self._derived_stale = False
+            device = head_inputs.device
             with exact_math(device):
-                if seen.head is not None and seen.head.cap is None:
-                    self._measure_linear(seen, seen.head, collected)
+                if head_inputs.head is not None and head_inputs.head.cap is None:
+                    self._measure_linear(head_inputs, head_inputs.head, measurements)
                 else:
-                    self._measure_blocks(seen, collected)
+                    self._measure_blocks(head_inputs, measurements)
         with exact_math(device):  # rows that have to be computed again
-            result = self._columns(collected, wanted)
-        columns = {"intra": result.intra, "sketch": result.sketch, "tokens": wanted.sum(dim=1)}
+            result = self._read_columns(measurements, positions)
+        columns = {"intra": result.intra, "sketch": result.sketch, "tokens": positions.sum(dim=1)}
         if self.lanczos_above is not None:
             columns["intra_error"] = result.error
-        return Measured(len(wanted), columns, result.reasons)
+        return Measured(len(positions), columns, result.reasons)
 
-    def _measure_linear(self, seen: Seen, head: Head, collected: Collected) -> None:
-        factor = self._view.factor(head)
-        projected = self._view.projected(head, self._sketch) * head.multiplier
-        lengths = [len(inputs) for inputs in seen.inputs]
+    def _measure_linear(self, head_inputs: HeadInputs, head: Head, measurements: DeviceMeasurements) -> None:
+        factor = self._logit_access.factor(head)
+        projected = self._logit_access.projected(head, self._sketch) * head.multiplier
+        lengths = [len(inputs) for inputs in head_inputs.inputs]
         long = [index for index, length in enumerate(lengths) if length > (self.lanczos_above or math.inf)]
         short = [index for index in range(len(lengths)) if index not in set(long)]
-        parts = groups([lengths[index] for index in short], head.device, width=head.width)
-        grouped = [[short[place] for place in group] for group in parts]
+        short_groups = groups([lengths[index] for index in short], head.device, width=head.width)
+        grouped = [[short[position] for position in group] for group in short_groups]
 
         def padded(group: list[int]) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([seen.inputs[index] for index in group], batch_first=True)
+            return torch.nn.utils.rnn.pad_sequence([head_inputs.inputs[index] for index in group], batch_first=True)
 
-        def entry(index: int, **known: Any) -> Entry:
-            return Entry(seen.rows[index], lengths[index], abs(head.multiplier), **known)
+        def entry(index: int, **host_norms: Any) -> RowEntry:
+            return RowEntry(head_inputs.rows[index], lengths[index], abs(head.multiplier), **host_norms)
 
-        def trial(route: Exact) -> None:
+        def trial(route: ExactRouteName) -> None:
             for group in grouped:
-                norms(padded(group), [lengths[index] for index in group], factor, how=route)
+                norms(padded(group), [lengths[index] for index in group], factor, route=route)
 
         for index in long:
-            inputs = seen.inputs[index]
-            known = lanczos_norms(inputs, factor, seed=self.seed)
-            collected.add_known(entry(index, known=known), self._sketch.apply(inputs[None], projected))
+            inputs = head_inputs.inputs[index]
+            host_norms = lanczos_norms(inputs, factor, seed=self.seed)
+            measurements.add_host_norms(
+                entry(index, host_norms=host_norms), self._sketch.apply(inputs[None], projected)
+            )
         for group in grouped:
-            how = self._how(head.device, trial)
+            route = self._norm_route(head.device, trial)
             inputs = padded(group)
-            retries = [None if how == "eigenvalues" else _by_eigenvalues(seen.inputs[index], factor) for index in group]
-            local = device_norms(gram_of_rows(inputs, factor), ranks([lengths[index] for index in group], factor), how)
-            entries = [entry(index, again=again) for index, again in zip(group, retries, strict=True)]
-            collected.add(entries, local, self._sketch.apply(inputs, projected))
+            retries = [
+                None if route == "eigenvalues" else _by_eigenvalues(head_inputs.inputs[index], factor)
+                for index in group
+            ]
+            device_values = device_norms(
+                gram_of_rows(inputs, factor), ranks([lengths[index] for index in group], factor), route
+            )
+            entries = [entry(index, retry=retry) for index, retry in zip(group, retries, strict=True)]
+            measurements.add(entries, device_values, self._sketch.apply(inputs, projected))
 
-    def _measure_blocks(self, seen: Seen, collected: Collected) -> None:
-        """A capped head, or the model's own logits: the vocabulary is walked once, in blocks."""
-        for index, row in enumerate(seen.rows):
+    def _measure_blocks(self, head_inputs: HeadInputs, measurements: DeviceMeasurements) -> None:
+        """A capped head, or the model's own logits: one pass over the vocabulary, in blocks."""
+        for index, row in enumerate(head_inputs.rows):
             sketch = torch.zeros(1, dtype=torch.float64)
 
-            def walked(index: int = index) -> Any:
+            def sketched_blocks(index: int = index) -> Any:
                 nonlocal sketch
-                for start, stop, block in seen.blocks(index):
+                for start, stop, block in head_inputs.blocks(index):
                     block = block.double()  # once, for both products
                     time = self._sketch.rows(len(block)).to(block.device)
                     columns = self._sketch.columns(start, stop).to(block.device)
                     sketch = sketch.to(block.device) + (time @ block) @ columns.T
                     yield block
 
-            grams = gram_of_blocks(walked())[None]
+            grams = gram_of_blocks(sketched_blocks())[None]
             size = grams.shape[1]
 
-            def trial(route: How, grams: torch.Tensor = grams, size: int = size) -> float:
-                return norms_of_grams(grams, [size], how=route)[0].nuclear
+            def trial(route: NormRoute, grams: torch.Tensor = grams, size: int = size) -> float:
+                return norms_of_grams(grams, [size], route=route)[0].nuclear
 
-            how = self._how(grams.device, trial)
-            again = None if how == "eigenvalues" else partial(trial, "eigenvalues")
-            collected.add([Entry(row, size, 1.0, again)], device_norms(grams, [size], how), sketch.flatten()[None])
+            route = self._norm_route(grams.device, trial)
+            retry = None if route == "eigenvalues" else partial(trial, "eigenvalues")
+            measurements.add(
+                [RowEntry(row, size, 1.0, retry)], device_norms(grams, [size], route), sketch.flatten()[None]
+            )
 
-    def _how(self, device: torch.device, trial: Callable[[Exact], object]) -> How:
+    def _norm_route(self, device: torch.device, trial: Callable[[ExactRouteName], object]) -> NormRoute:
         """The way to nuclear norms on this device; `trial` computes some of them by a given exact route."""
-        return "fast" if self.precision == "fast" else self._exact.on(device, trial)
+        return "fast" if self.precision == "fast" else self._exact_route.choose(device, trial)
 
-    def _columns(self, collected: Collected, wanted: torch.Tensor) -> Columns:
+    def _read_columns(self, measurements: DeviceMeasurements, positions: torch.Tensor) -> MeasuredColumns:
         """Everything measured, read from the device."""
-        result = Columns(len(wanted), self.sketch[0] * self.sketch[1])
-        for entry, norm, sketch in collected.read():
+        result = MeasuredColumns(len(positions), self.sketch[0] * self.sketch[1])
+        for entry, norm, sketch in measurements.read():
             result.put(entry.row, self._intra(norm, entry.tokens, entry.multiplier), norm, sketch)
-        what = "real" if self.tokens == "all" else "answer"
-        result.close(wanted, f"no {what} tokens to score")
+        kind = "real" if self.tokens == "all" else "answer"
+        result.close(positions, f"no {kind} tokens to score")
         return result
 
     def _intra(self, norm: Norms, tokens: int, multiplier: float) -> float:
@@ -241,7 +252,7 @@ class UDS(ModelScored):
         return value / {"none": 1.0, "sqrt": math.sqrt(tokens), "tokens": tokens}[self.length_norm]
 
     def provenance(self) -> dict[str, str]:
-        return {"exact_route": route} if (route := self._exact.describe()) else {}
+        return {"exact_route": route} if (route := self._exact_route.describe()) else {}
 
     # --- combine, choose, commit --------------------------------------------------------------------------------------
 
@@ -253,7 +264,7 @@ class UDS(ModelScored):
         return replace(measured, columns={**measured.columns, "novelty": novelty})
 
     def combine(self, measured: Measured) -> RowScores:
-        """Parts `intra`, `inter`, `alpha` (the α in use, the same for all rows) and `intra_error` where asked."""
+        """Parts `intra`, `inter`, `alpha` (the α in use, the same for all rows) and `intra_error` with `lanczos_above`."""
         measured = self.compare(measured)
         intra, sketch = measured.columns["intra"], measured.columns["sketch"]
         inter = measured.columns["novelty"] + self._within(sketch)
@@ -264,20 +275,20 @@ class UDS(ModelScored):
         return RowScores(intra + alpha * inter, parts, dict(measured.reasons))
 
     def choose(self, scores: RowScores, measured: Measured, count: int) -> torch.Tensor:
-        """As `OnlineMethod.choose`; with `apart`, near-copies of better rows go behind all others."""
+        """As `OnlineMethod.choose`; with `apart`, near-copies of better rows come after all others."""
         if self.apart == 0:
             return super().choose(scores, measured, count)
         total = torch.where(torch.isnan(scores.total), -torch.inf, scores.total)
         sketch = measured.columns["sketch"]
         lengths = sketch.norm(dim=1)
-        near = pairwise(sketch, sketch) < self.apart * torch.maximum(lengths[:, None], lengths)
-        taken: list[int] = []
-        copies: list[int] = []
+        is_near_copy = pairwise(sketch, sketch) < self.apart * torch.maximum(lengths[:, None], lengths)
+        distinct: list[int] = []
+        near_copies: list[int] = []
         for row in torch.argsort(-total, stable=True).tolist():
-            (copies if taken and bool(near[row, taken].any()) else taken).append(row)
-        unscored = [row for row in taken if bool(torch.isnan(scores.total[row]))]
-        order = [row for row in taken if row not in unscored] + copies + unscored
-        return self.affordable(torch.tensor(order, dtype=torch.int64), measured)[:count].sort().values
+            (near_copies if distinct and bool(is_near_copy[row, distinct].any()) else distinct).append(row)
+        unscored = [row for row in distinct if bool(torch.isnan(scores.total[row]))]
+        order = [row for row in distinct if row not in unscored] + near_copies + unscored
+        return self.within_token_budget(torch.tensor(order, dtype=torch.int64), measured)[:count].sort().values
 
     def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
         self._spread_intra, self._spread_inter = self._spreads(scores.intra, scores.inter)
@@ -304,15 +315,15 @@ class UDS(ModelScored):
     def _spreads(self, intra: torch.Tensor, inter: torch.Tensor) -> tuple[float, float]:
         """Running sums of the two terms' variances among candidates that were compared, these included.
 
-        Variances inside a choice, because a drift of all candidates together decides nothing; both with the same
-        weights, so that their ratio is that of the spreads. Choices in which `inter` says nothing are left out.
+        Variances inside a choice, because a drift of all candidates together changes no choice; both with the same
+        weights, so that their ratio is that of the spreads. Choices in which `inter` is constant are left out.
         """
         finite = torch.isfinite(intra) & torch.isfinite(inter)
         if int(finite.sum()) < 2 or float(inter[finite].var()) == 0:
             return self._spread_intra, self._spread_inter
         return (
-            FORGET * self._spread_intra + float(intra[finite].var()),
-            FORGET * self._spread_inter + float(inter[finite].var()),
+            SPREAD_DECAY * self._spread_intra + float(intra[finite].var()),
+            SPREAD_DECAY * self._spread_inter + float(inter[finite].var()),
         )
 
     # --- state --------------------------------------------------------------------------------------------------------
@@ -327,7 +338,7 @@ class UDS(ModelScored):
             **super().state_dict(),
             "spread_intra": self._spread_intra,
             "spread_inter": self._spread_inter,
-            "drawn": self._drawn(),
+            "drawn": self._sketch_options(),
             "vocabulary": self._sketch.vocabulary or 0 if len(self._memory) else 0,
         }
 
@@ -335,11 +346,11 @@ class UDS(ModelScored):
         """Raises `UserError` when the state belongs to another method or was drawn with other options."""
         if set(state) | {"steps"} != set(self.state_dict()):
             raise UserError(f"this is no state of uds: it holds {', '.join(state) or 'nothing'}; start without it")
-        for name, mine in self._drawn().items():
-            if state["drawn"].get(name) != mine:
+        for name, current in self._sketch_options().items():
+            if state["drawn"].get(name) != current:
                 raise UserError(
-                    f"the saved state was made with {name}={state['drawn'].get(name)!r} and this selector has {mine!r}; "
-                    f"set {name} as it was"
+                    f"the saved state has {name}={state['drawn'].get(name)!r} and this selector has {current!r}; "
+                    f"set {name} to the saved value"
                 )
         self._memory.load_state_dict(state)
         self._load_counters(state)
@@ -347,7 +358,7 @@ class UDS(ModelScored):
         if state["vocabulary"]:
             self._sketch.bind(int(state["vocabulary"]))
 
-    def _drawn(self) -> dict[str, Any]:
+    def _sketch_options(self) -> dict[str, Any]:
         """Options that the remembered sketches depend on, as plain values."""
         return {
             "sketch": list(self.sketch),
@@ -361,7 +372,7 @@ class UDS(ModelScored):
         assert isinstance(self.sketch, Sketch)
         return self.sketch
 
-    def _bind(self, vocabulary: int) -> None:
+    def _bind_sketch(self, vocabulary: int) -> None:
         if len(self._memory) and self._sketch.vocabulary not in (None, vocabulary):
             raise UserError(
                 f"this selector remembers rows of a model with {self._sketch.vocabulary} logits, and this model has "
@@ -371,5 +382,5 @@ class UDS(ModelScored):
 
 
 def _by_eigenvalues(inputs: torch.Tensor, factor: Factor) -> Callable[[], float]:
-    """How to compute the nuclear norm of one row `(N, D)` without a polar iteration, later."""
+    """A function that computes the nuclear norm of one row `(N, D)` by eigenvalues."""
     return lambda: norms(inputs[None], [len(inputs)], factor)[0].nuclear

@@ -72,7 +72,7 @@ def test_replies_counts_and_journal(served: tuple[str, Path], tmp_path: Path) ->
     with Journal(tmp_path / "r.jsonl") as journal:
         again = Journaled(generator, journal)
         assert {reply.key: reply for reply in again.replies(requests)} == replies
-        assert again.counts.asked == 0
+        assert again.counts.sent == 0
 
 
 def test_greedy_replies_are_those_of_the_local_model(served: tuple[str, Path]) -> None:

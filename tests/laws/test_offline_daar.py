@@ -245,7 +245,7 @@ def test_a_seeds_file_is_read_by_line(tmp_path: Path) -> None:
 
 def test_a_domain_the_pool_does_not_hold_gets_probability_zero(pool: Pool) -> None:
     some = [said for said in pool.source.originals(range(300)) if said["instruction"] in DOMAINS[:2]]
-    with pytest.warns(UserWarning, match="no row of the probe set lies nearest to the seeds of up"):
+    with pytest.warns(UserWarning, match="no row of the probe set is nearest to the seeds of up"):
         scores = StubDaaR(model="stub", seeds=SEEDS).fit(smaller := make_pool(some)).score(smaller)
     assert scores.info["absent_domains"] == ["up"]
     assert scores.probabilities is not None

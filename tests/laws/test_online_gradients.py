@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 
 from siftune import Greats, MaxGrad, attach
-from siftune.online.greats import _Shelf
-from siftune.online.per_example.backward import Gradients
+from siftune.online.greats import _GradientCache
+from siftune.online.per_example.backward import PerExampleGradients
 from tests.laws.test_attach_laws import lora
 from tests.reference_gradients import naive_gradients, naive_greedy, naive_norms
 from tests.reference_uds import tiny_batch
@@ -92,17 +92,17 @@ def test_greats_gets_the_step_s_own_learning_rate(tmp_path: Path, monkeypatch: p
 def test_no_more_gradients_are_held_than_allowed() -> None:
     """Held beyond `hold_mb` is at most the two groups that are compared."""
     model, batch = tiny_model(layers=1, width=16), tiny_batch([20] * 6)
-    gradients = Gradients()
+    gradients = PerExampleGradients()
     groups = gradients.plan(model, batch, 20)
     assert len(groups) == 6
-    size = sum(part.bytes for part in gradients.of(model, batch, *groups[0]))
-    shelf = _Shelf(gradients, model, batch, groups, int(2.5 * size))
+    size = sum(part.bytes for part in gradients.compute(model, batch, *groups[0]))
+    cache = _GradientCache(gradients, model, batch, groups, int(2.5 * size))
     for index in range(6):
-        shelf.take(index)
-    assert list(shelf._held) == [0, 1]
-    shelf.drop(0)
-    shelf.take(5)
-    assert list(shelf._held) == [1, 5]
+        cache.get(index)
+    assert list(cache._cached) == [0, 1]
+    cache.drop(0)
+    cache.get(5)
+    assert list(cache._cached) == [1, 5]
 
 
 def test_scoring_in_groups_holds_less() -> None:

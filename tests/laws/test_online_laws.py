@@ -12,7 +12,7 @@ from siftune.errors import UserError
 from siftune.online.base import Measured
 from siftune.online.memory import Memory
 from siftune.online.simple import Random
-from siftune.online.uds import FORGET, UDS
+from siftune.online.uds import SPREAD_DECAY, UDS
 from tests.reference_uds import tiny_batch
 from tests.tiny import tiny_model
 
@@ -122,8 +122,8 @@ def test_auto_alpha_balances_the_running_spreads(model: Any) -> None:
     assert float(uds.select(model, BATCHES[0]).scores.alpha[0]) == 0, "nothing is remembered yet"
     for batch in BATCHES[1:]:
         scores = uds.select(model, batch).scores
-        spread_intra = FORGET * spread_intra + float(np.var(scores.intra.numpy(), ddof=1))
-        spread_inter = FORGET * spread_inter + float(np.var(scores.inter.numpy(), ddof=1))
+        spread_intra = SPREAD_DECAY * spread_intra + float(np.var(scores.intra.numpy(), ddof=1))
+        spread_inter = SPREAD_DECAY * spread_inter + float(np.var(scores.inter.numpy(), ddof=1))
         np.testing.assert_allclose(float(scores.alpha[0]), np.sqrt(spread_intra / spread_inter), rtol=1e-12)
 
 

@@ -17,7 +17,7 @@ from siftune.errors import UserError
 from siftune.online.greats import Greats
 from siftune.online.maxgrad import MaxGrad, logit_gradients
 from siftune.online.per_example import ghost
-from siftune.online.per_example.backward import Gradients
+from siftune.online.per_example.backward import PerExampleGradients
 from tests.reference_gradients import naive_gradients, naive_greedy, naive_norms
 from tests.reference_uds import naive_logits, tiny_batch, true_hidden
 from tests.tiny import FAMILIES, tiny_config, tiny_model
@@ -85,9 +85,9 @@ def test_a_tied_embedding_has_its_cross_term(vocabulary: int) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     batch = tiny_batch([6, 5, 3] if vocabulary == 3000 else LENGTHS)
     check(model, batch)
-    gradients = Gradients()
+    gradients = PerExampleGradients()
     ((rows, width),) = gradients.plan(model, batch)
-    ((uses,),) = [part.uses.values() for part in gradients.of(model, batch, rows, width)]
+    ((uses,),) = [part.factors.values() for part in gradients.compute(model, batch, rows, width)]
     assert len(uses) == (2 if vocabulary == 3000 else 1)
     if vocabulary == 3000:
         apart = ghost.squares(uses[:1]) + ghost.squares(uses[1:])
@@ -106,9 +106,9 @@ def test_one_kind_of_weight_alone(kind: str) -> None:
 
 def test_learned_positions_do_not_part_a_group() -> None:
     """They are looked up once for all rows; each row has a gradient of its own all the same."""
-    model, batch, gradients = tiny_model("gpt2", layers=1), tiny_batch(LENGTHS), Gradients()
+    model, batch, gradients = tiny_model("gpt2", layers=1), tiny_batch(LENGTHS), PerExampleGradients()
     ((rows, width),) = gradients.plan(model, batch)
-    assert [part.rows for part in gradients.of(model, batch, rows, width)] == [rows]
+    assert [part.rows for part in gradients.compute(model, batch, rows, width)] == [rows]
 
 
 def test_biases_everywhere_and_a_soft_capped_head() -> None:
@@ -130,7 +130,7 @@ def test_groups_change_nothing(budget: int | None) -> None:
 
 
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ghost, "AT_ONCE", 1)
+    monkeypatch.setattr(ghost, "SLICE_ELEMENTS", 1)
     monkeypatch.setattr(ghost, "COLUMNS", 1000)
     check(tiny_model("llama", layers=1, tie_word_embeddings=True, vocabulary=3000), tiny_batch([6, 5, 3]))
 
@@ -229,9 +229,9 @@ def test_a_layer_that_sees_all_rows_in_one_axis_sends_rows_alone() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Shared(flat=True)
-    gradients, batch = Gradients(), tiny_batch(LENGTHS)
+    gradients, batch = PerExampleGradients(), tiny_batch(LENGTHS)
     ((rows, width),) = gradients.plan(model, batch)
-    assert [part.rows for part in gradients.of(model, batch, rows, width)] == [[0], [1], [2], [3]]
+    assert [part.rows for part in gradients.compute(model, batch, rows, width)] == [[0], [1], [2], [3]]
     check(model, batch)
 
 
@@ -379,12 +379,12 @@ def test_greedy_removal_matters() -> None:
 @pytest.mark.parametrize(
     ("budget", "hold", "larger"), [(25, 2048, 4.0), (25, 0, 0.0), (70, 0, 0.6), (31, 0, 1.0), (1, 0, 4.0)]
 )
-def test_groups_and_recomputation_change_no_product(budget: int, hold: int, larger: float) -> None:
-    """In factors (`larger` 0), formed, and groups of one kind against groups of the other."""
+def test_groups_and_recomputation_change_no_product(budget: int, hold: int, size_factor: float) -> None:
+    """In factors (`size_factor` 0), formed, and groups of one kind against groups of the other."""
     model, batch = tiny_model("llama", layers=1, vocabulary=3000), tiny_batch([20, 9, 31, 14, 5])
     whole = Greats(keep=2, validation=VALIDATION, learning_rate=0.1).measure(model, batch)
     method = Greats(keep=2, validation=VALIDATION, learning_rate=0.1, score_tokens=budget, hold_mb=hold)
-    method._gradients = Gradients(larger=larger)
+    method._gradients = PerExampleGradients(size_factor=size_factor)
     parts = method.measure(model, batch)
     for name in ("products", "influence"):
         truth = whole.columns[name]
@@ -395,13 +395,13 @@ def test_groups_and_recomputation_change_no_product(budget: int, hold: int, larg
 
 
 @pytest.mark.parametrize("larger", [0.0, 4.0])
-def test_slices_change_no_product(larger: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_change_no_product(size_factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In factors and formed, walked in many slices: against explicit gradients, the validation rows' mean included."""
     model, batch = tiny_model("llama", layers=1, vocabulary=3000), tiny_batch([20, 9, 31])
-    monkeypatch.setattr(ghost, "AT_ONCE", 1)
+    monkeypatch.setattr(ghost, "SLICE_ELEMENTS", 1)
     monkeypatch.setattr(ghost, "COLUMNS", 1000)
     method = Greats(keep=2, validation=VALIDATION, learning_rate=0.1)
-    method._gradients = Gradients(larger=larger)
+    method._gradients = PerExampleGradients(size_factor=size_factor)
     found = method.measure(model, batch).columns
     explicit = torch.stack(naive_gradients(model, batch))  # type: ignore[arg-type]
     held_out = torch.stack(naive_gradients(model, VALIDATION))  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def test_blocks_chunks_and_lora_change_nothing(monkeypatch: pytest.MonkeyPatch) 
                 parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).reshape(parameter.shape))
     batch = tiny_batch([40, 8, 23, 31])
     monkeypatch.setattr(head_module, "BLOCK", 1)  # 256 rows of 261
-    monkeypatch.setattr("siftune.online.maxloss.TOKENS", 30)
+    monkeypatch.setattr("siftune.online.maxloss.PASS_TOKENS", 30)
     scores = MaxLoss(keep=1, score_tokens=70).score(model, batch)
     np.testing.assert_allclose(scores.total.numpy(), own_losses(model, batch), rtol=1e-5)
 

@@ -11,7 +11,7 @@ import torch
 from siftune.models.head import Factor, Head, factorise
 from siftune.online.nuclear import (
     EXACT_TOLERANCE,
-    How,
+    NormRoute,
     exact_polar_traces,
     gram_of_rows,
     groups,
@@ -104,7 +104,7 @@ SHOWN = {"ordinary", "one token", "longer than wide", "as long as wide", "bf16",
 @pytest.mark.parametrize("kind", [*rows(), *degenerate_rows()])
 def test_the_exact_polar_route(kind: str, factor: Factor) -> None:
     states = (rows() | degenerate_rows())[kind]
-    result = norms(states[None], [len(states)], factor, how="polar")[0]
+    result = norms(states[None], [len(states)], factor, route="polar")[0]
     reference = naive_nuclear(naive_logits(states, random_weight()))
     bar = 1e-6 if kind == "one token 300 times" else 1e-7  # what eigenvalues themselves reach there
     np.testing.assert_allclose(result.nuclear, reference, rtol=bar)
@@ -132,7 +132,7 @@ def test_what_the_polar_route_shows_is_so(size: int) -> None:
 @pytest.mark.parametrize("kind", list(rows()))
 def test_fast_keeps_its_tolerance_or_falls_back(kind: str, factor: Factor) -> None:
     states = rows()[kind]
-    result = norms(states[None], [len(states)], factor, how="fast")[0]
+    result = norms(states[None], [len(states)], factor, route="fast")[0]
     np.testing.assert_allclose(result.nuclear, naive_nuclear(naive_logits(states, random_weight())), rtol=1e-4)
     if kind in ("ordinary", "longer than wide", "as long as wide", "bf16"):
         assert not result.fell_back, "the fast route should manage an ordinary row"
@@ -163,9 +163,9 @@ def test_rows_padded_together_are_as_alone(factor: Factor) -> None:
     """What an accelerator does: zeros beyond a row's length, in one batch."""
     some = [rows()[kind] for kind in ("ordinary", "one token 64 times", "one token", "as long as wide", "bf16")]
     padded = torch.nn.utils.rnn.pad_sequence([states.float() for states in some], batch_first=True)
-    hows: dict[How, float] = {"eigenvalues": 1e-7, "polar": 1e-7, "fast": 1e-4}
-    for how, bar in hows.items():
-        together = norms(padded, [len(states) for states in some], factor, how=how)
+    bars: dict[NormRoute, float] = {"eigenvalues": 1e-7, "polar": 1e-7, "fast": 1e-4}
+    for route, bar in bars.items():
+        together = norms(padded, [len(states) for states in some], factor, route=route)
         for states, found in zip(some, together, strict=True):
             alone = norms(states[None], [len(states)], factor)[0]
             np.testing.assert_allclose(found.nuclear, alone.nuclear, rtol=bar)

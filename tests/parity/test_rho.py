@@ -73,7 +73,7 @@ def test_a_mapping_and_what_it_lacks(model: Any) -> None:
     scores = RhoLoss(keep=2, reference=table).score(model, BATCH)
     own = MaxLoss(keep=1).score(model, BATCH).total
     assert scores.total[:2].tolist() == [float(own[0]) - 1.0, float(own[1]) - 2.0]
-    assert scores.reasons == {2: "the reference table lacks it", 3: "the reference table holds no loss for it"}
+    assert scores.reasons == {2: "the reference table has no row for it", 3: "the reference table holds no loss for it"}
     assert torch.isnan(scores.parts["loss"]).tolist() == [False, False, True, True]
     with pytest.raises(UserError, match="none of 4 candidates"):
         RhoLoss(keep=2, reference={b"x" * 16: 1.0}).score(model, BATCH)

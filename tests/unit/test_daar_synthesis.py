@@ -212,7 +212,7 @@ def test_refusals_and_unreadable_replies_are_kept_with_their_reason() -> None:
         return Reply(key=request.key, text=Writer().write(request), finish_reason="stop")
 
     found = written(Writer(answer=answer))
-    reasons = {item.asked: item.reason for item in found.rejected if item.row is None}
+    reasons = {item.request: item.reason for item in found.rejected if item.row is None}
     assert reasons["law/further/0"] == "refused: status 400: no"
     assert reasons["music/further/1"] == "no row found: neither labels nor JSON"
     assert {len(rows) for rows in found.rows.values()} == {12}
@@ -268,7 +268,7 @@ def test_the_rows_that_show_the_plain_form_are_not_kept() -> None:
         return shown if request.key.endswith("plain/0") else needs_plain_words(request)
 
     found = written(Writer(answer=answer))
-    assert [item.reason for item in found.rejected if item.row is None and "plain" in item.asked] == [
+    assert [item.reason for item in found.rejected if item.row is None and "plain" in item.request] == [
         "copy: the row is the one that showed the form"
     ]
 
@@ -310,7 +310,7 @@ def test_a_reply_that_repeats_itself_is_torn_there() -> None:
         return Reply(key=request.key, text="Instruction: A\nOutput: " + "B " * 400, finish_reason="repetition")
 
     found = written(Writer(answer=answer))
-    assert [item.reason for item in found.rejected if item.asked == "law/further/0"] == [
+    assert [item.reason for item in found.rejected if item.request == "law/further/0"] == [
         "torn: the reply repeats itself"
     ]
 

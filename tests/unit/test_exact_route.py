@@ -18,7 +18,7 @@ from siftune.models.head import read_head
 from siftune.models.hidden_states import iter_hidden_states, real_tokens, unwrap_model
 from siftune.online import nuclear
 from siftune.online.nuclear import gram_of_rows
-from siftune.online.route import EXACT, Exact, ExactRoute, device_clock
+from siftune.online.route import EXACT_ROUTES, ExactRoute, ExactRouteName, device_clock
 from siftune.online.uds import UDS
 from tests.reference_uds import tiny_batch
 from tests.tiny import tiny_model
@@ -52,58 +52,58 @@ def batches() -> list[dict[str, torch.Tensor]]:
 class TestChoice:
     @pytest.mark.parametrize(("slow", "expected"), [("eigenvalues", "polar"), ("polar", "eigenvalues")])
     def test_the_faster_route_of_the_first_batch_runs(
-        self, slow: Exact, expected: Exact, monkeypatch: pytest.MonkeyPatch
+        self, slow: ExactRouteName, expected: ExactRouteName, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-        clock, calls = FakeClock(), list[Exact]()
+        clock, calls = FakeClock(), list[ExactRouteName]()
         route = ExactRoute("auto", clock=clock)
         assert route.describe() == ""
 
-        def trial(name: Exact) -> None:
+        def trial(name: ExactRouteName) -> None:
             calls.append(name)
             clock.now += 0.5 if name == slow else 0.0125
 
-        assert route.on(GPU, trial) == expected
-        assert sorted(calls) == sorted([*EXACT, *EXACT]), "each once to warm up and once for the clock"
+        assert route.choose(GPU, trial) == expected
+        assert sorted(calls) == sorted([*EXACT_ROUTES, *EXACT_ROUTES]), "each once to warm up and once for the clock"
         assert route.seconds[slow] == pytest.approx(0.5)
-        assert route.on(GPU, trial) == expected
+        assert route.choose(GPU, trial) == expected
         assert len(calls) == 4, "decided once"
         assert f"{expected} on Some GPU" in route.describe()
         assert "500.0 ms" in route.describe()
         assert "12.5 ms" in route.describe()
 
     def test_the_first_call_is_not_timed(self, accelerated: None) -> None:
-        clock, called = FakeClock(), set[Exact]()
+        clock, called = FakeClock(), set[ExactRouteName]()
 
-        def trial(name: Exact) -> None:
+        def trial(name: ExactRouteName) -> None:
             clock.now += (1.0 if name == "eigenvalues" else 2.0) if name in called else 100.0
             called.add(name)
 
         route = ExactRoute("auto", clock=clock)
-        assert route.on(CPU, trial) == "eigenvalues"
+        assert route.choose(CPU, trial) == "eigenvalues"
         assert route.seconds == {"eigenvalues": 1.0, "polar": 2.0}
 
     def test_a_cpu_is_not_timed(self) -> None:
-        def trial(name: Exact) -> None:
+        def trial(name: ExactRouteName) -> None:
             raise AssertionError("timed")
 
         route = ExactRoute("auto")
-        assert route.on(CPU, trial) == "eigenvalues"
+        assert route.choose(CPU, trial) == "eigenvalues"
         assert route.describe() == "eigenvalues on cpu"
-        assert ExactRoute("polar").on(CPU, trial) == "polar"
+        assert ExactRoute("polar").choose(CPU, trial) == "polar"
 
     def test_another_device_is_another_choice(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
         clock, route = FakeClock(), ExactRoute("auto")
         route.clock = clock
 
-        def trial(name: Exact) -> None:
+        def trial(name: ExactRouteName) -> None:
             clock.now += 1.0 if name == "polar" else 2.0
 
-        assert route.on(CPU, trial) == "eigenvalues"
-        assert route.on(GPU, trial) == "polar"
+        assert route.choose(CPU, trial) == "eigenvalues"
+        assert route.choose(GPU, trial) == "polar"
         assert "Some GPU" in route.describe()
-        assert route.on(CPU, trial) == "eigenvalues"
+        assert route.choose(CPU, trial) == "eigenvalues"
         assert route.describe() == "eigenvalues on cpu"
 
     def test_the_clock_runs(self) -> None:
@@ -127,7 +127,7 @@ class TestScores:
                 assert uds.provenance() == {"exact_route": "eigenvalues on cpu"}
                 head = read_head(unwrap_model(model))
                 assert head is not None
-                factor = uds._view.factor(head)
+                factor = uds._logit_access.factor(head)
                 (chunk,) = iter_hidden_states(unwrap_model(model), batch, real_tokens(batch))
                 with torch.no_grad():
                     for row, states in zip(chunk.rows, chunk.states, strict=True):
@@ -168,7 +168,7 @@ class TestScores:
             model.model.embed_tokens.weight[7] = torch.nan
         batch["input_ids"][batch["input_ids"] == 7] = 8
         batch["input_ids"][2, 2] = 7
-        for route in EXACT:
+        for route in EXACT_ROUTES:
             scores = UDS(keep=1, route=route).score(model, batch)
             assert torch.isnan(scores.total).tolist() == [False, True, True]
 

@@ -99,7 +99,7 @@ def test_replies_that_ended_before_a_kill_are_in_the_journal(generator: Transfor
     with Journal(tmp_path / "replies.jsonl") as journal:
         resumed = Journaled(generator, journal)
         assert {reply.key: reply for reply in resumed.replies(requests)} == free
-        assert (resumed.counts.asked, resumed.counts.reused) == (2, 2)
+        assert (resumed.counts.sent, resumed.counts.reused) == (2, 2)
 
 
 def test_seed_and_only_the_seed_changes_a_reply(generator: TransformersGenerator) -> None:

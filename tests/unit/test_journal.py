@@ -53,7 +53,7 @@ def test_a_second_run_asks_nothing_and_gives_the_same(tmp_path: Path) -> None:
     two, asking = run(path, second, questions("a", "b", "c", "d"))
     assert {key: two[key] for key in one} == one == {"0": "<a>\u2028é", "1": "<b>\u2028é", "2": "<c>\u2028é"}
     assert second.asked == ["d"]
-    assert (asking.counts.asked, asking.counts.reused, asking.counts.completion_tokens) == (1, 3, 5)
+    assert (asking.counts.sent, asking.counts.reused, asking.counts.completion_tokens) == (1, 3, 5)
 
 
 def test_equal_questions_are_asked_once_and_all_answered(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def test_what_a_method_needs_is_on_its_class() -> None:
     assert having("needs_forward") == FROM_THE_MODEL
     assert having("needs_gradients") == {"maxgrad", "greats"}
     maxgrad = registry.find("online", "maxgrad").load()
-    assert maxgrad(keep=1).whole_weights()
-    assert not maxgrad(keep=1, variant="last-layer").whole_weights()
+    assert maxgrad(keep=1).needs_complete_weights()
+    assert not maxgrad(keep=1, variant="last-layer").needs_complete_weights()
     online = read_entries(
         ["regular", {"method": "random", "keep": 2}, {"method": "uds", "keep": 2}], "online", where="x"
     )

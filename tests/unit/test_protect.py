@@ -319,6 +319,6 @@ def test_a_folder_below_a_file_is_refused_before_anything_is_made() -> None:
 
 @pytest.mark.parametrize("output", ["new", "new/out", ".", "other/../new"])
 def test_two_folders_to_be_made_are_never_in_each_other(output: str) -> None:
-    with pytest.raises(UserError, match="lie in each other"):
+    with pytest.raises(UserError, match="are inside one another"):
         refuse_nested("--out", Path(output), "the run folder", Path("new"))
     refuse_nested("--out", Path("newer"), "the run folder", Path("new"))

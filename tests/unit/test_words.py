@@ -78,3 +78,9 @@ def test_a_finding_is_printed_and_sets_the_exit_code(
     (tmp_path / "a.py").write_text("message = 1\n")
     assert words.main() == 0
     assert capsys.readouterr().out == ""
+
+
+def test_every_room_that_is_named_exists_and_is_read(words: Any) -> None:
+    assert all(list(words.ROOT.glob(room)) for room in words.ROOMS)
+    checked = {path.relative_to(words.ROOT).as_posix() for path in words.files()}
+    assert {"siftune/records.py", "siftune/hook/attach.py", "siftune/online/per_example/ghost.py"} <= checked

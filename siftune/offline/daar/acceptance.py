@@ -52,8 +52,8 @@ class Candidate:
     """A written row and its place among the rows kept so far."""
 
     row: dict[str, str]
-    asked: str
-    """The request that it answers."""
+    request: str
+    """The key of the request that it answers."""
     how: str
     """Where it comes from: `real`, `seed`, `further`; `relaxed` once tau was relaxed for it."""
     unit: NDArray[np.float64] | None

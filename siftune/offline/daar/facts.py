@@ -40,7 +40,7 @@ def tell_absent(clusters: Clusters, domains: tuple[str, ...]) -> None:
     absent = [name for name, held in zip(domains, clusters.present, strict=True) if not held]
     if absent:
         warnings.warn(
-            f"no row of the probe set lies nearest to the seeds of {', '.join(absent)}: probability 0 on every row",
+            f"no row of the probe set is nearest to the seeds of {', '.join(absent)}: probability 0 on every row",
             stacklevel=3,
         )
 

@@ -63,14 +63,14 @@ class PaperFeatures:
                 labelled_text(row) if self._is_labelled(row) else text
                 for row, text in zip(read, texts_of(read, self.backbone.tokenizer), strict=True)
             ]
-            found = (
+            features = (
                 self._padded(texts) if self.padded else extract(self.backbone, texts, token_budget=self.token_budget)
             )
             inside = np.array(batch) - shard.start
             for name in columns:
-                columns[name][inside] = found[name] if isinstance(found, dict) else getattr(found, name)
-            why = found["reasons"] if isinstance(found, dict) else found.reasons
-            reasons |= {batch[index]: reason for index, reason in why.items()}
+                columns[name][inside] = features[name] if isinstance(features, dict) else getattr(features, name)
+            reasons_of_batch = features["reasons"] if isinstance(features, dict) else features.reasons
+            reasons |= {batch[index]: reason for index, reason in reasons_of_batch.items()}
         return ShardResult(columns, reasons)
 
     def _is_labelled(self, row: Row) -> bool:

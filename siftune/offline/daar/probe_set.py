@@ -67,7 +67,7 @@ class PickedRows:
 def draw_probe_set(pool: Pool, probe_rows: int, *, seed: int) -> Pool:
     """`min(probe_rows, half the pool)` eligible rows (more of a tiny pool), as a pool of their own.
 
-    The draw and its order hang on the rows' content, so a permuted pool gives the same probe set.
+    The draw and its order depend on the rows' content, so a permuted pool gives the same probe set.
     Raises `UserError` for a pool with fewer than two usable rows.
     """
     usable = len(pool) - len(pool.reasons)

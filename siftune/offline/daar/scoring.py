@@ -39,8 +39,8 @@ class StoredFeatures:
         rows = [row for row in range(shard.start, shard.stop) if row not in pool.reasons]
         content = [{**asdict(row), "row": row.row - shard.start} for row in pool.read(rows)]
         key = hash_json(["daar-features", self.key, TEXT_FORM, len(shard), content])
-        if found := self.store.get(key):
-            columns, meta = found
+        if stored := self.store.get(key):
+            columns, meta = stored
             return ShardResult(columns, {shard.start + int(offset): why for offset, why in meta["reasons"].items()})
         result = self.features(pool, shard)
         reasons = {str(row - shard.start): why for row, why in result.reasons.items()}

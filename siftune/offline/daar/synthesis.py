@@ -285,22 +285,22 @@ class Writing:
         if not rows:
             return
         texts = [text_of(Row(0, "", row["instruction"], row["input"], row["output"])) for row, _ in rows]
-        for (row, asked), text, unit in zip(rows, texts, units(self.embed(texts)), strict=True):
+        for (row, request), text, unit in zip(rows, texts, units(self.embed(texts)), strict=True):
             if remaining == 0:
-                self._reject(domain, asked, "not needed: the domain has its rows", text, row)
+                self._reject(domain, request, "not needed: the domain has its rows", text, row)
                 continue
-            candidate = Candidate(row, asked, how, unit)
+            candidate = Candidate(row, request, how, unit)
             reason = kept.judge(candidate, any_distance=any_distance)
             if reason is not None:
-                self._notes[id(candidate)] = self._reject(domain, asked, reason, text, row)
+                self._notes[id(candidate)] = self._reject(domain, request, reason, text, row)
                 continue
             remaining = None if remaining is None else remaining - 1
             self._advance(1)
 
     def _reject(
-        self, domain: str, asked: str, reason: str, text: str, row: Mapping[str, str] | None = None
+        self, domain: str, request: str, reason: str, text: str, row: Mapping[str, str] | None = None
     ) -> Rejected:
-        note = Rejected(domain, asked, reason, text, dict(row) if row is not None else None)
+        note = Rejected(domain, request, reason, text, dict(row) if row is not None else None)
         self.rejected.append(note)
         return note
 
@@ -311,7 +311,7 @@ class Writing:
     # --- the result ---------------------------------------------------------------------------------------------------
 
     def _facts(self, domain: Domain, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        asked = domain.threshold or self.how.threshold
+        threshold = domain.threshold or self.how.threshold
         return {
             "rows": len(rows),
             "wanted": self.how.rows,
@@ -320,7 +320,7 @@ class Writing:
             "different_replies": len(self.texts[domain.name]),
             "plain_requests": self.plain.get(domain.name, 0),
             "rejected": reject_counts(item for item in self.rejected if item.domain == domain.name),
-            "threshold": asked,
+            "threshold": threshold,
             "threshold_used": round(self.kept[domain.name].threshold, 4),
         }
 

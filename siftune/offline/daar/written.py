@@ -30,8 +30,8 @@ class Rejected:
     """A reply, or a row of one, that is not used."""
 
     domain: str
-    asked: str
-    """The request: domain, `seeds` or `further`, attempt."""
+    request: str
+    """The request (key `asked` of the file): domain, `seeds` or `further`, attempt."""
     reason: str
     """`kind: detail`."""
     text: str
@@ -106,8 +106,13 @@ class Written:
 def write_rejected(folder: str | Path, rejected: Sequence[Rejected]) -> Path:
     """Write the rejected replies alone, for a domain without a row."""
     path = Path(folder) / REJECTED
+    keys = {"request": "asked"}
     _write(
-        path, [_line({name: value for name, value in asdict(item).items() if value is not None}) for item in rejected]
+        path,
+        [
+            _line({keys.get(name, name): value for name, value in asdict(item).items() if value is not None})
+            for item in rejected
+        ],
     )
     return path
 
@@ -139,5 +144,5 @@ def copy_written(source: str | Path, folder: str | Path) -> list[Path]:
 
 
 def written_facts(folder: str | Path) -> dict[str, Any]:
-    """The facts that `Written.write` stored: `domains`, `rejected`, `told`, `replies`."""
+    """The content of the file that `Written.write` stored: domains, rejected replies, notes and counts of replies."""
     return dict(read_json(Path(folder) / FACTS))

@@ -1,1 +1,1 @@
-"""Every row's own gradient from one backward pass, as factors: what MaxGrad and GREATS are computed from."""
+"""Gradients of single rows from one backward pass, as factors, for MaxGrad and GREATS."""

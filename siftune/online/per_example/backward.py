@@ -1,11 +1,12 @@
 """Every row's own gradient from one backward pass over a group of rows, in factors (see `siftune.online.per_example.ghost`).
 
-The loss differentiated is the sum over rows of each row's mean cross-entropy over its label tokens. What went into each
-trainable layer is caught by hooks, what came back by `autograd.grad` on the layers' outputs: `.grad` is never touched,
-so accumulation and DDP's reducer do not notice. The pass runs in eval mode, where the library's gradient checkpointing is
-off; layers that are recomputed all the same are caught once. What a layer makes of both: `siftune.online.per_example.layers`.
+The loss differentiated is the sum over rows of each row's mean cross-entropy over its label tokens. Hooks record
+the input of each trainable layer, and `autograd.grad` returns the gradients of the layers' outputs: `.grad` is never
+written, so gradient accumulation and DDP's reducer are unaffected. The pass runs in eval mode, where the library's gradient
+checkpointing is off; layers that are recomputed all the same are recorded once. The factors of each kind of layer are in
+`siftune.online.per_example.layers`.
 
-At first use one row's norm is held against its explicit gradient; where they differ, every row is differentiated alone,
+At first use one row's norm is compared with that of its explicit gradient; where they differ, every row is differentiated alone,
 and a warning says so once. Cost: one forward and backward pass without weight gradients, plus the ghost products; the
 check takes one row's gradient of all trained weights, once.
 
@@ -36,8 +37,8 @@ from ...models.hidden_states import (
     unwrap_model,
 )
 from ...models.layout import layout_of
-from .ghost import NORM, Use, against, compact, inner, squares
-from .layers import Call, Group, Unsuited, caught, layer_uses
+from .ghost import NORM_SIZE_FACTOR, GradientFactors, cheaper_form, inner, inner_with_gradient, squares
+from .layers import LayerCall, RowGroup, RowsNotSeparable, layer_factors, record_layers
 
 Batch = Mapping[str, Any]
 
@@ -48,146 +49,148 @@ class RowGradients:
 
     rows: list[int]
     """Positions in the batch."""
-    uses: Mapping[int, list[Use]]
-    """Per weight, by its position among the trained ones; weights that took no part are left out."""
+    factors: Mapping[int, list[GradientFactors]]
+    """Per weight, by its position among the trained ones; unused weights are left out."""
 
     @property
     def bytes(self) -> int:
         """Memory held."""
-        return sum(use.bytes for uses in self.uses.values() for use in uses)
+        return sum(term.bytes for factors in self.factors.values() for term in factors)
 
     def squares(self) -> torch.Tensor:
         """Squared norms, float64 `(R,)`."""
         total = torch.zeros(len(self.rows), dtype=torch.float64)
-        for uses in self.uses.values():
-            with exact_math(uses[0].right.device):
-                total += squares(uses)
+        for factors in self.factors.values():
+            with exact_math(factors[0].right.device):
+                total += squares(factors)
         return total
 
     def inner(self, other: RowGradients) -> torch.Tensor:
         """Inner products with other rows' gradients, float64 `(R, S)`."""
         total = torch.zeros(len(self.rows), len(other.rows), dtype=torch.float64)
-        for weight in self.uses.keys() & other.uses.keys():
-            with exact_math(self.uses[weight][0].right.device):
-                total += inner(self.uses[weight], other.uses[weight])
+        for weight in self.factors.keys() & other.factors.keys():
+            with exact_math(self.factors[weight][0].right.device):
+                total += inner(self.factors[weight], other.factors[weight])
         return total
 
-    def against(self, gradient: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    def inner_with_gradient(self, gradient: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Inner products with one formed gradient (see `Gradients.mean`), float64 `(R,)`."""
         total = torch.zeros(len(self.rows), dtype=torch.float64)
-        for weight in self.uses.keys() & gradient.keys():
+        for weight in self.factors.keys() & gradient.keys():
             with exact_math(gradient[weight].device):
-                total += against(self.uses[weight], gradient[weight])
+                total += inner_with_gradient(self.factors[weight], gradient[weight])
         return total
 
 
-class Gradients:
-    """What gradient methods know of one model between batches: how its rows' gradients can be had.
+class PerExampleGradients:
+    """Gradients of single rows; remembers, per model, by which route they can be computed.
 
     >>> gradients = Gradients()
     >>> for rows, width in gradients.plan(model, batch):
-    ...     for part in gradients.of(model, batch, rows, width):
+    ...     for part in gradients.compute(model, batch, rows, width):
     ...         part.squares()
     """
 
-    def __init__(self, *, larger: float = NORM) -> None:
-        self._larger = larger
-        self._model: int | None = None
-        self._way = "group"
+    def __init__(self, *, size_factor: float = NORM_SIZE_FACTOR) -> None:
+        self._size_factor = size_factor
+        self._model_id: int | None = None
+        self._route = "group"
         """`group`, `alone` (each row by itself) or `explicit` (each row's gradient in full)."""
-        self._checked = False
+        self._norm_checked = False
 
     def plan(self, model: nn.Module, batch: Batch, score_tokens: int | None = None) -> list[tuple[list[int], int]]:
         """Groups of rows with a label token, as (rows, columns), of at most `score_tokens` padded tokens each."""
-        wanted = predicting_tokens(batch)
+        positions = predicting_tokens(batch)
         return [
-            ([row for row, _ in candidates_in(batch, lines, wanted)], width)
-            for lines, width in chunks(batch, wanted, score_tokens)
+            ([row for row, _ in candidates_in(batch, lines, positions)], width)
+            for lines, width in chunks(batch, positions, score_tokens)
         ]
 
-    def of(self, model: nn.Module, batch: Batch, rows: list[int], width: int) -> list[RowGradients]:
-        """The gradients of some rows, in their order: one part, or one per row where rows have to go alone.
+    def compute(self, model: nn.Module, batch: Batch, rows: list[int], width: int) -> list[RowGradients]:
+        """The gradients of some rows, in their order: one part, or one per row where rows are differentiated alone.
 
         Raises `UserError` for models that are sharded, train fused expert weights, or train nothing.
         """
         parts = without_ddp(unwrap_model(model))
-        weights = trained(parts.called)
-        if self._model != id(parts.causal):
-            self._model, self._way, self._checked = id(parts.causal), "group", False
-        if self._way == "group":
+        weights = trained_weights(parts.called)
+        if self._model_id != id(parts.causal):
+            self._model_id, self._route, self._norm_checked = id(parts.causal), "group", False
+        if self._route == "group":
             try:
-                found = _grouped(parts, weights, batch, rows, width, self._larger)
-                if self._holds(parts, weights, batch, found, width):
-                    return [found]
-            except Unsuited as unsuited:
-                self._fall_back("alone" if unsuited.alone else "explicit", str(unsuited))
-        if self._way == "alone":
+                group_gradients = _grouped_gradients(parts, weights, batch, rows, width, self._size_factor)
+                if self._norm_agrees(parts, weights, batch, group_gradients, width):
+                    return [group_gradients]
+            except RowsNotSeparable as error:
+                self._fall_back("alone" if error.alone else "explicit", str(error))
+        if self._route == "alone":
             try:
-                made = [_grouped(parts, weights, batch, [row], width, self._larger) for row in rows]
-                if all(self._holds(parts, weights, batch, one, width) for one in made):
-                    return made
-            except Unsuited as unsuited:
-                self._fall_back("explicit", str(unsuited))
-        return [_explicit(parts, weights, batch, row, width) for row in rows]
+                row_gradients = [
+                    _grouped_gradients(parts, weights, batch, [row], width, self._size_factor) for row in rows
+                ]
+                if all(self._norm_agrees(parts, weights, batch, gradients, width) for gradients in row_gradients):
+                    return row_gradients
+            except RowsNotSeparable as error:
+                self._fall_back("explicit", str(error))
+        return [_explicit_gradient(parts, weights, batch, row, width) for row in rows]
 
     def mean(self, model: nn.Module, batch: Batch, score_tokens: int | None = None) -> dict[int, torch.Tensor] | None:
         """The mean gradient of the rows, per weight in the weight's shape, float32 (float64 of float64); None where no row
         has one. Rows without a label token and rows whose gradient is not finite are left out.
 
-        Cost: a plain forward and backward pass; a group with a gradient that is not finite is walked again row by row.
+        Cost: a plain forward and backward pass; a group with a gradient that is not finite is computed again row by row.
         """
         parts = without_ddp(unwrap_model(model))
-        weights = trained(parts.called)
+        weights = trained_weights(parts.called)
         total: dict[int, torch.Tensor] = {}
         count = 0
         for rows, width in self.plan(model, batch, score_tokens):
-            found = [(len(rows), _summed(parts, weights, batch, rows, width))]
-            if not _finite(found[0][1]):
-                alone = (_summed(parts, weights, batch, [row], width) for row in rows)
-                found = [(1, gradients) for gradients in alone if _finite(gradients)]
-            for number, gradients in found:
-                count += number
+            sums = [(len(rows), _summed_gradients(parts, weights, batch, rows, width))]
+            if not _all_finite(sums[0][1]):
+                row_sums = (_summed_gradients(parts, weights, batch, [row], width) for row in rows)
+                sums = [(1, gradients) for gradients in row_sums if _all_finite(gradients)]
+            for rows_summed, gradients in sums:
+                count += rows_summed
                 for weight, gradient in gradients.items():
                     total[weight] = total[weight] + gradient if weight in total else gradient
         return {weight: gradient / count for weight, gradient in total.items()} if count else None
 
-    def _holds(
-        self, parts: ModelParts, weights: list[nn.Parameter], batch: Batch, found: RowGradients, width: int
+    def _norm_agrees(
+        self, parts: ModelParts, weights: list[nn.Parameter], batch: Batch, gradients: RowGradients, width: int
     ) -> bool:
-        """Hold one row's norm against its explicit gradient, once per model."""
-        if self._checked:
+        """Whether one row's norm is that of its explicit gradient; checked once per model."""
+        if self._norm_checked:
             return True
-        norms = found.squares()
+        norms = gradients.squares()
         if not bool(torch.isfinite(norms).any()):
             return True
         largest = int(norms.nan_to_num(-1, posinf=-1).argmax())
-        truth = _explicit(parts, weights, batch, found.rows[largest], width).squares()
-        ours, theirs = float(norms[largest].sqrt()), float(truth[0].sqrt())
-        if ours == theirs == 0:
+        explicit = _explicit_gradient(parts, weights, batch, gradients.rows[largest], width).squares()
+        from_factors, from_autograd = float(norms[largest].sqrt()), float(explicit[0].sqrt())
+        if from_factors == from_autograd == 0:
             return True
-        coarse = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in parts.called.parameters())
-        coarse |= torch.is_autocast_enabled(weights[0].device.type)
-        distance = abs(ours - theirs) / max(ours, theirs)
-        if distance <= (5e-2 if coarse else 1e-3):
-            self._checked = True
+        half_precision = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in parts.called.parameters())
+        half_precision |= torch.is_autocast_enabled(weights[0].device.type)
+        distance = abs(from_factors - from_autograd) / max(from_factors, from_autograd)
+        if distance <= (5e-2 if half_precision else 1e-3):
+            self._norm_checked = True
             return True
         self._fall_back(
             "explicit", f"a row's factors give another gradient norm than the row itself ({distance:.1%} off)"
         )
         return False
 
-    def _fall_back(self, way: str, why: str) -> None:
-        self._way = way
-        if way == "explicit":
-            self._checked = True
-            warnings.warn(f"gradients are taken one row at a time, in full and more slowly: {why}", stacklevel=4)
+    def _fall_back(self, route: str, reason: str) -> None:
+        self._route = route
+        if route == "explicit":
+            self._norm_checked = True
+            warnings.warn(f"gradients are taken one row at a time, in full and more slowly: {reason}", stacklevel=4)
 
 
 # --- which model, which weights -------------------------------------------------------------------------------------
 
 
 def without_ddp(parts: ModelParts) -> ModelParts:
-    """The same model without DDP around it: its forward exchanges buffers and readies the reducer for a backward pass,
+    """The same model without DDP around it: its forward exchanges buffers and prepares the reducer for a backward pass,
     and ranks score in different numbers of groups."""
     called: Any = parts.called
     while isinstance(called, nn.parallel.DistributedDataParallel) or hasattr(called, "_orig_mod"):
@@ -195,29 +198,31 @@ def without_ddp(parts: ModelParts) -> ModelParts:
     return ModelParts(called, parts.causal, parts.decoder, parts.head, parts.config)
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that require gradients, each once. Raises `UserError` where row gradients cannot be had."""
+def trained_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that require gradients, each once. Raises `UserError` where gradients of rows cannot be computed."""
     if any(type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule") for module in model.modules()):
         raise UserError(
-            "FSDP shards the weights, and gradient methods need them whole; use maxloss or uds, or plain DDP"
+            "FSDP shards the weights, and gradient methods need the complete weights; use maxloss or uds, or plain DDP"
         )
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in model.parameters():
         if type(weight).__name__ == "DTensor" or hasattr(weight, "ds_id"):
             kind = "DeepSpeed ZeRO-3" if hasattr(weight, "ds_id") else "FSDP"
-            raise UserError(f"{kind} shards the weights, and gradient methods need them whole; use maxloss or uds")
+            raise UserError(
+                f"{kind} shards the weights, and gradient methods need the complete weights; use maxloss or uds"
+            )
     if not weights:
         raise UserError(
-            "no weight of the model requires gradients, so rows have none; make some trainable or use maxloss"
+            "no weight of the model requires gradients, so rows have no gradient; make some weights trainable or use maxloss"
         )
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             continue
-        for own, weight in module.named_parameters(recurse=False):
+        for weight_name, weight in module.named_parameters(recurse=False):
             if weight.requires_grad and weight.ndim > 2:
                 raise UserError(
-                    f"{name}.{own} holds several experts in one weight of shape {tuple(weight.shape)}, whose rows cannot "
-                    "be told apart; freeze it, train with LoRA on other layers, or use maxloss or uds"
+                    f"{name}.{weight_name} holds several experts in one weight of shape {tuple(weight.shape)}, whose rows cannot "
+                    "be separated; freeze it, train with LoRA on other layers, or use maxloss or uds"
                 )
     return weights
 
@@ -228,12 +233,12 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 def _losses(parts: ModelParts, batch: Batch, rows: list[int], width: int) -> torch.Tensor:
     """Each row's mean cross-entropy over its label tokens, `(R,)`, with a graph. Rows have at least one."""
     layout = layout_of(batch)
-    owners = [layout.spans[row].line for row in rows]
-    lines = sorted(set(owners)) if layout.packed else owners  # a chunk's rows come in order of length
-    wanted = predicting_tokens(batch)[rows][:, :width]
+    lines_of_rows = [layout.spans[row].line for row in rows]
+    lines = sorted(set(lines_of_rows)) if layout.packed else lines_of_rows  # a chunk's rows come in order of length
+    positions = predicting_tokens(batch)[rows][:, :width]
     labels = batch["labels"].detach().cpu()
-    targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)[owners, :width].masked_fill(~wanted, -100)
-    first = int(wanted.any(dim=0).nonzero()[0])
+    targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)[lines_of_rows, :width].masked_fill(~positions, -100)
+    first = int(positions.any(dim=0).nonzero()[0])
     targets = targets[:, first:]
     arguments = rows_of_batch(parts, batch, lines, width)
     accepted = accepted_arguments(parts.causal)
@@ -246,15 +251,15 @@ def _losses(parts: ModelParts, batch: Batch, rows: list[int], width: int) -> tor
         targets = targets.to(logits.device)
         if layout.packed:  # one line holds the targets of several rows
             counted = targets != -100
-            places = torch.tensor([lines.index(owner) for owner in owners], device=logits.device)
+            places = torch.tensor([lines.index(line) for line in lines_of_rows], device=logits.device)
             row, column = counted.nonzero(as_tuple=True)
-            each = cross_entropy(logits[places[row], column], targets[counted], reduction="none")
-            sums = each.new_zeros(len(rows)).index_add(0, row, each)
-            _check_graph(each)
+            losses = cross_entropy(logits[places[row], column], targets[counted], reduction="none")
+            sums = losses.new_zeros(len(rows)).index_add(0, row, losses)
+            _check_graph(losses)
             return sums / counted.sum(dim=1)
-        each = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-        _check_graph(each)
-        return each.view(targets.shape).sum(dim=1) / (targets != -100).sum(dim=1)
+        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        _check_graph(losses)
+        return losses.view(targets.shape).sum(dim=1) / (targets != -100).sum(dim=1)
 
 
 def _check_graph(losses: torch.Tensor) -> None:
@@ -262,63 +267,67 @@ def _check_graph(losses: torch.Tensor) -> None:
         raise UserError("the loss depends on no weight that requires gradients; are adapters merged or switched off?")
 
 
-def _group(batch: Batch, rows: list[int], width: int) -> Group:
-    """Where some rows are in the forward pass that `_losses` makes of their lines."""
+def _row_group(batch: Batch, rows: list[int], width: int) -> RowGroup:
+    """Where some rows are in the forward pass of `_losses` over their lines."""
     layout = layout_of(batch)
     if not layout.packed:
-        return Group(len(rows), len(rows))
+        return RowGroup(len(rows), len(rows))
     lines = sorted({layout.spans[row].line for row in rows})
     spans = [layout.spans[row] for row in rows]
-    return Group(len(rows), len(lines), [(lines.index(s.line), s.start, s.stop) for s in spans], width)
+    return RowGroup(len(rows), len(lines), [(lines.index(s.line), s.start, s.stop) for s in spans], width)
 
 
-def _summed(
+def _summed_gradients(
     parts: ModelParts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int
 ) -> dict[int, torch.Tensor]:
     """The sum of some rows' gradients, in full, by `autograd.grad`."""
     with torch.enable_grad(), evaluating(parts.called):
         loss = _losses(parts, batch, rows, width).sum()
-        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
     return {
         index: gradient if gradient.dtype == torch.float64 else gradient.float()
-        for index, gradient in enumerate(found)
+        for index, gradient in enumerate(gradients)
         if gradient is not None
     }
 
 
-def _finite(gradients: Mapping[int, torch.Tensor]) -> bool:
+def _all_finite(gradients: Mapping[int, torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
 
 
-def _explicit(parts: ModelParts, weights: list[nn.Parameter], batch: Batch, row: int, width: int) -> RowGradients:
-    """One row's gradient in full, by `autograd.grad`."""
-    found = _summed(parts, weights, batch, [row], width)
-    return RowGradients([row], {index: [Use(None, gradient.reshape(1, 1, -1))] for index, gradient in found.items()})
-
-
-def _grouped(
-    parts: ModelParts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int, larger: float
+def _explicit_gradient(
+    parts: ModelParts, weights: list[nn.Parameter], batch: Batch, row: int, width: int
 ) -> RowGradients:
-    """The gradients of a group of rows from one backward pass. Raises `Unsuited` where rows cannot be told apart."""
-    calls: list[Call] = []
+    """One row's gradient in full, by `autograd.grad`."""
+    gradients = _summed_gradients(parts, weights, batch, [row], width)
+    return RowGradients(
+        [row], {index: [GradientFactors(None, gradient.reshape(1, 1, -1))] for index, gradient in gradients.items()}
+    )
+
+
+def _grouped_gradients(
+    parts: ModelParts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int, size_factor: float
+) -> RowGradients:
+    """The gradients of a group of rows from one backward pass. Raises `RowsNotSeparable` where rows cannot be separated."""
+    calls: list[LayerCall] = []
     position = {id(weight): index for index, weight in enumerate(weights)}
-    uses: dict[int, list[Use]] = {}
-    group = _group(batch, rows, width)
-    with torch.enable_grad(), evaluating(parts.called), caught(parts.called, calls, group.lines) as recording:
+    factors: dict[int, list[GradientFactors]] = {}
+    group = _row_group(batch, rows, width)
+    with torch.enable_grad(), evaluating(parts.called), record_layers(parts.called, calls, group.lines) as recording:
         loss = _losses(parts, batch, rows, width).sum()
-        recording.clear()  # layers recomputed by checkpointing in the backward pass are not caught again
+        recording.clear()  # layers recomputed by checkpointing in the backward pass are not recorded again
         if any(not call.output.requires_grad for call in calls):
             raise UserError(
                 "layers are checkpointed with use_reentrant=True, inside which no gradient can be read; set "
                 "use_reentrant=False"
             )
         outputs = [call.output for call in calls]
-        backs = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
+        output_gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
         with exact_math(loss.device):
-            for call, back in zip(calls, backs, strict=True):
-                if back is None:
+            for call, output_gradient in zip(calls, output_gradients, strict=True):
+                if output_gradient is None:
                     continue
-                for name, use in layer_uses(call, back, group):
+                for name, term in layer_factors(call, output_gradient, group):
                     weight = getattr(call.module, name)
-                    uses.setdefault(position[id(weight)], []).append(use)
-            return RowGradients(rows, {weight: compact(some, larger) for weight, some in uses.items()})
+                    factors.setdefault(position[id(weight)], []).append(term)
+            return RowGradients(rows, {weight: cheaper_form(terms, size_factor) for weight, terms in factors.items()})

@@ -1,7 +1,7 @@
-"""What a trained layer says of its rows' gradients: its input and output caught by a hook, its weights' factors after.
+"""Per-row gradients of one trained layer: a hook records its input and output, from which its weights' factors follow.
 
 Linear layers, GPT-2's `Conv1D` and embeddings give factors (see `siftune.online.per_example.ghost`); biases are summed over tokens;
-other small layers (norms) are run again row by row. LoRA needs nothing of its own: its A and B are linear layers.
+other small layers (norms) are run again row by row. LoRA needs no special case: its A and B are linear layers.
 
 Axes: `R` rows of a group, `T` tokens, `I` x `O` a weight.
 """
@@ -18,22 +18,22 @@ from torch import nn
 from torch.nn.functional import embedding
 from transformers.pytorch_utils import Conv1D
 
-from .ghost import Use
+from .ghost import GradientFactors
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One call of a trainable layer."""
 
     module: nn.Module
-    given: torch.Tensor
+    layer_input: torch.Tensor
     """Its input."""
     output: torch.Tensor
     autocast: torch.dtype | None
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Where the rows of a group are in what a layer sees: row r is line r, or a segment of a packed line."""
 
     rows: int
@@ -47,51 +47,58 @@ class Group:
     def split(self, values: torch.Tensor) -> torch.Tensor:
         """`(R, tokens, ...)`: each row's own tokens, shorter segments filled with zeros.
 
-        Raises `Unsuited` for a layer that sees several lines' tokens in one axis: rows have to be taken alone.
+        Raises `RowsNotSeparable` for a layer that sees several lines' tokens in one axis: rows have to be taken alone.
         """
         if values.ndim < 3 or len(values) != self.lines:
             if self.lines > 1:
-                raise Unsuited("a layer sees the tokens of several rows together", alone=True)
+                raise RowsNotSeparable("a layer sees the tokens of several rows together", alone=True)
             values = values.reshape(1, -1, values.shape[-1])
         if self.spans is None:
             return values
         # Prompt tuning puts virtual tokens in front; the head sees the last columns alone, from the first label on.
-        more = values.shape[1] - self.columns
-        parts = [values[line, max(0, more + start) : max(0, more + stop)] for line, start, stop in self.spans]
+        prefix = values.shape[1] - self.columns
+        parts = [values[line, max(0, prefix + start) : max(0, prefix + stop)] for line, start, stop in self.spans]
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
 
-class Unsuited(Exception):
-    """The group cannot be told apart into rows; `alone` says whether single rows can."""
+class RowsNotSeparable(Exception):
+    """Gradients of a group cannot be separated into rows; `alone` says whether single rows can be differentiated."""
 
-    def __init__(self, why: str, *, alone: bool) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, *, alone: bool) -> None:
+        super().__init__(reason)
         self.alone = alone
 
 
 @contextmanager
-def caught(model: nn.Module, calls: list[Call], lines: int) -> Iterator[list[bool]]:
+def record_layers(model: nn.Module, calls: list[LayerCall], lines: int) -> Iterator[list[bool]]:
     """Hooks on every layer with trained weights of its own; they record while the yielded list is not empty."""
     recording = [True]
 
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        replaced = None
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        expanded = None
         if isinstance(module, nn.Embedding) and isinstance(output, torch.Tensor) and len(output) == 1 < lines:
-            replaced = output = output.expand(lines, *output.shape[1:])  # positions, the same ids for every row
+            expanded = output = output.expand(lines, *output.shape[1:])  # position ids, the same for every row
         if recording:
-            given = args[0] if args else None
-            if len(args) != 1 or kwargs or not isinstance(given, torch.Tensor) or not isinstance(output, torch.Tensor):
-                raise Unsuited(f"{type(module).__name__} is not a layer of one tensor to one tensor", alone=False)
-            given = given.expand(lines, *given.shape[1:]) if replaced is not None else given
-            kind = output.device.type
-            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            calls.append(Call(module, given.detach(), output, autocast))
-        return replaced
+            layer_input = args[0] if args else None
+            if (
+                len(args) != 1
+                or kwargs
+                or not isinstance(layer_input, torch.Tensor)
+                or not isinstance(output, torch.Tensor)
+            ):
+                raise RowsNotSeparable(
+                    f"{type(module).__name__} is not a layer of one tensor to one tensor", alone=False
+                )
+            layer_input = layer_input.expand(lines, *layer_input.shape[1:]) if expanded is not None else layer_input
+            device_type = output.device.type
+            autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+            calls.append(LayerCall(module, layer_input.detach(), output, autocast))
+        return expanded
 
     handles = []
     for module in model.modules():
         if any(weight.requires_grad for weight in module.parameters(recurse=False)):
-            handles.append(module.register_forward_hook(catch, with_kwargs=True))
+            handles.append(module.register_forward_hook(record, with_kwargs=True))
     try:
         yield recording
     finally:
@@ -99,70 +106,82 @@ def caught(model: nn.Module, calls: list[Call], lines: int) -> Iterator[list[boo
             handle.remove()
 
 
-def layer_uses(call: Call, back: torch.Tensor, group: Group) -> Iterator[tuple[str, Use]]:
+def layer_factors(
+    call: LayerCall, output_gradient: torch.Tensor, group: RowGroup
+) -> Iterator[tuple[str, GradientFactors]]:
     """(name of the weight, its use) for the trained weights of one layer, from the gradient of its output."""
     module, forward = call.module, type(call.module).forward
     names = [name for name, weight in module.named_parameters(recurse=False) if weight.requires_grad]
     if isinstance(module, nn.Embedding):
-        back = _lookup(module, call, back)
-        ids, back = group.split(call.given[..., None])[..., 0], group.split(back)
-        yield "weight", Use(ids, back, module.num_embeddings)
+        output_gradient = _embedding_gradient(module, call, output_gradient)
+        ids, output_gradient = group.split(call.layer_input[..., None])[..., 0], group.split(output_gradient)
+        yield "weight", GradientFactors(ids, output_gradient, module.num_embeddings)
     elif (isinstance(module, nn.Linear) and forward is nn.Linear.forward) or isinstance(module, Conv1D):
-        given, back = _by_row(call.given.to(call.output.dtype), group), _by_row(back, group)
-        used = (back != 0).any(dim=2).any(dim=0)
-        if float(used.float().mean()) < 0.75:  # positions that no label of these rows depends on: padding, prompts
-            given, back = given[:, used], back[:, used]
+        layer_input, output_gradient = (
+            _tokens_by_row(call.layer_input.to(call.output.dtype), group),
+            _tokens_by_row(output_gradient, group),
+        )
+        contributing = (output_gradient != 0).any(dim=2).any(dim=0)
+        if float(contributing.float().mean()) < 0.75:  # drop tokens that no label depends on: padding, prompts
+            layer_input, output_gradient = layer_input[:, contributing], output_gradient[:, contributing]
         if "weight" in names:
-            left, right = (given, back) if isinstance(module, Conv1D) else (back, given)
-            yield "weight", Use(left, right, left.shape[2])
+            left, right = (
+                (layer_input, output_gradient) if isinstance(module, Conv1D) else (output_gradient, layer_input)
+            )
+            yield "weight", GradientFactors(left, right, left.shape[2])
         if "bias" in names:
-            yield "bias", Use(None, back.sum(dim=1, keepdim=True, dtype=_wide(back)))
+            yield (
+                "bias",
+                GradientFactors(None, output_gradient.sum(dim=1, keepdim=True, dtype=_sum_dtype(output_gradient))),
+            )
     else:
-        yield from _again(call, back, group, names)
+        yield from _recompute_layer(call, output_gradient, group, names)
 
 
-def _lookup(module: nn.Embedding, call: Call, back: torch.Tensor) -> torch.Tensor:
-    """The gradient of the looked-up rows; a layer that scales what it looks up (Gemma) is known by its `embed_scale`."""
-    plain = embedding(call.given, module.weight)
+def _embedding_gradient(module: nn.Embedding, call: LayerCall, output_gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of the looked-up rows; a layer that scales its embeddings (Gemma) has `embed_scale`."""
+    looked_up = embedding(call.layer_input, module.weight)
     scale = getattr(module, "embed_scale", None)
     if scale is not None:
-        scale = torch.as_tensor(scale, dtype=module.weight.dtype, device=back.device)
-        plain, back = plain * scale, back * scale
-    same = torch.allclose(plain, call.output, rtol=0, atol=0, equal_nan=True)
-    if module.max_norm is not None or module.scale_grad_by_freq or not same:
-        raise Unsuited(f"{type(module).__name__} does more than look rows up", alone=False)
+        scale = torch.as_tensor(scale, dtype=module.weight.dtype, device=output_gradient.device)
+        looked_up, output_gradient = looked_up * scale, output_gradient * scale
+    identical = torch.allclose(looked_up, call.output, rtol=0, atol=0, equal_nan=True)
+    if module.max_norm is not None or module.scale_grad_by_freq or not identical:
+        raise RowsNotSeparable(f"{type(module).__name__} does more than look rows up", alone=False)
     if module.padding_idx is not None:
-        back = back.masked_fill((call.given == module.padding_idx)[..., None], 0)
-    return back
+        output_gradient = output_gradient.masked_fill((call.layer_input == module.padding_idx)[..., None], 0)
+    return output_gradient
 
 
-def _again(call: Call, back: torch.Tensor, group: Group, names: list[str]) -> Iterator[tuple[str, Use]]:
+def _recompute_layer(
+    call: LayerCall, output_gradient: torch.Tensor, group: RowGroup, names: list[str]
+) -> Iterator[tuple[str, GradientFactors]]:
     """A small layer (a norm) run again row by row, its weights' gradients formed."""
     if any(True for _ in call.module.children()):
-        raise Unsuited(f"{type(call.module).__name__} has weights of its own around other layers", alone=False)
-    if len(call.given) != group.lines or len(back) != group.lines:
-        raise Unsuited(f"{type(call.module).__name__} sees the tokens of several rows together", alone=True)
-    given = call.given if group.spans is None else group.split(call.given)
-    back = back if group.spans is None else group.split(back)
+        raise RowsNotSeparable(f"{type(call.module).__name__} has weights of its own around other layers", alone=False)
+    if len(call.layer_input) != group.lines or len(output_gradient) != group.lines:
+        raise RowsNotSeparable(f"{type(call.module).__name__} sees the tokens of several rows together", alone=True)
+    layer_input = call.layer_input if group.spans is None else group.split(call.layer_input)
+    output_gradient = output_gradient if group.spans is None else group.split(output_gradient)
     weights = [getattr(call.module, name) for name in names]
-    formed: list[list[torch.Tensor]] = [[] for _ in names]
+    gradients_of_weights: list[list[torch.Tensor]] = [[] for _ in names]
     for row in range(group.rows):
-        part = slice(row, row + 1)
-        kind = back.device.type
-        with torch.enable_grad(), torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
-            output = call.module(given[part])
-            found = torch.autograd.grad(output, weights, back[part].to(output.dtype))
-        for gradients, gradient in zip(formed, found, strict=True):
+        row_slice = slice(row, row + 1)
+        device_type = output_gradient.device.type
+        with torch.enable_grad(), torch.autocast(device_type, dtype=call.autocast, enabled=call.autocast is not None):
+            output = call.module(layer_input[row_slice])
+            row_gradients = torch.autograd.grad(output, weights, output_gradient[row_slice].to(output.dtype))
+        for gradients, gradient in zip(gradients_of_weights, row_gradients, strict=True):
             gradients.append(gradient.reshape(1, -1))
-    for name, gradients in zip(names, formed, strict=True):
-        yield name, Use(None, torch.stack(gradients))
+    for name, gradients in zip(names, gradients_of_weights, strict=True):
+        yield name, GradientFactors(None, torch.stack(gradients))
 
 
-def _by_row(values: torch.Tensor, group: Group) -> torch.Tensor:
+def _tokens_by_row(values: torch.Tensor, group: RowGroup) -> torch.Tensor:
     """`(R, tokens, elements)`: further axes between tokens and elements count as tokens."""
     split = group.split(values)
     return split.reshape(len(split), -1, split.shape[-1])
 
 
-def _wide(values: torch.Tensor) -> torch.dtype:
+def _sum_dtype(values: torch.Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
