@@ -1,9 +1,9 @@
 """`attach(trainer, selector)` makes a live Hugging Face trainer train on the rows that the selector keeps.
 
 The trainer is unchanged otherwise: its `get_batch_samples` is wrapped on the instance, so candidates are fetched as
-before, scored, cut, and counted by the same method again over the kept rows alone; the loss is divided by the right number
-of tokens. `train` is wrapped to learn which checkpoint a run resumes from, `log` to add the selection's numbers, and one
-callback writes state and ledger. Cost: the selector's scoring; nothing else runs per row but a hash.
+before, scored, cut, and counted by the same method again over the kept rows alone; the loss is divided by the right
+number of tokens. `train` is wrapped to learn which checkpoint a run resumes from, `log` to add the selection's numbers,
+and one callback writes state and ledger. Cost: the selector's scoring; nothing else runs per row but a hash.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def attach(
     """Sift every training batch of `trainer` with `selector`, from the next `trainer.train()` on.
 
     `trainer` is a `transformers.Trainer` or any subclass (`trl.SFTTrainer`, ...). `per_device_train_batch_size` becomes
-    the number of candidates; 64 with `keep=8` is a good shape. Evaluation is never sifted. With `ledger` every candidate
-    leaves a line in `OUTPUT_DIR/siftune/selection.parquet`. `allow_fresh_selector` lets a run resume from a checkpoint
-    that holds no selection state. One line on stderr says what the budget means, unless `quiet`.
+    the number of candidates; 64 with `keep=8` is a good shape. Evaluation is never sifted. With `ledger` every
+    candidate leaves a line in `OUTPUT_DIR/siftune/selection.parquet`. `allow_fresh_selector` lets a run resume from a
+    checkpoint that holds no selection state. One line on stderr says what the budget means, unless `quiet`.
 
     With several processes, all their candidates form one set of candidates, unless the selector has `scope="local"`.
 
@@ -148,7 +148,8 @@ class Attachment:
         )
 
     def train_through(self, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Train with `train`, the trainer's method below every override, for a selector attached while one of them runs.
+        """Train with `train`, the trainer's method below every override, for a selector attached while one of them
+        runs.
 
         The overrides are not run again; the arguments are those of `Trainer.train`.
         """
@@ -233,7 +234,8 @@ class Attachment:
         return batches
 
     def _check_first_batches(self, batches: list[BatchWithLayout]) -> None:
-        """Checks that need the first batches: whether rows are packed, and whether the budget is at least one segment."""
+        """Checks that need the first batches: whether rows are packed, and whether the budget is at least one
+        segment."""
         if not self._packed:
             return
         segments = [len(batch.layout) for batch in batches]
@@ -255,7 +257,8 @@ class Attachment:
         return self._ranks
 
     def _record(self, device: torch.device) -> None:
-        """Put what the selector decided at run time into the ledger's metadata and, once, on an accelerator, to stderr."""
+        """Put what the selector decided at run time into the ledger's metadata and, once, on an accelerator, to
+        stderr."""
         facts = self.selector.provenance()
         if facts != self._provenance and nuclear.is_accelerator(device) and not self._quiet:
             for name, value in facts.items():
@@ -266,8 +269,8 @@ class Attachment:
 
     def _model(self) -> torch.nn.Module:
         """The model as the trainer runs it, autocast and adapters included. Of DDP (and of DeepSpeed up to ZeRO-2) the
-        wrapped module, which has both: DDP's own forward would synchronise buffers, and ranks score in different numbers
-        of chunks."""
+        wrapped module, which has both: DDP's own forward would synchronise buffers, and ranks score in different
+        numbers of chunks."""
         model: Any = self.trainer.model_wrapped
         if isinstance(model, torch.nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
             model = model.module
@@ -275,7 +278,8 @@ class Attachment:
         return module
 
     def _learning_rate(self) -> float | None:
-        """The learning rate of the coming optimiser step; of several parameter groups the first one's, as the log has it."""
+        """The learning rate of the coming optimiser step; of several parameter groups the first one's, as the log has
+        it."""
         groups = getattr(self.trainer.optimizer, "param_groups", None)
         return float(groups[0]["lr"]) if groups else None
 

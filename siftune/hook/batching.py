@@ -1,7 +1,7 @@
 """From a batch to its rows and back: real tokens, cut, trim, join, and the dummy batch that trains nothing.
 
-No function here reads a score. Real tokens, labels and positions of a row are never changed; only padding that no kept row
-needs is dropped, so that kept rows train at their own width. Cost: one index per tensor; no forward pass.
+No function here reads a score. Real tokens, labels and positions of a row are never changed; only padding that no kept
+row needs is dropped, so that kept rows train at their own width. Cost: one index per tensor; no forward pass.
 
 Shapes: `B` rows of a micro-batch, `T` columns.
 """
@@ -61,16 +61,16 @@ def token_counts(batch: Batch) -> torch.Tensor:
 
 def has_labels(batch: Batch) -> torch.Tensor:
     """Rows with at least one label token: bool `(B,)`. The label of the first column is never predicted."""
-    labels = batch.get("labels")
-    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+    labels_BT = batch.get("labels")
+    if not isinstance(labels_BT, torch.Tensor) or labels_BT.ndim != 2:
         return torch.ones(candidates_of(batch), dtype=torch.bool)
     layout = layout_of(batch)
     if layout.packed:
-        on_cpu = labels.cpu()
+        labels_on_cpu_BT = labels_BT.cpu()
         return torch.tensor(
-            [bool((on_cpu[line, start + 1 : stop] != -100).any()) for line, start, stop in layout.spans]
+            [bool((labels_on_cpu_BT[line, start + 1 : stop] != -100).any()) for line, start, stop in layout.spans]
         )
-    return (labels[:, 1:] != -100).any(dim=1).cpu()
+    return (labels_BT[:, 1:] != -100).any(dim=1).cpu()
 
 
 def trim(batch: Batch, padding: Padding) -> Batch:
@@ -79,14 +79,14 @@ def trim(batch: Batch, padding: Padding) -> Batch:
     The width stays a multiple of the collator's `pad_to_multiple_of`. A batch without a 2-D attention mask, or with a
     tensor that holds the columns on another axis than the second, is returned as it is; so is a packed batch.
     """
-    mask = batch.get("attention_mask")
-    if layout_of(batch).packed or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+    mask_BT = batch.get("attention_mask")
+    if layout_of(batch).packed or not isinstance(mask_BT, torch.Tensor) or mask_BT.ndim != 2:
         return batch
-    rows, width = mask.shape
+    rows, width = mask_BT.shape
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     if any(width in value.shape[2:] for value in tensors):
         return batch
-    used = mask.ne(0).any(dim=0).nonzero().flatten()
+    used = mask_BT.ne(0).any(dim=0).nonzero().flatten()
     if not len(used):
         return batch
     start = int(used[0]) if padding.left or "position_ids" in batch else 0
@@ -106,8 +106,8 @@ def _slice_columns(batch: Batch, rows: int, width: int, start: int, stop: int) -
 
 
 def join_rows(parts: Sequence[Batch], padding: Padding, *, like: Batch, left: bool) -> dict[str, Any]:
-    """Several batches' rows as one batch, in order; narrower parts are padded, on the `left` or on the right. Where one of
-    them is packed, the result is, with the keys of `like`."""
+    """Several batches' rows as one batch, in order; narrower parts are padded, on the `left` or on the right. Where one
+    of them is packed, the result is, with the keys of `like`."""
     if len(parts) == 1:
         return parts[0] if isinstance(parts[0], BatchWithLayout) else dict(parts[0])
     if any(layout_of(part).packed for part in parts):
@@ -131,8 +131,8 @@ def real_spans(batch: Batch) -> list[Span]:
     if layout.packed:
         return list(layout.spans)
     spans = []
-    for line, real in enumerate(real_tokens(batch)):
-        columns = real.nonzero().flatten()
+    for line, real_T in enumerate(real_tokens(batch)):
+        columns = real_T.nonzero().flatten()
         spans.append(Span(line, int(columns[0]) if len(columns) else 0, int(columns[-1]) + 1 if len(columns) else 0))
     return spans
 
@@ -141,8 +141,8 @@ def pads_left(batch: Batch) -> bool:
     """Whether some row of the batch is padded on the left; never of a packed batch."""
     if layout_of(batch).packed:
         return False
-    real = real_tokens(batch)
-    return bool((real[:, -1] & ~real[:, 0]).any())
+    real_BT = real_tokens(batch)
+    return bool((real_BT[:, -1] & ~real_BT[:, 0]).any())
 
 
 def _widen(part: Batch, width: int, left: bool, padding: Padding) -> dict[str, Any]:
@@ -154,8 +154,8 @@ def _widen(part: Batch, width: int, left: bool, padding: Padding) -> dict[str, A
         if not isinstance(value, torch.Tensor) or value.ndim < 2 or tuple(value.shape[:2]) != (rows, columns):
             return value
         fill = padding.token if name == "input_ids" else -100 if "labels" in name else 0
-        extra = value.new_full((rows, width - columns, *value.shape[2:]), fill)
-        return torch.cat([extra, value] if left else [value, extra], dim=1)
+        extra_columns = value.new_full((rows, width - columns, *value.shape[2:]), fill)
+        return torch.cat([extra_columns, value] if left else [value, extra_columns], dim=1)
 
     return {name: widened(name, value) for name, value in part.items()}
 

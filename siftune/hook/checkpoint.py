@@ -1,8 +1,9 @@
 """A selector's state inside the trainer's checkpoints, so that a resumed run keeps the rows it would have kept.
 
 `checkpoint-N/siftune/` holds `selector.safetensors` (tensors), `selector.json` (everything else) and, written last,
-`COMPLETE` with the checksums of these files, so that a damaged one is noticed. Ranks that share one selection have equal states, so
-rank 0's files serve any number of processes; ranks that choose alone (`scope="local"`) add files of their own. A checkpoint without `COMPLETE` was not finished.
+`COMPLETE` with the checksums of these files, so that a damaged one is noticed. Ranks that share one selection have
+equal states, so rank 0's files serve any number of processes; ranks that choose alone (`scope="local"`) add files of
+their own. A checkpoint without `COMPLETE` was not finished.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def write(
 
 
 def finish(checkpoint: Path, *, step: int) -> None:
-    """Mark the state as complete, once every rank has written. Files that this machine cannot read have no checksum in it."""
+    """Mark the state as complete, once every rank has written. Files that this machine cannot read have no checksum in
+    it."""
     folder = folder_of(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     sums = {name: total for name, total in sums_of(folder).items() if name != "COMPLETE"}

@@ -1,4 +1,4 @@
-"""Checks of a trainer when the selector is attached: what selection does not support is refused before training starts."""
+"""Checks of a trainer when the selector is attached: what selection does not support is refused before training."""
 
 from __future__ import annotations
 
@@ -198,8 +198,8 @@ def allows_dummies(trainer: Any) -> bool:
     """Whether a fully masked micro-batch adds exactly nothing to this trainer's loss.
 
     So it is where the loss is the library's own sum over label tokens, divided by the step's token count. A loss of the
-    user's own, label smoothing or a model without that count may divide by the micro-batch's label tokens: 0 / 0; and so
-    may a process that counts its own tokens alone.
+    user's own, label smoothing or a model without that count may divide by the micro-batch's label tokens: 0 / 0; and
+    so may a process that counts its own tokens alone.
     """
     library_loss = getattr(trainer.compute_loss, "__module__", "").split(".")[0] in ("transformers", "trl")
     label_smoothing = getattr(trainer.args, "label_smoothing_factor", 0.0)
@@ -271,9 +271,9 @@ def _row_starts_inside_lines(batch: Mapping[str, Any], trainer: Any) -> bool:
     """Whether every line is full and has the token that begins a row in its middle."""
     tokenizer = getattr(trainer, "processing_class", None)
     begin, end = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    mask = batch.get("attention_mask")
+    mask_BT = batch.get("attention_mask")
     full = len(batch["input_ids"]) > 1 and (
-        not isinstance(mask, torch.Tensor) or mask.ndim != 2 or bool((mask != 0).all())
+        not isinstance(mask_BT, torch.Tensor) or mask_BT.ndim != 2 or bool((mask_BT != 0).all())
     )
     if begin is None or begin == end or not full:
         return False

@@ -1,8 +1,8 @@
 """All-gather of variable-length buffers between the ranks of a selection; nothing is pickled.
 
-A message is a safetensors file in memory, with one JSON note. Integers are sent in the narrowest type that holds them and
-restored to their own. Cost: two collective calls per message, its length and its bytes; every rank receives `world` times
-the longest one.
+A message is a safetensors file in memory, with one JSON note. Integers are sent in the narrowest type that holds them
+and restored to their own. Cost: two collective calls per message, its length and its bytes; every rank receives `world`
+times the longest one.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 `OUTPUT_DIR/siftune/selection/part-<step>.parquet` holds the lines since the previous part, up to and including that
 optimiser step. A part ends at every checkpoint, so resuming from checkpoint N keeps the parts up to N and drops the
 rest; at the end the parts are merged into `OUTPUT_DIR/siftune/selection.parquet`. Files are written under a temporary
-name and renamed; a damaged one is noticed when it is read, and a file of one of these names that is no part of a ledger is
-refused. Cost: about 60 bytes a candidate on disk.
+name and renamed; a damaged one is noticed when it is read, and a file of one of these names that is no part of a ledger
+is refused. Cost: about 60 bytes a candidate on disk.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _TRAILING_COLUMNS = [("kept", pa.bool_()), ("reason", pa.string())]
 class Ledger:
     """Lines of one process, buffered; see the module for the files.
 
-    Columns: `step` (the trainer's `global_step` once the step is done), `rank`, `micro`, `row` or null, `segment` (of packed
-    batches: its position in the micro-batch), `token_id` in
-    hex, `total` or null, the method's own parts, `kept`, `reason` (why a candidate has no score) or null.
+    Columns: `step` (the trainer's `global_step` once the step is done), `rank`, `micro`, `row` or null, `segment` (of
+    packed batches: its position in the micro-batch), `token_id` in hex, `total` or null, the method's own parts,
+    `kept`, `reason` (why a candidate has no score) or null.
     """
 
     def __init__(self, folder: Path, *, rank: int = 0, world: int = 1) -> None:
@@ -109,9 +109,9 @@ class Ledger:
         self._columns, self._lines = {}, 0
 
     def drop_after(self, step: int) -> None:
-        """Drop the records beyond `step`: the buffer, later parts of this rank (and, by rank 0, of ranks that only an earlier
-        run had) and the merged file. Raises `UserError` for a file of such a name that is no ledger, and
-        where an earlier part of this rank is damaged: before training rather than after it."""
+        """Drop the records beyond `step`: the buffer, later parts of this rank (and, by rank 0, of ranks that only an
+        earlier run had) and the merged file. Raises `UserError` for a file of such a name that is no ledger, and where
+        an earlier part of this rank is damaged: before training rather than after it."""
         self._columns, self._lines = {}, 0
         if self._parts_folder.is_dir():
             for path in self._parts_folder.iterdir():

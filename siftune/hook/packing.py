@@ -1,10 +1,12 @@
 """Packed trainers: whether a trainer packs rows, and whether its model separates the packed rows.
 
 Where attention separates the segments of a packed line (flash attention, flex attention, a block mask, or a mask that
-`transformers` derives from restarting positions), a segment's score is that of its row alone. Elsewhere a model reads across
-rows, so a segment is scored in the context of those before it, as it is trained. Which of the two holds is measured once, on
-the first packed batch: one segment's hidden states behind another one and by itself. Models that carry a recurrent state from
-row to row are refused. Cost: two forward passes of one or two segments, once.
+`transformers` derives from restarting positions), a segment's score is that of its row alone. Elsewhere a model reads
+across rows, so a segment is scored in the context of those before it, as it is trained. Which of the two holds is
+measured once, on the first packed batch: one segment's hidden states behind another one and by itself. Models that
+carry a recurrent state from row to row are refused. Cost: two forward passes of one or two segments, once.
+
+Shapes: `T` tokens of a segment, `D` hidden width.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from .selection_step import window_count
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "ssm", "hybrid")
 _RECURRENT_KEYS = ("ssm_cfg", "state_size", "mamba_d_state", "linear_conv_kernel_dim", "ssm_state_size", "conv_L_cache")
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Relative distance of hidden states below which a segment counts as unaffected by the one before it; 1e-3 in float32."""
+"""Relative distance of hidden states below which a segment counts as unaffected by the one before it; 1e-3 in
+float32."""
 
 
 def packs(trainer: Any) -> bool:
@@ -40,7 +43,8 @@ def packs(trainer: Any) -> bool:
 
 
 def packed_lines(trainer: Any) -> int | None:
-    """Packed lines that an optimiser step reads on all processes; None where lines hold one row each, or joined rows."""
+    """Packed lines that an optimiser step reads on all processes; None where lines hold one row each, or joined
+    rows."""
     args = trainer.args
     options = any(getattr(args, name, False) is True for name in ("packing", "sample_packing"))
     if not options and "seq_lengths" not in (getattr(trainer.train_dataset, "column_names", None) or ()):
@@ -49,7 +53,8 @@ def packed_lines(trainer: Any) -> int | None:
 
 
 def describe_lines(selector: OnlineMethod, trainer: Any, lines: int) -> str:
-    """What a step of packed lines reads and trains on, in one line; how many rows it holds is known at the first one."""
+    """What a step of packed lines reads and trains on, in one line; how many rows it holds is known at the first
+    one."""
     longest = getattr(trainer.args, "max_length", None)
     size = f" of at most {longest:,} tokens" if isinstance(longest, int) else ""
     return (
@@ -107,10 +112,12 @@ def separates(model: torch.nn.Module, batches: Sequence[BatchWithLayout]) -> boo
     if pair is None:
         return None
     batch, first, second = pair
-    after_neighbour = _hidden_states(model, join_segments([(batch, first), (batch, second)], like=batch))[-1]
-    alone = _hidden_states(model, join_segments([(batch, second)], like=batch))[-1]
-    distance = float((after_neighbour.double() - alone.double()).norm() / alone.double().norm().clamp_min(1e-12))
-    separated = distance <= _TOLERANCE.get(alone.dtype, 1e-3)
+    after_neighbour_TD = _hidden_states(model, join_segments([(batch, first), (batch, second)], like=batch))[-1]
+    alone_TD = _hidden_states(model, join_segments([(batch, second)], like=batch))[-1]
+    distance = float(
+        (after_neighbour_TD.double() - alone_TD.double()).norm() / alone_TD.double().norm().clamp_min(1e-12)
+    )
+    separated = distance <= _TOLERANCE.get(alone_TD.dtype, 1e-3)
     config = unwrap_model(model).config
     if not separated and is_recurrent(config):
         raise UserError(
@@ -129,7 +136,8 @@ def is_recurrent(config: Any) -> bool:
 
 
 def _neighbouring_segments(batches: Sequence[BatchWithLayout]) -> tuple[BatchWithLayout, Span, Span] | None:
-    """Two neighbours in a line, the second of at least two tokens; the shortest such pair of the first batch with one."""
+    """Two neighbours in a line, the second of at least two tokens; the shortest such pair of the first batch with
+    one."""
     for batch in batches:
         spans = batch.layout.spans
         pairs = [

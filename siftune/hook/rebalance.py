@@ -1,8 +1,8 @@
 """Which rank and micro-batch trains which of the kept rows, and how rows that change ranks are sent.
 
-Every rank trains the same number of rows, up to one where they do not divide evenly; a row stays on the rank that read it
-unless that rank kept more than its share. Rows that move are sent as their tensors, cut to their own width: about 9 bytes
-a token for ids, mask and labels, and every rank receives all that move. Cost: nothing where no row moves.
+Every rank trains the same number of rows, up to one where they do not divide evenly; a row stays on the rank that read
+it unless that rank kept more than its share. Rows that move are sent as their tensors, cut to their own width: about 9
+bytes a token for ids, mask and labels, and every rank receives all that move. Cost: nothing where no row moves.
 
 Shapes: `R` ranks, `K` kept rows; a slot `(rank, micro)` is a micro-batch that a rank read and has to train.
 """
@@ -74,8 +74,8 @@ def rebalance_by_tokens(
 ) -> dict[Slot, list[Origin]]:
     """As `rebalance`, for packed batches: every rank, and every slot of a rank, trains about the same number of tokens.
 
-    A rank keeps its own rows while they fit its share; the others go, in order, to the rank with the fewest tokens. No slot
-    is empty where there are as many rows as slots.
+    A rank keeps its own rows while they fit its share; the others go, in order, to the rank with the fewest tokens. No
+    slot is empty where there are as many rows as slots.
     """
     order = {origin: index for index, origin in enumerate(kept)}
     rows_of_rank: dict[int, list[Origin]] = {rank: [] for rank, _ in slots}
@@ -215,7 +215,8 @@ def _exchange_rows(
 def _sendable_columns(
     batch: Batch, rows: list[int], padding: Padding
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[Any]], list[int]]:
-    """Some rows of a batch as tensors and lists, and the lengths of segments; values that are not per row are not sent."""
+    """Some rows of a batch as tensors and lists, and the lengths of segments; values that are not per row are not
+    sent."""
     if layout_of(batch).packed:
         return _sendable_segments(batch, rows)
     count = len(batch["input_ids"])

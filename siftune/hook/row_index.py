@@ -1,7 +1,7 @@
 """Which row of the training set a candidate is: `token_id` of what the model sees, and an index from it to the row.
 
-The index passes the data set once through the trainer's own collator, so collators that rewrite rows keep their names as
-long as they are deterministic. Cost: one collation of the data set; 24 bytes a row in memory.
+The index passes the data set once through the trainer's own collator, so collators that rewrite rows keep their names
+as long as they are deterministic. Cost: one collation of the data set; 24 bytes a row in memory.
 
 Shapes: `n` rows of the data set, `B` rows of a batch, `T` columns.
 """
@@ -75,8 +75,8 @@ def collate_rows(
 ) -> list[tuple[BatchWithLayout, list[int]]]:
     """Some rows of a data set as batches, each with the data set's row of every candidate.
 
-    Where the collator returns another number of candidates than rows (a row of a packed data set holds several, and fully
-    masked rows may be dropped), rows are collated one by one, and a row's candidates all have its number.
+    Where the collator returns another number of candidates than rows (a row of a packed data set holds several, and
+    fully masked rows may be dropped), rows are collated one by one, and a row's candidates all have its number.
     """
     getitems = getattr(dataset, "__getitems__", None)
     items = getitems(list(rows)) if getitems else [dataset[row] for row in rows]

@@ -1,14 +1,14 @@
 """One optimiser step's selection: candidates in, the micro-batches to train on and a record of every candidate out.
 
-`window="micro"` chooses within each micro-batch (UDS, arXiv 2510.16882), `window="step"` over the accumulation window. With
-several processes, their j-th micro-batches in rank order form one global micro-batch, so 1, 2 and 4 processes that read the
-same rows in a step keep the same rows. Every rank measures its own candidates; the measurements are gathered, and every
-rank combines, chooses and commits the same numbers, which keeps memories and counters equal everywhere. That they are
-equal is checked: the choice at every step, the complete state at the first and every hundredth.
+`window="micro"` chooses within each micro-batch (UDS, arXiv 2510.16882), `window="step"` over the accumulation window.
+With several processes, their j-th micro-batches in rank order form one global micro-batch, so 1, 2 and 4 processes that
+read the same rows in a step keep the same rows. Every rank measures its own candidates; the measurements are gathered,
+and every rank combines, chooses and commits the same numbers, which keeps memories and counters equal everywhere. That
+they are equal is checked: the choice at every step, the complete state at the first and every hundredth.
 
-A world of one runs the same code and exchanges nothing. Cost: the selector's own; with several ranks the measured columns
-(for UDS 8 kB a candidate), gathered, and the rows that change ranks (`siftune.hook.rebalance`): four collective calls
-a step, two more for each choice of a method that compares, two more where rows move.
+A world of one runs the same code and exchanges nothing. Cost: the selector's own; with several ranks the measured
+columns (for UDS 8 kB a candidate), gathered, and the rows that change ranks (`siftune.hook.rebalance`): four collective
+calls a step, two more for each choice of a method that compares, two more where rows move.
 
 Shapes: `B` candidates of a micro-batch, `C` candidates of the step on all ranks.
 """
@@ -39,7 +39,8 @@ STATE_CHECK_EVERY = 100
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The result of one step's selection. Tensors have one entry per candidate, in the order of micro-batches and ranks."""
+    """The result of one step's selection. Tensors have one entry per candidate, in the order of micro-batches and
+    ranks."""
 
     batches: list[Batch]
     """This rank's micro-batches to train on, as many as it read."""
@@ -156,8 +157,8 @@ def _measure(selector: OnlineMethod, model: torch.nn.Module, batch: Batch, *, sc
 
 
 def measure_in_chunks(selector: OnlineMethod, model: torch.nn.Module, batch: Batch) -> Measured:
-    """Measure in chunks of the size that the kept micro-batch will have, unless the user set `score_tokens`: scoring then
-    needs no more activation memory than training does."""
+    """Measure in chunks of the size that the kept micro-batch will have, unless the user set `score_tokens`: scoring
+    then needs no more activation memory than training does."""
     if selector.score_tokens is not None:
         return selector.measure(model, batch)
     lines, width = batch["input_ids"].shape
@@ -211,8 +212,8 @@ def _keep_all(parts: Sequence[Measurement], *, reason: str) -> tuple[RowScores, 
 
 
 def choose(selector: OnlineMethod, scores: RowScores, measured: Measured, count: int, *, minimum: int) -> torch.Tensor:
-    """The selector's choice of `count` candidates, and of `minimum` in any case: one for each micro-batch that must not be
-    a dummy. A token budget may keep fewer; the first rows that it left out are then added."""
+    """The selector's choice of `count` candidates, and of `minimum` in any case: one for each micro-batch that must not
+    be a dummy. A token budget may keep fewer; the first rows that it left out are then added."""
     chosen = selector.choose(scores, measured, max(count, minimum))
     if len(chosen) >= minimum:
         return chosen
@@ -363,8 +364,8 @@ def _with_comparisons(
 
 
 def _check_agreement(selector: OnlineMethod, kept: Sequence[torch.Tensor], ranks: Ranks, *, scored: bool) -> None:
-    """Check that every rank kept the same rows and, at intervals, has the same state; before any row moves, because ranks
-    that disagree would deadlock."""
+    """Check that every rank kept the same rows and, at intervals, has the same state; before any row moves, because
+    ranks that disagree would deadlock."""
     if ranks.world == 1:
         return
     digest = hashlib.blake2b(digest_size=7)

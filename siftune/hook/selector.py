@@ -16,9 +16,9 @@ def selector_of(
 ) -> OnlineMethod:
     """The online method that a YAML section names: `method` (default uds) and that method's own options.
 
-    `defaults` are values for options that the section does not set, ignored for a method without such an option; `section`
-    is what messages call the mapping. Raises `UserError` for an unknown method or option, with the nearest known one, and
-    for a missing `keep`.
+    `defaults` are values for options that the section does not set, ignored for a method without such an option;
+    `section` is what messages call the mapping. Raises `UserError` for an unknown method or option, with the nearest
+    known one, and for a missing `keep`.
 
     >>> selector_of({"method": "uds", "keep": "1/8"}).keep
     '1/8'

@@ -1,7 +1,8 @@
 """Validation rows of a file, tokenised as the trainer's own rows are, for a selector that learns from them (GREATS).
 
-The rows go through the same row -> tokens function as `siftune train` and the held-out loss (`siftune.models.tokenize_rows`),
-with the trainer's tokenizer and its `max_length`. Cost: one pass over the file, when the selector is attached.
+The rows go through the same row -> tokens function as `siftune train` and the held-out loss
+(`siftune.models.tokenize_rows`), with the trainer's tokenizer and its `max_length`. Cost: one pass over the file, when
+the selector is attached.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ NO_LIMIT = 2**31
 
 
 def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None:
-    """Pass the tokenised rows of its validation file to `selector`; does nothing for other selectors and other `validation`.
+    """Pass the tokenised rows of its validation file to `selector`; does nothing for other selectors and other
+    `validation`.
 
     Rows without answer tokens are left out, with one line on stderr unless `quiet`. Raises `UserError` for a file that
     cannot be read, a trainer without a tokenizer, and where no row is left.

@@ -8,7 +8,7 @@ Nothing of size N x V is formed for a linear head; a capped head gives its logit
 Cost: G takes V*D*D/2 products once per version of the weights; a LoRA update of a frozen head V*D*r.
 
 Axes: `V` vocabulary, `D` hidden width (plus one for a bias), `N` positions, `r` rank of the LoRA updates, `S` rows of
-a vocabulary sketch.
+a vocabulary sketch, `R` checked positions. A block of an axis keeps its letter.
 """
 
 from __future__ import annotations
@@ -78,41 +78,41 @@ class Head:
         """Where the mathematics run: the weights' device, or the CPU where that device has no float64."""
         return torch.device("cpu") if self.weight.device.type == "mps" else self.weight.device
 
-    def inputs(self, states: torch.Tensor) -> torch.Tensor:
+    def inputs(self, states_ND: torch.Tensor) -> torch.Tensor:
         """Hidden states `(N, D)` as the map's inputs: with a column of ones where there is a bias."""
-        states = states.to(self.device)
+        states_ND = states_ND.to(self.device)
         if self.bias is None:
-            return states
-        return torch.cat([states, states.new_ones(len(states), 1)], dim=1)
+            return states_ND
+        return torch.cat([states_ND, states_ND.new_ones(len(states_ND), 1)], dim=1)
 
     def base(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Rows of [W b] without LoRA, `(stop - start, D)`."""
-        rows = self.weight[start:stop].detach().to(self.device, dtype)
+        rows_VD = self.weight[start:stop].detach().to(self.device, dtype)
         if self.bias is None:
-            return rows
-        return torch.cat([rows, self.bias[start:stop, None].detach().to(self.device, dtype)], dim=1)
+            return rows_VD
+        return torch.cat([rows_VD, self.bias[start:stop, None].detach().to(self.device, dtype)], dim=1)
 
     def update(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(up `(V, r)`, down `(r, D)`) with a zero column for the bias, or None without LoRA."""
         if self.up is None or self.down is None:
             return None
-        down = self.down.detach().to(self.device, dtype)
+        down_rD = self.down.detach().to(self.device, dtype)
         if self.bias is not None:
-            down = torch.cat([down, down.new_zeros(len(down), 1)], dim=1)
-        return self.up.detach().to(self.device, dtype), down
+            down_rD = torch.cat([down_rD, down_rD.new_zeros(len(down_rD), 1)], dim=1)
+        return self.up.detach().to(self.device, dtype), down_rD
 
-    def logits(self, inputs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The model's logits of some vocabulary rows, float32 `(N, stop - start)`, from `inputs` as above."""
-        inputs = inputs.to(torch.float32)
-        logits = inputs @ self.base(start, stop).T
+    def logits(self, inputs_ND: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The model's logits of some vocabulary rows, float32 `(N, stop - start)`, from `inputs_ND` as above."""
+        inputs_ND = inputs_ND.to(torch.float32)
+        logits_NV = inputs_ND @ self.base(start, stop).T
         if update := self.update(torch.float32):
-            up, down = update
-            logits += (inputs @ down.T) @ up[start:stop].T
+            up_Vr, down_rD = update
+            logits_NV += (inputs_ND @ down_rD.T) @ up_Vr[start:stop].T
         if self.multiplier != 1.0:
-            logits *= self.multiplier
+            logits_NV *= self.multiplier
         if self.cap is not None:
-            logits = logits.div_(self.cap).tanh_().mul_(self.cap)
-        return logits
+            logits_NV = logits_NV.div_(self.cap).tanh_().mul_(self.cap)
+        return logits_NV
 
     def blocks(self, rows: int | None = None) -> Iterator[tuple[int, int]]:
         """The vocabulary in blocks of `rows` (default: about 16 MB of W each), as (start, stop)."""
@@ -121,42 +121,49 @@ class Head:
             yield start, min(start + rows, self.vocabulary)
 
     def project(
-        self, sketch: Callable[[int, int], torch.Tensor], base: torch.Tensor | None = None
+        self, sketch: Callable[[int, int], torch.Tensor], base_SD: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`Γ [W b]` with and without the LoRA update, float64 `(S, D)` each; the second is `base` where that is given.
+        """`Γ [W b]` with and without the LoRA update, float64 `(S, D)` each; the second is `base_SD` where that is
+        given.
 
         The sketch is given by its columns: `sketch(start, stop)` is float64 `(S, stop - start)`.
         """
         precise = torch.float64 if exact_products(self, self.base_trained) else torch.float32
         update = self.update(precise)
-        projected = torch.zeros(1, dtype=torch.float64, device=self.device)
-        lora = torch.zeros(1, dtype=torch.float64, device=self.device)
+        projected_SD = torch.zeros(1, dtype=torch.float64, device=self.device)
+        lora_Sr = torch.zeros(1, dtype=torch.float64, device=self.device)
         for start, stop in self.blocks():
-            columns = sketch(start, stop).to(self.device, precise)
-            if base is None:
-                projected = projected + columns @ self.base(start, stop, precise)
+            columns_SV = sketch(start, stop).to(self.device, precise)
+            if base_SD is None:
+                projected_SD = projected_SD + columns_SV @ self.base(start, stop, precise)
             if update:
-                lora = lora + columns @ update[0][start:stop]
-        base = projected if base is None else base
-        return (base + lora @ update[1].double() if update else base), base
+                lora_Sr = lora_Sr + columns_SV @ update[0][start:stop]
+        base_SD = projected_SD if base_SD is None else base_SD
+        return (base_SD + lora_Sr @ update[1].double() if update else base_SD), base_SD
 
-    def agrees(self, states: torch.Tensor, logits: torch.Tensor | None) -> bool | None:
-        """Whether this reading reproduces the model's own logits `(R, V)` at `states` `(R, D)`; None where that is
+    def agrees(self, states_RD: torch.Tensor, logits_RV: torch.Tensor | None) -> bool | None:
+        """Whether this reading reproduces the model's own logits `(R, V)` at `states_RD` `(R, D)`; None where that is
         unknown.
 
         Decided from at most 8 states that are finite and not zero. Logits that bf16 or fp16 can hold exactly were
         rounded to it, and may differ by 2 % of their norm; others by 0.1 %.
         """
-        if logits is None or logits.shape[-1] < self.vocabulary:
+        if logits_RV is None or logits_RV.shape[-1] < self.vocabulary:
             return None
-        usable = (torch.isfinite(states).all(-1) & states.any(-1) & torch.isfinite(logits).all(-1)).nonzero()[:8, 0]
+        usable = (torch.isfinite(states_RD).all(-1) & states_RD.any(-1) & torch.isfinite(logits_RV).all(-1)).nonzero()[
+            :8, 0
+        ]
         if len(usable) == 0:
             return None
-        expected = logits[usable, : self.vocabulary].to(self.device, torch.float32)
-        computed = self.logits(self.inputs(states[usable]), 0, self.vocabulary)
-        rounded = any(bool((expected == expected.to(low).float()).all()) for low in (torch.bfloat16, torch.float16))
-        rounded |= states.dtype in (torch.bfloat16, torch.float16)
-        distance = float((computed - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        expected_RV = logits_RV[usable, : self.vocabulary].to(self.device, torch.float32)
+        computed_RV = self.logits(self.inputs(states_RD[usable]), 0, self.vocabulary)
+        rounded = any(
+            bool((expected_RV == expected_RV.to(low).float()).all()) for low in (torch.bfloat16, torch.float16)
+        )
+        rounded |= states_RD.dtype in (torch.bfloat16, torch.float16)
+        distance = float(
+            (computed_RV - expected_RV).norm() / expected_RV.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        )
         return distance <= (2e-2 if rounded else 1e-3)
 
 
@@ -275,12 +282,12 @@ class Gram:
         gram = cls([torch.zeros(e - s, e, dtype=torch.float64, device=head.device) for s, e in _bounds(head.width)])
         stripe = PANEL * math.ceil(head.width / 8 / PANEL)  # fewer, larger products than one per panel
         for low, high in head.blocks():
-            rows = head.base(low, high, dtype)
+            rows_VD = head.base(low, high, dtype)
             for left in range(0, head.width, stripe):
-                product = rows[:, left : left + stripe].T @ rows[:, : left + stripe]
+                product_DD = rows_VD[:, left : left + stripe].T @ rows_VD[:, : left + stripe]
                 for panel, (start, stop) in zip(gram.panels, gram.bounds, strict=True):
                     if left <= start < left + stripe:
-                        panel += product[start - left : stop - left, :stop]
+                        panel += product_DD[start - left : stop - left, :stop]
         return gram
 
     def updated(self, head: Head, dtype: torch.dtype) -> Gram:
@@ -288,14 +295,14 @@ class Gram:
         update = head.update(dtype)
         if update is None:
             return self
-        up, down = update[0], update[1].double()
-        cross = torch.zeros(head.width, len(down), dtype=torch.float64, device=head.device)  # Wᵀ up
+        up_Vr, down_rD = update[0], update[1].double()
+        cross_Dr = torch.zeros(head.width, len(down_rD), dtype=torch.float64, device=head.device)  # Wᵀ up
         for low, high in head.blocks():
-            cross += (head.base(low, high, dtype).T @ up[low:high]).double()
-        half = cross + down.T @ (up.double().T @ up.double()) / 2
+            cross_Dr += (head.base(low, high, dtype).T @ up_Vr[low:high]).double()
+        half_Dr = cross_Dr + down_rD.T @ (up_Vr.double().T @ up_Vr.double()) / 2
         return Gram(
             [
-                panel + half[start:stop] @ down[:, :stop] + down[:, start:stop].T @ half[:stop].T
+                panel + half_Dr[start:stop] @ down_rD[:, :stop] + down_rD[:, start:stop].T @ half_Dr[:stop].T
                 for panel, (start, stop) in zip(self.panels, self.bounds, strict=True)
             ]
         )
@@ -323,13 +330,13 @@ class Gram:
 
     def factor_singular(self) -> Gram:
         """C of a G that is singular (V < D, dependent rows): `eigh`, tiny negatives clamped, then QR to a triangle."""
-        full = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.panels[0].device)
+        full_DD = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.panels[0].device)
         for panel, (start, stop) in zip(self.panels, self.bounds, strict=True):
-            full[start:stop, :stop] = panel
-        values, vectors = torch.linalg.eigh(full)  # reads the lower triangle
-        root = vectors * values.clamp_min(0).sqrt()  # G = root rootᵀ, and rootᵀ = Q R, so G = Rᵀ R
-        lower = torch.linalg.qr(root.T, mode="r").R.T
-        return Gram([lower[start:stop, :stop].clone() for start, stop in self.bounds])
+            full_DD[start:stop, :stop] = panel
+        values, vectors_DD = torch.linalg.eigh(full_DD)  # reads the lower triangle
+        root_DD = vectors_DD * values.clamp_min(0).sqrt()  # G = root rootᵀ, and rootᵀ = Q R, so G = Rᵀ R
+        lower_DD = torch.linalg.qr(root_DD.T, mode="r").R.T
+        return Gram([lower_DD[start:stop, :stop].clone() for start, stop in self.bounds])
 
 
 class Factor:
@@ -357,11 +364,11 @@ class Factor:
                 row += len(piece)
             self.blocks.append(block)
 
-    def images(self, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    def images(self, inputs_ND: torch.Tensor) -> Iterator[torch.Tensor]:
         """`inputs @ C` in float64, some columns at a time: `(..., N, D)` gives pieces `(..., N, <= columns)`."""
-        inputs = inputs.double()
+        inputs_ND = inputs_ND.double()
         for index, block in enumerate(self.blocks):
-            yield inputs[..., index * self.columns :] @ block.double()
+            yield inputs_ND[..., index * self.columns :] @ block.double()
 
 
 def factorise(head: Head, base: Gram | None = None) -> tuple[Factor, Gram | None]:
@@ -378,8 +385,8 @@ def factorise(head: Head, base: Gram | None = None) -> tuple[Factor, Gram | None
         gram = base.updated(head, dtype)
         if gram.cholesky() > (1e-12 if dtype == torch.float64 else NOISE):
             return Factor(gram), base if lora else None
-    again = base if lora and base is not None else Gram.of_head(head, torch.float64)
-    return Factor(again.updated(head, torch.float64).factor_singular()), base if lora else None
+    float64_gram = base if lora and base is not None else Gram.of_head(head, torch.float64)
+    return Factor(float64_gram.updated(head, torch.float64).factor_singular()), base if lora else None
 
 
 def exact_products(head: Head, trained: bool) -> bool:

@@ -57,8 +57,8 @@ class Measured:
 
 @dataclass(kw_only=True, eq=False)
 class OnlineMethod(ABC):
-    """Base of every online method: subclasses are keyword-only dataclasses that inherit the options every method has and
-    define `name`, `measure` and `combine`. Selectors use only their own generators, never the global random state.
+    """Base of every online method: subclasses are keyword-only dataclasses that inherit the options every method has
+    and define `name`, `measure` and `combine`. Selectors use only their own generators, never the global random state.
 
     Raises `UserError` for options that cannot work, at the first selection (`check`).
     """
@@ -106,7 +106,8 @@ class OnlineMethod(ABC):
     """Whether they may have changed since the head was last read."""
 
     def check(self) -> None:
-        """Refuse options that cannot work, before any model is run. Raises `UserError`, which names the value and the fix.
+        """Refuse options that cannot work, before any model is run. Raises `UserError`, which names the value and the
+        fix.
 
         Called before every selection and by `check_keep`; subclasses add their own options.
         """
@@ -128,7 +129,8 @@ class OnlineMethod(ABC):
         return self.needs_gradients
 
     def new_step(self, *, learning_rate: float | None = None) -> None:
-        """An optimiser step begins: it is counted, for `start_step`, and what was derived from trained weights is stale.
+        """An optimiser step begins: it is counted, for `start_step`, and what was derived from trained weights is
+        stale.
 
         The trainer hook calls it once per optimiser step, before scoring, with the step's learning rate. A loop that
         accumulates gradients calls it in the same place; in a loop that never calls it each `select` is a step.
@@ -148,8 +150,8 @@ class OnlineMethod(ABC):
 
     @abstractmethod
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
-        """Measure the candidates with the current weights of `model`. Changes no state; training flags, RNG and gradients
-        are restored."""
+        """Measure the candidates with the current weights of `model`. Changes no state; training flags, RNG and
+        gradients are restored."""
 
     def compare(self, measured: Measured) -> Measured:
         """The same candidates with more columns: what depends on a candidate and on the memory, and on no other
@@ -279,12 +281,13 @@ class ModelScored(OnlineMethod):
     """Padded tokens of one scoring pass at most, which bounds its activations; None is the whole batch at once (the
     trainer hook sets its own)."""
     keep_tokens: int | None = None
-    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row. In a packed
-    batch all tokens of a segment count, and segments that no longer fit are passed over for smaller ones."""
+    """Token budget of one choice, beside `keep`: best rows first while their label tokens fit, at least one row. In a
+    packed batch all tokens of a segment count, and segments that no longer fit are passed over for smaller ones."""
 
 
 def with_segment_tokens(measured: Measured, tokens: torch.Tensor) -> Measured:
-    """The candidates of a packed batch with the tokens `(B,)` (int64) that each takes up in a line, for `keep_tokens`."""
+    """The candidates of a packed batch with the tokens `(B,)` (int64) that each takes up in a line, for
+    `keep_tokens`."""
     return replace(measured, columns={**measured.columns, SEGMENT_TOKENS: tokens})
 
 

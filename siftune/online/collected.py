@@ -44,17 +44,17 @@ class DeviceMeasurements:
         self._entries: dict[torch.device, list[RowEntry]] = {}
         self._values: dict[torch.device, list[torch.Tensor]] = {}
 
-    def add(self, entries: Sequence[RowEntry], norms: DeviceNorms, sketches: torch.Tensor) -> None:
+    def add(self, entries: Sequence[RowEntry], norms: DeviceNorms, sketches_RS: torch.Tensor) -> None:
         """Norms `(R,)` and sketches `(R, S)` of some rows."""
-        self._put(entries, torch.stack([norms.nuclear, norms.square, norms.verified.double()], dim=1), sketches)
+        self._put(entries, torch.stack([norms.nuclear, norms.square, norms.verified.double()], dim=1), sketches_RS)
 
     def add_host_norms(self, entry: RowEntry, sketch: torch.Tensor) -> None:
         """One row whose norms are `host_norms`; its sketch is `(1, S)`."""
         self._put([entry], sketch.new_zeros(1, 3), sketch)
 
-    def _put(self, entries: Sequence[RowEntry], norm_columns: torch.Tensor, sketches: torch.Tensor) -> None:
-        self._entries.setdefault(sketches.device, []).extend(entries)
-        self._values.setdefault(sketches.device, []).append(torch.cat([norm_columns, sketches], dim=1))
+    def _put(self, entries: Sequence[RowEntry], norms_R3: torch.Tensor, sketches_RS: torch.Tensor) -> None:
+        self._entries.setdefault(sketches_RS.device, []).extend(entries)
+        self._values.setdefault(sketches_RS.device, []).append(torch.cat([norms_R3, sketches_RS], dim=1))
 
     def read(self) -> Iterator[tuple[RowEntry, Norms, torch.Tensor]]:
         """Every row once, with its norms and its sketch `(S,)` on the CPU."""

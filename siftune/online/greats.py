@@ -6,11 +6,11 @@
 K times the candidate with the largest gain is taken. The published scores are these times η > 0, which changes no order
 and are all zero at η = 0, where a warm-up begins. Higher = better; the total is minus the position in the greedy order.
 Cost: a plain forward and backward pass over the validation rows, whose mean gradient is all that counts; one over the
-candidates with their own gradients, and B(B + 1)/2 + B products per weight; gradients beyond `hold_mb` are computed again
-for each group that they are multiplied with.
-Source: Wang et al., GREATS, NeurIPS 2024, as the baseline of UDS (arXiv 2510.16882).
+candidates with their own gradients, and B(B + 1)/2 + B products per weight; gradients beyond `hold_mb` are computed
+again for each group that they are multiplied with. Source: Wang et al., GREATS, NeurIPS 2024, as the baseline of UDS
+(arXiv 2510.16882).
 
-Axes: `B` candidates, `V` validation rows.
+Axes: `B` candidates, `T` columns, `R` and `S` candidates of two groups, `V` validation rows.
 """
 
 from __future__ import annotations
@@ -115,23 +115,25 @@ class Greats(ModelScored):
         """Columns `influence` `(B,)`, `products` `(B, B)` (float64, ⟨g_i, g_j⟩) and `tokens` `(B,)` (int64)."""
         rate = self._current_rate
         assert rate >= 0, "a learning rate"
-        positions = predicting_tokens(batch)
-        rows = len(positions)
-        products, influence = self._products(model, batch, self._validation())
-        finite = torch.isfinite(influence) & torch.isfinite(products.diagonal())
+        positions_BT = predicting_tokens(batch)
+        rows = len(positions_BT)
+        products_BB, influence = self._products(model, batch, self._validation())
+        finite = torch.isfinite(influence) & torch.isfinite(products_BB.diagonal())
         reasons = {}
         for row in (~finite).nonzero().flatten().tolist():
-            reasons[row] = "its gradient is not finite" if bool(positions[row].any()) else "no label tokens to score"
-            if bool(torch.isfinite(products[row, row])):
+            reasons[row] = "its gradient is not finite" if bool(positions_BT[row].any()) else "no label tokens to score"
+            if bool(torch.isfinite(products_BB[row, row])):
                 reasons[row] = "no validation row has a finite gradient"
             influence[row] = torch.nan
-        return Measured(rows, {"influence": influence, "products": products, "tokens": positions.sum(dim=1)}, reasons)
+        return Measured(
+            rows, {"influence": influence, "products": products_BB, "tokens": positions_BT.sum(dim=1)}, reasons
+        )
 
     def _products(self, model: torch.nn.Module, batch: Batch, held_out: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """⟨g_i, g_j⟩ `(B, B)` and ⟨g_i, mean_v g_v⟩ `(B,)`, NaN where a row has no label token."""
         groups = self._gradients.plan(model, batch, self.score_tokens)
         count = candidates_of(batch)
-        products = torch.full((count, count), torch.nan, dtype=torch.float64)
+        products_BB = torch.full((count, count), torch.nan, dtype=torch.float64)
         influence = torch.full((count,), torch.nan, dtype=torch.float64)
         cache = _GradientCache(self._gradients, model, batch, groups, self.hold_mb * 2**20)
         validation_gradient: dict[int, torch.Tensor] | None = None
@@ -145,11 +147,15 @@ class Greats(ModelScored):
             for second in range(first, len(groups)):
                 for first_part in first_parts:
                     for second_part in first_parts if second == first else cache.get(second):
-                        block = first_part.inner(second_part)
-                        products[torch.tensor(first_part.rows)[:, None], torch.tensor(second_part.rows)] = block
-                        products[torch.tensor(second_part.rows)[:, None], torch.tensor(first_part.rows)] = block.T
+                        products_RS = first_part.inner(second_part)
+                        products_BB[torch.tensor(first_part.rows)[:, None], torch.tensor(second_part.rows)] = (
+                            products_RS
+                        )
+                        products_BB[torch.tensor(second_part.rows)[:, None], torch.tensor(first_part.rows)] = (
+                            products_RS.T
+                        )
             cache.drop(first)
-        return products, influence
+        return products_BB, influence
 
     def _validation(self) -> Batch:
         """The validation batch of this selection."""
@@ -166,14 +172,14 @@ class Greats(ModelScored):
 
     def combine(self, measured: Measured) -> RowScores:
         """Total: minus the position in the greedy order. Parts `influence`, and `gain` at the row's turn."""
-        influence, products = measured.columns["influence"], measured.columns["products"]
+        influence, products_BB = measured.columns["influence"], measured.columns["products"]
         total = torch.full_like(influence, torch.nan)
         gain = torch.full_like(influence, torch.nan)
         remaining = torch.where(torch.isnan(influence), -torch.inf, influence)
         for position in range(int(torch.isfinite(remaining).sum())):
             best = int(remaining.argmax())
             total[best], gain[best] = -position, remaining[best]
-            remaining = remaining - self._current_rate * products[best].nan_to_num(0.0)
+            remaining = remaining - self._current_rate * products_BB[best].nan_to_num(0.0)
             remaining[best] = -torch.inf
         return RowScores(total, {"influence": influence, "gain": gain}, dict(measured.reasons))
 
@@ -214,7 +220,8 @@ class _GradientCache:
 
 
 def validation_batches(validation: Any, rows: int) -> list[Batch]:
-    """The user's validation rows as batches, without those that hold no label token. Raises `UserError` where none is left.
+    """The user's validation rows as batches, without those that hold no label token. Raises `UserError` where none is
+    left.
 
     >>> validation_batches([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}], 8)[0]["attention_mask"]
     tensor([[1, 1, 1]])

@@ -5,7 +5,8 @@ returns for the last column of the scoring forward. Where they disagree, or the 
 head is run one row at a time, and a warning says so once.
 Cost: one forward of the backbone; the check takes 8 tokens' logits, once.
 
-Axes: `B` rows, `T` columns, `N` scored positions of a row, `D` inputs of the head, `V` vocabulary.
+Axes: `B` rows, `T` columns, `N` scored positions of a row, `D` inputs of the head, `V` vocabulary, `F` = d₁
+frequencies of a sketch.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class HeadInputs:
             return
         assert self.logits is not None
         for start in range(0, self.logits.shape[1], 4096):
-            block = self.logits[:, start : start + 4096]
-            yield start, start + block.shape[1], block.float()
+            block_NV = self.logits[:, start : start + 4096]
+            yield start, start + block_NV.shape[1], block_NV.float()
 
     @property
     def device(self) -> torch.device:
@@ -89,15 +90,15 @@ class LogitAccess:
         self,
         model: nn.Module,
         batch: Batch,
-        positions: torch.Tensor,
+        positions_BT: torch.Tensor,
         *,
         score_tokens: int | None = None,
         gather_again: bool = True,
     ) -> Iterator[HeadInputs]:
-        """Every row of the batch with a position to score (`positions` is bool `(B, T)`), in groups, in any order.
+        """Every row of the batch with a position to score (`positions_BT` is bool `(B, T)`), in groups, in any order.
 
-        A row is returned twice where the check fails after some rows: the later one counts. For a model that is sharded over
-        processes all of them have to iterate to the end; with `gather_again` a trained head is gathered again.
+        A row is returned twice where the check fails after some rows: the later one counts. For a model that is sharded
+        over processes all of them have to iterate to the end; with `gather_again` a trained head is gathered again.
         """
         parts = unwrap_model(model)
         identity = (id(parts.causal), id(parts.head))
@@ -106,7 +107,7 @@ class LogitAccess:
         if head is None:
             self._fall_back_to_logits(identity, f"{type(parts.head).__name__} is no plain linear head")
         if head is not None and (self._formula_holds or self._checked_model != identity):
-            for chunk in iter_hidden_states(parts, batch, positions, score_tokens=score_tokens, passes=passes):
+            for chunk in iter_hidden_states(parts, batch, positions_BT, score_tokens=score_tokens, passes=passes):
                 if self._checked_model != identity and self._formula_fails(
                     head, parts, chunk, together=passes is not None
                 ):
@@ -115,8 +116,8 @@ class LogitAccess:
                     yield HeadInputs(chunk.rows, head, [head.inputs(states) for states in chunk.states])
             else:
                 return
-        for row, logits in iter_logits(parts, batch, positions, passes=passes):
-            yield HeadInputs([row], None, [], logits)
+        for row, logits_NV in iter_logits(parts, batch, positions_BT, passes=passes):
+            yield HeadInputs([row], None, [], logits_NV)
 
     def _gather(self, identity: tuple[Any, ...], parts: ModelParts, *, gather_again: bool) -> Head | None:
         cached = self._gathered_head
@@ -170,12 +171,12 @@ class LogitAccess:
         return self._factor[1]
 
     def projected(self, head: Head, sketch: Sketch) -> torch.Tensor:
-        """Γ₁ W `(d₁, D)`, float64, formed again only when the weights or the sketch differ."""
+        """Γ₁ W `(F, D)`, float64, formed again only when the weights or the sketch differ."""
         key = (*head.key, id(sketch), sketch.vocabulary)
         if self._projected is None or self._projected[0] != key:
             base_key = (*head.base_key, id(sketch), sketch.vocabulary)
             cached = self._base_projected
-            base = cached[1] if cached is not None and cached[0] == base_key else None
-            projected, base = head.project(sketch.columns, base)
-            self._projected, self._base_projected = (key, projected), (base_key, base)
+            base_FD = cached[1] if cached is not None and cached[0] == base_key else None
+            projected_FD, base_FD = head.project(sketch.columns, base_FD)
+            self._projected, self._base_projected = (key, projected_FD), (base_key, base_FD)
         return self._projected[1]

@@ -6,7 +6,8 @@ Higher = harder for the model as it is. The vocabulary is processed in blocks wi
 all candidates never exist at once. Cost: one forward of the backbone plus the logits of the label tokens.
 Source: Loshchilov & Hutter, arXiv 1511.06343, as the baseline of UDS (arXiv 2510.16882).
 
-Axes: `B` candidates, `T` columns, `N` label tokens of some rows, `D` inputs of the head, `V` vocabulary.
+Axes: `B` candidates, `L` lines of the batch, `T` columns, `N` label tokens of some rows, `D` inputs of the head, `V`
+vocabulary.
 """
 
 from __future__ import annotations
@@ -49,18 +50,18 @@ class MaxLoss(ModelScored):
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         """Columns `loss` `(B,)` (float64) and `tokens` `(B,)` (int64, label tokens)."""
-        positions = predicting_tokens(batch)
+        positions_BT = predicting_tokens(batch)
         if self.compat == "paper":
             batch = {name: value for name, value in batch.items() if name != "attention_mask"}
         loss = reduce_over_labels(
-            self._logit_access, model, batch, positions, cross_entropy, torch.mean, score_tokens=self.score_tokens
+            self._logit_access, model, batch, positions_BT, cross_entropy, torch.mean, score_tokens=self.score_tokens
         )
         reasons = {
-            row: "its loss is not finite" if bool(positions[row].any()) else "no label tokens to score"
+            row: "its loss is not finite" if bool(positions_BT[row].any()) else "no label tokens to score"
             for row in (~torch.isfinite(loss)).nonzero().flatten().tolist()
         }
         loss[list(reasons)] = torch.nan
-        return Measured(len(positions), {"loss": loss, "tokens": positions.sum(dim=1)}, reasons)
+        return Measured(len(positions_BT), {"loss": loss, "tokens": positions_BT.sum(dim=1)}, reasons)
 
     def combine(self, measured: Measured) -> RowScores:
         return RowScores(measured.columns["loss"], {}, dict(measured.reasons))
@@ -76,11 +77,11 @@ def cross_entropy(blocks: Iterable[tuple[int, int, torch.Tensor]], targets: torc
     """
     total: torch.Tensor | None = None
     label: torch.Tensor | None = None
-    for start, stop, block in blocks:
-        piece = torch.logsumexp(block, dim=1).double()
-        block_targets = targets.to(block.device)
+    for start, stop, block_NV in blocks:
+        piece = torch.logsumexp(block_NV, dim=1).double()
+        block_targets = targets.to(block_NV.device)
         in_block = (block_targets >= start) & (block_targets < stop)
-        target_logit = block.gather(1, (block_targets - start).clamp(0, stop - start - 1)[:, None])[:, 0].double()
+        target_logit = block_NV.gather(1, (block_targets - start).clamp(0, stop - start - 1)[:, None])[:, 0].double()
         if total is None or label is None:
             total, label = piece, torch.zeros_like(piece)
         else:
@@ -95,7 +96,7 @@ def reduce_over_labels(
     logit_access: LogitAccess,
     model: torch.nn.Module,
     batch: Batch,
-    positions: torch.Tensor,
+    positions_BT: torch.Tensor,
     per_position: Callable[[Iterable[tuple[int, int, torch.Tensor]], torch.Tensor], torch.Tensor],
     reduce: Callable[[torch.Tensor], torch.Tensor],
     *,
@@ -103,18 +104,18 @@ def reduce_over_labels(
 ) -> torch.Tensor:
     """One number per row from its label tokens, float64 `(B,)`, NaN for rows without any.
 
-    `per_position` maps the logits in blocks and the targets `(N,)` of some rows to one value per position, `reduce` maps a
-    row's values to one; `positions` is `predicting_tokens(batch)`.
+    `per_position` maps the logits in blocks and the targets `(N,)` of some rows to one value per position, `reduce`
+    maps a row's values to one; `positions_BT` is `predicting_tokens(batch)`.
     """
-    labels = batch["labels"].detach().cpu()
-    targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)
+    labels_LT = batch["labels"].detach().cpu()
+    targets_LT = torch.cat([labels_LT[:, 1:], labels_LT[:, :1]], dim=1)
     lines = [span.line for span in layout_of(batch).spans]
-    result = torch.full((len(positions),), torch.nan, dtype=torch.float64)
-    for head_inputs in logit_access.rows(model, batch, positions, score_tokens=score_tokens):
+    result = torch.full((len(positions_BT),), torch.nan, dtype=torch.float64)
+    for head_inputs in logit_access.rows(model, batch, positions_BT, score_tokens=score_tokens):
         device = head_inputs.head.device if head_inputs.head is not None else torch.device("cpu")
         with exact_math(device):
             for rows, blocks in shared_vocabulary_passes(head_inputs):
-                row_targets = [targets[lines[row]][positions[row]] for row in rows]
+                row_targets = [targets_LT[lines[row]][positions_BT[row]] for row in rows]
                 values = per_position(blocks, torch.cat(row_targets)).split([len(target) for target in row_targets])
                 result[rows] = torch.stack([reduce(value) for value in values])
     return result
@@ -131,7 +132,10 @@ def shared_vocabulary_passes(
     for index in range(len(head_inputs.rows) + 1):
         tokens = sum(len(head_inputs.inputs[member]) for member in group)
         if group and (index == len(head_inputs.rows) or tokens + len(head_inputs.inputs[index]) > PASS_TOKENS):
-            joined = torch.cat([head_inputs.inputs[member] for member in group])
-            yield [head_inputs.rows[member] for member in group], HeadInputs([0], head_inputs.head, [joined]).blocks(0)
+            joined_ND = torch.cat([head_inputs.inputs[member] for member in group])
+            yield (
+                [head_inputs.rows[member] for member in group],
+                HeadInputs([0], head_inputs.head, [joined_ND]).blocks(0),
+            )
             group = []
         group.append(index)

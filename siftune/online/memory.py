@@ -17,7 +17,8 @@ from ..errors import UserError
 
 
 class Memory:
-    """Sketches of at most M kept rows. `policy` is `fifo` or `reservoir` (seeded by `seed` and the number of rows pushed).
+    """Sketches of at most M kept rows. `policy` is `fifo` or `reservoir` (seeded by `seed` and the number of rows
+    pushed).
 
     >>> memory = Memory(1024); memory.push(sketches)
     >>> memory.distances(sketches)
@@ -33,37 +34,37 @@ class Memory:
     def __len__(self) -> int:
         return len(self.sketches)
 
-    def push(self, sketches: torch.Tensor) -> None:
+    def push(self, sketches_BS: torch.Tensor) -> None:
         """Add `(B, S)` sketches in order; the oldest are replaced (fifo), or random ones (reservoir)."""
-        if self.capacity == 0 or len(sketches) == 0:
+        if self.capacity == 0 or len(sketches_BS) == 0:
             return
-        size = min(self.capacity, self.pushed + len(sketches))
-        slots = torch.zeros(size, sketches.shape[1], dtype=torch.float64)
+        size = min(self.capacity, self.pushed + len(sketches_BS))
+        slots_MS = torch.zeros(size, sketches_BS.shape[1], dtype=torch.float64)
         if len(self):
-            slots[: len(self)] = self.sketches
-        for offset, sketch in enumerate(sketches):
+            slots_MS[: len(self)] = self.sketches
+        for offset, sketch in enumerate(sketches_BS):
             slot = self._slot(self.pushed + offset)
             if slot is not None:
-                slots[slot] = sketch
-        self.sketches = slots
-        self.pushed += len(sketches)
+                slots_MS[slot] = sketch
+        self.sketches = slots_MS
+        self.pushed += len(sketches_BS)
 
-    def distances(self, sketches: torch.Tensor) -> torch.Tensor:
+    def distances(self, sketches_BS: torch.Tensor) -> torch.Tensor:
         """Mean Euclidean distance of each of `(B, S)` sketches to the memory, float64 `(B,)`; 0 while it is empty."""
         if len(self) == 0:
-            return torch.where(torch.isfinite(sketches).all(dim=1), 0.0, torch.nan).double()
-        return pairwise(sketches, self.sketches).mean(dim=1)
+            return torch.where(torch.isfinite(sketches_BS).all(dim=1), 0.0, torch.nan).double()
+        return pairwise(sketches_BS, self.sketches).mean(dim=1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"sketches": self.sketches.clone(), "seen": self.pushed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        sketches = state["sketches"]
-        if len(sketches) > self.capacity:
+        sketches_MS = state["sketches"]
+        if len(sketches_MS) > self.capacity:
             raise UserError(
-                f"the saved memory holds {len(sketches)} rows more than memory={self.capacity}; set memory as it was saved"
+                f"the saved memory holds {len(sketches_MS)} rows more than memory={self.capacity}; set memory as it was saved"
             )
-        self.sketches, self.pushed = sketches.to("cpu", torch.float64).clone(), int(state["seen"])
+        self.sketches, self.pushed = sketches_MS.to("cpu", torch.float64).clone(), int(state["seen"])
 
     def _slot(self, index: int) -> int | None:
         """Where the row that is pushed as the `index`-th (from 0) goes."""
@@ -76,6 +77,6 @@ class Memory:
         return slot if slot < self.capacity else None
 
 
-def pairwise(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def pairwise(first_BS: torch.Tensor, second_MS: torch.Tensor) -> torch.Tensor:
     """Euclidean distances `(B, M)`, from differences: products would lose the distance between near-copies."""
-    return torch.cdist(first.double(), second.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(first_BS.double(), second_MS.double(), compute_mode="donot_use_mm_for_euclid_dist")

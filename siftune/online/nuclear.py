@@ -6,7 +6,8 @@ side. A float32 Gram matrix loses 1e-3 on repeated tokens; this one stays below 
 Cost per row: N*D*D/2 + N*N*D products and an N^3 eigenproblem (D^3 where N > D), or some 50 products of N^3 by the
 polar iteration; no N x V matrix is formed.
 
-Axes: `R` rows, `N` positions of a row, `D` inputs of the head, `V` vocabulary, `P` probes, `S` Lanczos steps.
+Axes: `R` rows, `N` positions of a row, `D` inputs of the head, `K` the smaller of the two and `L` the larger, `V`
+vocabulary, `P` probes, `S` Lanczos steps.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class DeviceNorms(NamedTuple):
 
 
 def norms(
-    inputs: torch.Tensor, lengths: Sequence[int], factor: Factor, *, route: NormRoute = "eigenvalues"
+    inputs_RND: torch.Tensor, lengths: Sequence[int], factor: Factor, *, route: NormRoute = "eigenvalues"
 ) -> list[Norms]:
-    """Norms of `inputs @ [W b]ᵀ` row by row: `inputs` is `(R, N, D)`, zeros beyond each row's own length.
+    """Norms of `inputs @ [W b]ᵀ` row by row: `inputs_RND` is `(R, N, D)`, zeros beyond each row's own length.
 
     A polar iteration (`route="polar"` or `"fast"`) falls back to eigenvalues for rows that cannot show its tolerance.
     A row with NaN gives NaN and leaves the others alone.
@@ -67,7 +68,7 @@ def norms(
     >>> factor, _ = factorise(head)
     >>> norms(head.inputs(states)[None], [len(states)], factor)[0].nuclear
     """
-    return norms_of_grams(gram_of_rows(inputs, factor), ranks(lengths, factor), route=route)
+    return norms_of_grams(gram_of_rows(inputs_RND, factor), ranks(lengths, factor), route=route)
 
 
 def ranks(lengths: Sequence[int], factor: Factor) -> list[int]:
@@ -75,19 +76,19 @@ def ranks(lengths: Sequence[int], factor: Factor) -> list[int]:
     return [min(length, factor.width) for length in lengths]
 
 
-def gram_of_rows(inputs: torch.Tensor, factor: Factor) -> torch.Tensor:
+def gram_of_rows(inputs_RND: torch.Tensor, factor: Factor) -> torch.Tensor:
     """Gram matrices of `X = inputs @ C` on their smaller side, float64: `X Xᵀ` `(R, N, N)`, or `Xᵀ X` `(R, D, D)`."""
-    rows, length, width = inputs.shape
+    rows, length, width = inputs_RND.shape
     size = min(length, width)
-    grams = torch.zeros(rows, size, size, dtype=torch.float64, device=inputs.device)
+    grams_RKK = torch.zeros(rows, size, size, dtype=torch.float64, device=inputs_RND.device)
     if length <= width:
-        for image in factor.images(inputs):
-            grams.baddbmm_(image, image.mT)
-        return grams
-    for piece in inputs.split(512, dim=1):
-        image = torch.cat(list(factor.images(piece)), dim=2)
-        grams.baddbmm_(image.mT, image)
-    return grams
+        for image_RND in factor.images(inputs_RND):
+            grams_RKK.baddbmm_(image_RND, image_RND.mT)
+        return grams_RKK
+    for piece_RND in inputs_RND.split(512, dim=1):
+        image_RND = torch.cat(list(factor.images(piece_RND)), dim=2)
+        grams_RKK.baddbmm_(image_RND.mT, image_RND)
+    return grams_RKK
 
 
 def groups(
@@ -129,29 +130,29 @@ def gram_of_blocks(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
 
     Only the panels on and below the diagonal are multiplied out: 5/8 of the products at N = 512.
     """
-    gram: torch.Tensor | None = None
-    for block in blocks:
-        block = block.double()
-        if gram is None:
-            gram = torch.zeros(len(block), len(block), dtype=torch.float64, device=block.device)
-        for start in range(0, len(block), 128):
-            panel = gram[start : start + 128, : start + 128]
-            panel.addmm_(block[start : start + 128], block[: start + 128].T)
-    assert gram is not None, "a head without a vocabulary"
-    return gram.tril() + gram.tril(-1).T
+    gram_NN: torch.Tensor | None = None
+    for block_NV in blocks:
+        block_NV = block_NV.double()
+        if gram_NN is None:
+            gram_NN = torch.zeros(len(block_NV), len(block_NV), dtype=torch.float64, device=block_NV.device)
+        for start in range(0, len(block_NV), 128):
+            panel = gram_NN[start : start + 128, : start + 128]
+            panel.addmm_(block_NV[start : start + 128], block_NV[: start + 128].T)
+    assert gram_NN is not None, "a head without a vocabulary"
+    return gram_NN.tril() + gram_NN.tril(-1).T
 
 
-def norms_of_grams(grams: torch.Tensor, ranks: Sequence[int], *, route: NormRoute = "eigenvalues") -> list[Norms]:
-    """Norms of any matrices from their float64 Gram matrices `(R, N, N)`, read by the host.
+def norms_of_grams(grams_RKK: torch.Tensor, ranks: Sequence[int], *, route: NormRoute = "eigenvalues") -> list[Norms]:
+    """Norms of any matrices from their float64 Gram matrices `(R, K, K)`, read by the host.
 
     `ranks` are the largest ranks possible: eigenvalues beyond them belong to the padding and are left out.
     """
-    attempt = device_norms(grams, ranks, route)
+    attempt = device_norms(grams_RKK, ranks, route)
     nuclear, squares, verified = attempt.nuclear.tolist(), attempt.square.tolist(), attempt.verified.tolist()
     unverified_rows = [row for row, row_verified in enumerate(verified) if not row_verified]
     if unverified_rows:
         exact_values = device_norms(
-            grams[unverified_rows], [ranks[row] for row in unverified_rows], "eigenvalues"
+            grams_RKK[unverified_rows], [ranks[row] for row in unverified_rows], "eigenvalues"
         ).nuclear.tolist()
         for row, value in zip(unverified_rows, exact_values, strict=True):
             nuclear[row] = value
@@ -161,69 +162,69 @@ def norms_of_grams(grams: torch.Tensor, ranks: Sequence[int], *, route: NormRout
     ]
 
 
-def device_norms(grams: torch.Tensor, ranks: Sequence[int], route: NormRoute) -> DeviceNorms:
+def device_norms(grams_RKK: torch.Tensor, ranks: Sequence[int], route: NormRoute) -> DeviceNorms:
     """As `norms_of_grams`, left on the device and without a second attempt: `sum sqrt(eigenvalues)` and the trace."""
-    squares = grams.diagonal(dim1=1, dim2=2).sum(dim=1)
+    squares = grams_RKK.diagonal(dim1=1, dim2=2).sum(dim=1)
     finite = torch.isfinite(squares)
-    grams = torch.where(finite[:, None, None], grams, 0.0)  # eigvalsh would raise for every row of the batch
+    grams_RKK = torch.where(finite[:, None, None], grams_RKK, 0.0)  # eigvalsh would raise for every row of the batch
     if route == "eigenvalues":
-        nuclear, verified = eigenvalue_traces(grams, ranks), torch.ones_like(finite)
+        nuclear, verified = eigenvalue_traces(grams_RKK, ranks), torch.ones_like(finite)
     elif route == "polar":
-        nuclear, verified = exact_polar_traces(grams)
+        nuclear, verified = exact_polar_traces(grams_RKK)
     else:
-        nuclear, verified = polar_traces(grams)
+        nuclear, verified = polar_traces(grams_RKK)
     squares = torch.where(finite, squares.clamp_min(0), torch.nan)
     return DeviceNorms(torch.where(finite, nuclear, torch.nan), squares, verified | ~finite)
 
 
-def eigenvalue_traces(grams: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
-    """`tr sqrt` of Gram matrices `(R, N, N)` from the largest `ranks` eigenvalues of each, float64 `(R,)`."""
-    roots = torch.linalg.eigvalsh(grams).clamp_min(0).sqrt()
-    return torch.stack([root[len(root) - rank :].sum() for root, rank in zip(roots, ranks, strict=True)])
+def eigenvalue_traces(grams_RKK: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+    """`tr sqrt` of Gram matrices `(R, K, K)` from the largest `ranks` eigenvalues of each, float64 `(R,)`."""
+    roots_RK = torch.linalg.eigvalsh(grams_RKK).clamp_min(0).sqrt()
+    return torch.stack([root[len(root) - rank :].sum() for root, rank in zip(roots_RK, ranks, strict=True)])
 
 
 # --- polar iterations: matrix products only -------------------------------------------------------------------------
 
 
-def exact_polar_traces(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tr sqrt` of Gram matrices `(R, N, N)` in float64 and whether each shows `EXACT_TOLERANCE`: `(R,)`, bool `(R,)`.
+def exact_polar_traces(grams_RKK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tr sqrt` of Gram matrices `(R, K, K)` in float64 and whether each shows `EXACT_TOLERANCE`: `(R,)`, bool `(R,)`.
 
     As `polar_traces`, from a Cholesky factor F of the Gram matrix plus a ridge r. Positions whose diagonal is zero
     (padding, rows of zeros) are decoupled: a diagonal entry of their own keeps F regular and is left out of the sum.
     Shown afterwards: U is orthogonal and `Uᵀ F` symmetric, so that it is the polar factor; and `r tr(F⁻¹ U) = r Σ 1/σ`,
     which the ridge adds at most, is small. Rows whose states repeat exactly cannot show the latter.
     """
-    size = grams.shape[1]
-    diagonal = grams.diagonal(dim1=1, dim2=2)
-    live, trace = diagonal > 0, diagonal.sum(dim=1)
+    size = grams_RKK.shape[1]
+    diagonal_RK = grams_RKK.diagonal(dim1=1, dim2=2)
+    live_RK, trace = diagonal_RK > 0, diagonal_RK.sum(dim=1)
     ridge = RIDGE * trace
-    shift = torch.where(live, ridge[:, None], trace[:, None] / size)
-    shifted = grams + torch.diag_embed(shift)
-    lower, info = torch.linalg.cholesky_ex(shifted)
-    scale = shifted.norm(dim=(1, 2)).sqrt() * (1 + 1e-6)  # at least the largest singular value
-    factor = lower / scale[:, None, None]
-    polar = _polar_factor(factor, 1e-8)
+    shift_RK = torch.where(live_RK, ridge[:, None], trace[:, None] / size)
+    shifted_RKK = grams_RKK + torch.diag_embed(shift_RK)
+    lower_RKK, info = torch.linalg.cholesky_ex(shifted_RKK)
+    scale = shifted_RKK.norm(dim=(1, 2)).sqrt() * (1 + 1e-6)  # at least the largest singular value
+    factor_RKK = lower_RKK / scale[:, None, None]
+    polar_RKK = _polar_factor(factor_RKK, 1e-8)
     for _ in range(2):  # 1e-3 from orthogonal, then 2e-6, then 3e-12
-        polar = 1.5 * polar - 0.5 * (polar @ polar.mT @ polar)
-    value = (polar * factor).sum(dim=2).where(live, 0.0).sum(dim=1)
-    root = polar.mT @ factor
-    eye = torch.eye(size, dtype=grams.dtype, device=grams.device)
-    inverses = torch.linalg.solve_triangular(factor, polar, upper=False).diagonal(dim1=1, dim2=2)
-    added = ridge / scale.square() * inverses.where(live, 0.0).sum(dim=1)
+        polar_RKK = 1.5 * polar_RKK - 0.5 * (polar_RKK @ polar_RKK.mT @ polar_RKK)
+    value = (polar_RKK * factor_RKK).sum(dim=2).where(live_RK, 0.0).sum(dim=1)
+    root_RKK = polar_RKK.mT @ factor_RKK
+    eye_KK = torch.eye(size, dtype=grams_RKK.dtype, device=grams_RKK.device)
+    inverses_RK = torch.linalg.solve_triangular(factor_RKK, polar_RKK, upper=False).diagonal(dim1=1, dim2=2)
+    added = ridge / scale.square() * inverses_RK.where(live_RK, 0.0).sum(dim=1)
     verified = (
         (info == 0)
         & torch.isfinite(value)
-        & ((polar @ polar.mT - eye).norm(dim=(1, 2)) <= 0.1 * EXACT_TOLERANCE)
-        & ((root - root.mT).norm(dim=(1, 2)) <= 0.01 * EXACT_TOLERANCE * root.norm(dim=(1, 2)))
+        & ((polar_RKK @ polar_RKK.mT - eye_KK).norm(dim=(1, 2)) <= 0.1 * EXACT_TOLERANCE)
+        & ((root_RKK - root_RKK.mT).norm(dim=(1, 2)) <= 0.01 * EXACT_TOLERANCE * root_RKK.norm(dim=(1, 2)))
         & (added.abs() <= 0.5 * EXACT_TOLERANCE * value)
     )
     return value * scale, verified
 
 
 def polar_traces(
-    grams: torch.Tensor, *, smallest: float = 1e-8, dtype: torch.dtype = torch.float32
+    grams_RKK: torch.Tensor, *, smallest: float = 1e-8, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tr sqrt` of Gram matrices `(R, N, N)` by Newton-Schulz on a Cholesky factor, float64 `(R,)`, and whether each
+    """`tr sqrt` of Gram matrices `(R, K, K)` by Newton-Schulz on a Cholesky factor, float64 `(R,)`, and whether each
     shows `FAST_TOLERANCE`, bool `(R,)`.
 
     With `gram + ridge = F Fᵀ` (float64), the polar factor U of F gives `tr(Uᵀ F)`, the nuclear norm. The iteration runs
@@ -231,46 +232,48 @@ def polar_traces(
     nothing, so a dominant direction does no harm.
     Shown afterwards: U is no longer than 1, the value has stopped moving, `(Uᵀ F)² = Fᵀ F`, and the ridge's share.
     """
-    size = grams.shape[1]
-    ridge = 1e-14 * grams.diagonal(dim1=1, dim2=2).sum(dim=1)
-    eye = torch.eye(size, dtype=grams.dtype, device=grams.device)
-    lower, info = torch.linalg.cholesky_ex(grams + ridge[:, None, None] * eye)
-    scale = grams.norm(dim=(1, 2)).sqrt() * (1 + 1e-6)  # at least the largest singular value
-    factor = (lower / scale[:, None, None]).to(dtype)
-    polar = _polar_factor(factor, smallest)
-    before = (polar * factor).sum(dim=(1, 2), dtype=torch.float64)
-    polar = 1.5 * polar - 0.5 * (polar @ polar.mT @ polar)
-    value = (polar * factor).sum(dim=(1, 2), dtype=torch.float64)
-    root, square = polar.mT @ factor, factor.mT @ factor
+    size = grams_RKK.shape[1]
+    ridge = 1e-14 * grams_RKK.diagonal(dim1=1, dim2=2).sum(dim=1)
+    eye_KK = torch.eye(size, dtype=grams_RKK.dtype, device=grams_RKK.device)
+    lower_RKK, info = torch.linalg.cholesky_ex(grams_RKK + ridge[:, None, None] * eye_KK)
+    scale = grams_RKK.norm(dim=(1, 2)).sqrt() * (1 + 1e-6)  # at least the largest singular value
+    factor_RKK = (lower_RKK / scale[:, None, None]).to(dtype)
+    polar_RKK = _polar_factor(factor_RKK, smallest)
+    before = (polar_RKK * factor_RKK).sum(dim=(1, 2), dtype=torch.float64)
+    polar_RKK = 1.5 * polar_RKK - 0.5 * (polar_RKK @ polar_RKK.mT @ polar_RKK)
+    value = (polar_RKK * factor_RKK).sum(dim=(1, 2), dtype=torch.float64)
+    root_RKK, square_RKK = polar_RKK.mT @ factor_RKK, factor_RKK.mT @ factor_RKK
     verified = (
         (info == 0)
         & torch.isfinite(value * scale)
         & ((value - before).abs() <= 0.2 * FAST_TOLERANCE * value)
-        & ((root @ root - square).norm(dim=(1, 2)) <= 0.2 * FAST_TOLERANCE * square.norm(dim=(1, 2)))
+        & ((root_RKK @ root_RKK - square_RKK).norm(dim=(1, 2)) <= 0.2 * FAST_TOLERANCE * square_RKK.norm(dim=(1, 2)))
         & (size * ridge.sqrt() <= 0.5 * FAST_TOLERANCE * value * scale)
-        & ((polar @ polar.mT).norm(dim=(1, 2)) <= math.sqrt(size) * (1 + 1e-3))
+        & ((polar_RKK @ polar_RKK.mT).norm(dim=(1, 2)) <= math.sqrt(size) * (1 + 1e-3))
     )
     return value * scale, verified
 
 
-def _polar_factor(factor: torch.Tensor, smallest: float) -> torch.Tensor:
-    """Polar factor of matrices `(R, N, N)` with singular values in `[smallest, 1]`, to a last Newton-Schulz step.
+def _polar_factor(factor_RKK: torch.Tensor, smallest: float) -> torch.Tensor:
+    """Polar factor of matrices `(R, K, K)` with singular values in `[smallest, 1]`, to a last Newton-Schulz step.
 
     Each step `X <- X (3 - X Xᵀ)/2` is rescaled for the interval that the singular values are known to lie in, which
     multiplies the small ones by 2.6 instead of 1.5.
     """
-    polar, low = factor, smallest
+    polar_RKK, low = factor_RKK, smallest
     while low < 0.999:
         mu = math.sqrt(3 / (1 + low + low * low))
-        polar = polar * (1.5 * mu) - (polar @ polar.mT @ polar) * (0.5 * mu**3)
+        polar_RKK = polar_RKK * (1.5 * mu) - (polar_RKK @ polar_RKK.mT @ polar_RKK) * (0.5 * mu**3)
         low = mu * low * (3 - (mu * low) ** 2) / 2
-    return polar
+    return polar_RKK
 
 
 # --- the long-row route: an estimate with its error ------------------------------------------------------------------
 
 
-def lanczos_norms(inputs: torch.Tensor, factor: Factor, *, seed: int = 0, probes: int = 32, steps: int = 48) -> Norms:
+def lanczos_norms(
+    inputs_ND: torch.Tensor, factor: Factor, *, seed: int = 0, probes: int = 32, steps: int = 48
+) -> Norms:
     """Nuclear norm of a long row by stochastic Lanczos quadrature, with its relative standard error.
 
     `tr f(X Xᵀ)`, f = square root, in two parts: on the span Q of the P/2 strongest directions as the sum of `qᵀ f q`,
@@ -279,41 +282,40 @@ def lanczos_norms(inputs: torch.Tensor, factor: Factor, *, seed: int = 0, probes
     over the root of its probes. Cost: P*S products with X, no eigenproblem of its size. Deterministic: the signs come
     from `seed` and the row's length alone.
     """
-    image = torch.cat(list(factor.images(inputs)), dim=1)
-    square = float(image.square().sum())
+    image_ND = torch.cat(list(factor.images(inputs_ND)), dim=1)
+    square = float(image_ND.square().sum())
     if not math.isfinite(square):
         return Norms(math.nan, math.nan)
-    if image.shape[0] > image.shape[1]:
-        image = image.T
-    rows, half = image.shape[0], min(probes // 2, image.shape[0])
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + inputs.shape[0])
-    signs = (torch.randint(0, 2, (rows, probes), generator=generator).double() * 2 - 1).to(image.device)
-    strong = torch.linalg.qr(image @ (image.T @ signs[:, :half])).Q
-    rest = signs[:, half:] - strong @ (strong.T @ signs[:, half:])
-    starts = torch.cat([strong, rest], dim=1)
-    lengths = starts.norm(dim=0)
-    diagonal, off = _lanczos(image, starts / lengths.clamp_min(1e-300), min(steps, rows))
-    tridiagonal = torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    nodes, vectors = torch.linalg.eigh(tridiagonal)
-    forms = lengths.square() * (vectors[:, 0, :].square() * nodes.clamp_min(0).sqrt()).sum(dim=1)
+    image_KL = image_ND.T if image_ND.shape[0] > image_ND.shape[1] else image_ND
+    rows, half = image_KL.shape[0], min(probes // 2, image_KL.shape[0])
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + inputs_ND.shape[0])
+    signs_KP = (torch.randint(0, 2, (rows, probes), generator=generator).double() * 2 - 1).to(image_KL.device)
+    strong_KP = torch.linalg.qr(image_KL @ (image_KL.T @ signs_KP[:, :half])).Q
+    rest_KP = signs_KP[:, half:] - strong_KP @ (strong_KP.T @ signs_KP[:, half:])
+    starts_KP = torch.cat([strong_KP, rest_KP], dim=1)
+    lengths = starts_KP.norm(dim=0)
+    diagonal_PS, off_PS = _lanczos(image_KL, starts_KP / lengths.clamp_min(1e-300), min(steps, rows))
+    tridiagonal_PSS = torch.diag_embed(diagonal_PS) + torch.diag_embed(off_PS, 1) + torch.diag_embed(off_PS, -1)
+    nodes_PS, vectors_PSS = torch.linalg.eigh(tridiagonal_PSS)
+    forms = lengths.square() * (vectors_PSS[:, 0, :].square() * nodes_PS.clamp_min(0).sqrt()).sum(dim=1)
     value = float(forms[:half].sum() + forms[half:].mean())
     error = float(forms[half:].std() / math.sqrt(len(forms) - half)) / value if value > 0 else 0.0
     return Norms(value, math.sqrt(square), error)
 
 
-def _lanczos(image: torch.Tensor, start: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _lanczos(image_KL: torch.Tensor, start_KP: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Diagonals `(P, S)` and off-diagonals `(P, S - 1)` of P Lanczos runs on `X Xᵀ`, fully re-orthogonalised."""
-    basis = [start]
+    basis = [start_KP]
     diagonal, off = [], []
     for step in range(steps):
-        vector = image @ (image.T @ basis[-1])
-        diagonal.append((basis[-1] * vector).sum(dim=0))
+        vector_KP = image_KL @ (image_KL.T @ basis[-1])
+        diagonal.append((basis[-1] * vector_KP).sum(dim=0))
         for _ in range(2):
-            for old in basis:
-                vector = vector - old * (old * vector).sum(dim=0)
-        length = vector.norm(dim=0)
+            for previous_KP in basis:
+                vector_KP = vector_KP - previous_KP * (previous_KP * vector_KP).sum(dim=0)
+        length = vector_KP.norm(dim=0)
         if step + 1 < steps:
             usable = length > 1e-12 * diagonal[0].abs().clamp_min(1e-300)
             off.append(torch.where(usable, length, 0.0))
-            basis.append(torch.where(usable, vector / length.clamp_min(1e-300), 0.0))
-    return torch.stack(diagonal, dim=1), torch.stack(off, dim=1) if off else start.new_zeros(start.shape[1], 0)
+            basis.append(torch.where(usable, vector_KP / length.clamp_min(1e-300), 0.0))
+    return torch.stack(diagonal, dim=1), torch.stack(off, dim=1) if off else start_KP.new_zeros(start_KP.shape[1], 0)

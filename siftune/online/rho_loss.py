@@ -2,10 +2,10 @@
 
     total_i = CE_i(θ) − IL_i        CE: mean loss over the row's label tokens; IL: the same under the reference model
 
-Higher = worth learning: rows that are easy already have a small CE, noisy rows a large IL. Masks and the shift by one are
-those of the model's own loss, on both sides. Cost: one forward of the model, and one of the reference model unless its
-losses were tabulated before (`siftune.reference_losses`).
-Source: Mindermann et al., arXiv 2206.07137, as the baseline of UDS (arXiv 2510.16882).
+Higher = worth learning: rows that are easy already have a small CE, noisy rows a large IL. Masks and the shift by one
+are those of the model's own loss, on both sides. Cost: one forward of the model, and one of the reference model unless
+its losses were tabulated before (`siftune.reference_losses`). Source: Mindermann et al., arXiv 2206.07137, as the
+baseline of UDS (arXiv 2510.16882).
 
 Axes: `B` candidates.
 """

@@ -48,7 +48,8 @@ class ExactRoute:
     """The device that it was decided for."""
 
     def choose(self, device: torch.device, trial: Callable[[ExactRouteName], object]) -> ExactRouteName:
-        """The route for this device; `trial(route)` computes the first batch's norms and is called only to time them."""
+        """The route for this device; `trial(route)` computes the first batch's norms and is called only to time
+        them."""
         if self.chosen is None or device != self.decided_for:
             self.seconds = {}
             self.chosen, self.decided_for = self._decide(device, trial), device

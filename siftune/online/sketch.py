@@ -5,7 +5,8 @@ are kept to a relative error that shrinks with d₁ and d₂ (Johnson-Lindenstra
 `Z = (Γ₂ H)(Γ₁ W)ᵀ`, so Γ₁ W `(d₁, D)` is formed once per version of the head and no logits are.
 Cost per row: N*D*d₂ + D*d₁*d₂ products.
 
-Axes: `V` vocabulary, `N` positions of a row, `D` inputs of the head, `R` rows; d₁, d₂ the two sides of a sketch.
+Axes: `V` vocabulary (or a block of it), `N` positions of a row, `D` inputs of the head, `R` rows; `F` = d₁ frequencies
+over the vocabulary and `G` = d₂ over positions, the two sides of a sketch.
 """
 
 from __future__ import annotations
@@ -115,37 +116,37 @@ class Sketch(tuple[int, int]):
         return torch.cat([_signs(PERIOD, torch.Generator().manual_seed(seed)) for seed in seeds])[:length]
 
     def columns(self, start: int, stop: int) -> torch.Tensor:
-        """Columns `start .. stop - 1` of Γ₁, float64 `(d₁, stop - start)`."""
+        """Columns `start .. stop - 1` of Γ₁, float64 `(F, stop - start)`."""
         # cos(a + b) from the angles of a block that starts at 0 and of `start`: a few multiplications per block
-        offset = self._angles(torch.arange(start, start + 1))
-        block = self._block
-        if block is None or block.shape[2] < stop - start:
-            block = self._block = self._angles(torch.arange(stop - start))
-        cosines, sines = block[:, :, : stop - start]
-        cosine_columns: torch.Tensor = cosines * offset[0] - sines * offset[1]
-        return cosine_columns.mul_(self.signs.vocabulary[start:stop] * self.scales[0])
+        offset_2F1 = self._angles(torch.arange(start, start + 1))
+        block_2FV = self._block
+        if block_2FV is None or block_2FV.shape[2] < stop - start:
+            block_2FV = self._block = self._angles(torch.arange(stop - start))
+        cosines_FV, sines_FV = block_2FV[:, :, : stop - start]
+        columns_FV: torch.Tensor = cosines_FV * offset_2F1[0] - sines_FV * offset_2F1[1]
+        return columns_FV.mul_(self.signs.vocabulary[start:stop] * self.scales[0])
 
     def rows(self, length: int) -> torch.Tensor:
-        """The first `length` columns of Γ₂, float64 `(d₂, length)`; position t is the row's t-th real token."""
+        """The first `length` columns of Γ₂, float64 `(G, length)`; position t is the row's t-th real token."""
         if self._time_columns is None or self._time_columns.shape[1] < length:
             size = max(PERIOD, length)
-            turns = self.indices.time[:, None] * torch.arange(size) % PERIOD
-            self._time_columns = _cosines(PERIOD)[turns] * self.time_signs(size) * self.scales[1]
+            turns_GN = self.indices.time[:, None] * torch.arange(size) % PERIOD
+            self._time_columns = _cosines(PERIOD)[turns_GN] * self.time_signs(size) * self.scales[1]
         return self._time_columns[:, :length]
 
-    def apply(self, inputs: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Sketches of rows: `inputs` `(R, N, D)`, zeros beyond a row's length, `projected` = Γ₁ W `(d₁, D)`.
+    def apply(self, inputs_RND: torch.Tensor, projected_FD: torch.Tensor) -> torch.Tensor:
+        """Sketches of rows: `inputs_RND` `(R, N, D)`, zeros beyond a row's length, `projected_FD` = Γ₁ W `(F, D)`.
 
-        Float64 `(R, d₂·d₁)`.
+        Float64 `(R, G·F)`.
         """
-        rows = self._rows_on(inputs.device, inputs.shape[1])
-        return ((rows @ inputs.double()) @ projected.T).flatten(1)
+        rows_GN = self._rows_on(inputs_RND.device, inputs_RND.shape[1])
+        return ((rows_GN @ inputs_RND.double()) @ projected_FD.T).flatten(1)
 
     def _rows_on(self, device: torch.device, length: int) -> torch.Tensor:
         """`rows(length)` on a device, copied there once."""
-        rows = self.rows(length)
-        if rows.device == device:
-            return rows
+        rows_GN = self.rows(length)
+        if rows_GN.device == device:
+            return rows_GN
         if (
             self._time_on_device is None
             or self._time_on_device.device != device
@@ -165,10 +166,10 @@ class Sketch(tuple[int, int]):
         return torch.randperm(distinct, generator=generator)[:count] + 1
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
-        """Cosines and sines of the drawn frequencies at some places of the vocabulary, `(2, d₁, places)`."""
+        """Cosines and sines of the drawn frequencies at some places of the vocabulary, `(2, F, places)`."""
         size = len(self.signs.vocabulary)
-        turns = (self.indices.vocabulary[:, None] * positions % size).double() * (2 * math.pi / size)
-        return torch.stack([turns.cos(), turns.sin()])
+        turns_FV = (self.indices.vocabulary[:, None] * positions % size).double() * (2 * math.pi / size)
+        return torch.stack([turns_FV.cos(), turns_FV.sin()])
 
     def _check_bound(self) -> None:
         if self._signs is None:

@@ -7,7 +7,8 @@
 Logits are never formed (siftune.online.nuclear, siftune.online.sketch); padding never enters a score.
 Cost: one forward of the backbone, and about 1 % of it for the scores of a frozen head.
 
-Axes: `B` candidates, `N` tokens of a row, `V` vocabulary, `S` = d₁·d₂ elements of a sketch.
+Axes: `B` candidates, `T` columns, `N` tokens of a row, `D` inputs of the head, `V` vocabulary, `F` = d₁ and `G` = d₂
+sides and `S` = d₁·d₂ elements of a sketch.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ class UDS(ModelScored):
     length_norm: Literal["none", "sqrt", "tokens"] = "none"
     """Divide `intra` by 1 (the paper), by √N or by N, the tokens that count."""
     keep_tokens: int | None = None
-    """Token budget of one choice, beside `keep`: best rows first while the tokens that count fit, at least one row. In a
-    packed batch all tokens of a segment count, and segments that no longer fit are passed over for smaller ones."""
+    """Token budget of one choice, beside `keep`: best rows first while the tokens that count fit, at least one row. In
+    a packed batch all tokens of a segment count, and segments that no longer fit are passed over for smaller ones."""
     precision: Literal["exact", "fast"] = "exact"
     """`fast`: matrix products in place of eigenvalues (to 1e-4, shown per row, else exact); pays on accelerators."""
     route: Literal["auto", "eigenvalues", "polar"] = "auto"
@@ -138,15 +139,16 @@ class UDS(ModelScored):
     # --- measure ------------------------------------------------------------------------------------------------------
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
-        """Columns `intra` `(B,)`, `sketch` `(B, S)` (float64), `tokens` `(B,)` (int64), `intra_error` with `lanczos_above`."""
-        positions = real_tokens(batch)
+        """Columns `intra` `(B,)`, `sketch` `(B, S)` (float64), `tokens` `(B,)` (int64), `intra_error` with
+        `lanczos_above`."""
+        positions_BT = real_tokens(batch)
         if self.tokens == "answer":
-            positions &= predicting_tokens(batch)
+            positions_BT &= predicting_tokens(batch)
         measurements = DeviceMeasurements()
         gather_again, self._head_stale = self._head_stale, False
         device = torch.device("cpu")
         for head_inputs in self._logit_access.rows(
-            model, batch, positions, score_tokens=self.score_tokens, gather_again=gather_again
+            model, batch, positions_BT, score_tokens=self.score_tokens, gather_again=gather_again
         ):
             self._bind_sketch(head_inputs.vocabulary)
             if head_inputs.head is not None:
@@ -159,15 +161,15 @@ class UDS(ModelScored):
                 else:
                     self._measure_blocks(head_inputs, measurements)
         with exact_math(device):  # rows that have to be computed again
-            result = self._read_columns(measurements, positions)
-        columns = {"intra": result.intra, "sketch": result.sketch, "tokens": positions.sum(dim=1)}
+            result = self._read_columns(measurements, positions_BT)
+        columns = {"intra": result.intra, "sketch": result.sketch, "tokens": positions_BT.sum(dim=1)}
         if self.lanczos_above is not None:
             columns["intra_error"] = result.error
-        return Measured(len(positions), columns, result.reasons)
+        return Measured(len(positions_BT), columns, result.reasons)
 
     def _measure_linear(self, head_inputs: HeadInputs, head: Head, measurements: DeviceMeasurements) -> None:
         factor = self._logit_access.factor(head)
-        projected = self._logit_access.projected(head, self._sketch) * head.multiplier
+        projected_FD = self._logit_access.projected(head, self._sketch) * head.multiplier
         lengths = [len(inputs) for inputs in head_inputs.inputs]
         long = [index for index, length in enumerate(lengths) if length > (self.lanczos_above or math.inf)]
         short = [index for index in range(len(lengths)) if index not in set(long)]
@@ -188,7 +190,7 @@ class UDS(ModelScored):
             inputs = head_inputs.inputs[index]
             host_norms = lanczos_norms(inputs, factor, seed=self.seed)
             measurements.add_host_norms(
-                entry(index, host_norms=host_norms), self._sketch.apply(inputs[None], projected)
+                entry(index, host_norms=host_norms), self._sketch.apply(inputs[None], projected_FD)
             )
         for group in grouped:
             route = self._norm_route(head.device, trial)
@@ -201,45 +203,45 @@ class UDS(ModelScored):
                 gram_of_rows(inputs, factor), ranks([lengths[index] for index in group], factor), route
             )
             entries = [entry(index, retry=retry) for index, retry in zip(group, retries, strict=True)]
-            measurements.add(entries, device_values, self._sketch.apply(inputs, projected))
+            measurements.add(entries, device_values, self._sketch.apply(inputs, projected_FD))
 
     def _measure_blocks(self, head_inputs: HeadInputs, measurements: DeviceMeasurements) -> None:
         """A capped head, or the model's own logits: one pass over the vocabulary, in blocks."""
         for index, row in enumerate(head_inputs.rows):
-            sketch = torch.zeros(1, dtype=torch.float64)
+            sketch_GF = torch.zeros(1, dtype=torch.float64)
 
             def sketched_blocks(index: int = index) -> Any:
-                nonlocal sketch
-                for start, stop, block in head_inputs.blocks(index):
-                    block = block.double()  # once, for both products
-                    time = self._sketch.rows(len(block)).to(block.device)
-                    columns = self._sketch.columns(start, stop).to(block.device)
-                    sketch = sketch.to(block.device) + (time @ block) @ columns.T
-                    yield block
+                nonlocal sketch_GF
+                for start, stop, block_NV in head_inputs.blocks(index):
+                    block_NV = block_NV.double()  # once, for both products
+                    time_GN = self._sketch.rows(len(block_NV)).to(block_NV.device)
+                    columns_FV = self._sketch.columns(start, stop).to(block_NV.device)
+                    sketch_GF = sketch_GF.to(block_NV.device) + (time_GN @ block_NV) @ columns_FV.T
+                    yield block_NV
 
-            grams = gram_of_blocks(sketched_blocks())[None]
-            size = grams.shape[1]
+            grams_1NN = gram_of_blocks(sketched_blocks())[None]
+            size = grams_1NN.shape[1]
 
-            def trial(route: NormRoute, grams: torch.Tensor = grams, size: int = size) -> float:
-                return norms_of_grams(grams, [size], route=route)[0].nuclear
+            def trial(route: NormRoute, grams_1NN: torch.Tensor = grams_1NN, size: int = size) -> float:
+                return norms_of_grams(grams_1NN, [size], route=route)[0].nuclear
 
-            route = self._norm_route(grams.device, trial)
+            route = self._norm_route(grams_1NN.device, trial)
             retry = None if route == "eigenvalues" else partial(trial, "eigenvalues")
             measurements.add(
-                [RowEntry(row, size, 1.0, retry)], device_norms(grams, [size], route), sketch.flatten()[None]
+                [RowEntry(row, size, 1.0, retry)], device_norms(grams_1NN, [size], route), sketch_GF.flatten()[None]
             )
 
     def _norm_route(self, device: torch.device, trial: Callable[[ExactRouteName], object]) -> NormRoute:
         """The way to nuclear norms on this device; `trial` computes some of them by a given exact route."""
         return "fast" if self.precision == "fast" else self._exact_route.choose(device, trial)
 
-    def _read_columns(self, measurements: DeviceMeasurements, positions: torch.Tensor) -> MeasuredColumns:
+    def _read_columns(self, measurements: DeviceMeasurements, positions_BT: torch.Tensor) -> MeasuredColumns:
         """Everything measured, read from the device."""
-        result = MeasuredColumns(len(positions), self.sketch[0] * self.sketch[1])
+        result = MeasuredColumns(len(positions_BT), self.sketch[0] * self.sketch[1])
         for entry, norm, sketch in measurements.read():
             result.put(entry.row, self._intra(norm, entry.tokens, entry.multiplier), norm, sketch)
         kind = "real" if self.tokens == "all" else "answer"
-        result.close(positions, f"no {kind} tokens to score")
+        result.close(positions_BT, f"no {kind} tokens to score")
         return result
 
     def _intra(self, norm: Norms, tokens: int, multiplier: float) -> float:
@@ -264,10 +266,11 @@ class UDS(ModelScored):
         return replace(measured, columns={**measured.columns, "novelty": novelty})
 
     def combine(self, measured: Measured) -> RowScores:
-        """Parts `intra`, `inter`, `alpha` (the α in use, the same for all rows) and `intra_error` with `lanczos_above`."""
+        """Parts `intra`, `inter`, `alpha` (the α in use, the same for all rows) and `intra_error` with
+        `lanczos_above`."""
         measured = self.compare(measured)
-        intra, sketch = measured.columns["intra"], measured.columns["sketch"]
-        inter = measured.columns["novelty"] + self._within(sketch)
+        intra, sketch_BS = measured.columns["intra"], measured.columns["sketch"]
+        inter = measured.columns["novelty"] + self._within(sketch_BS)
         alpha = torch.full_like(intra, self._alpha(intra, inter)).masked_fill(torch.isnan(intra), torch.nan)
         parts = {"intra": intra, "inter": inter, "alpha": alpha}
         if "intra_error" in measured.columns:
@@ -279,30 +282,30 @@ class UDS(ModelScored):
         if self.apart == 0:
             return super().choose(scores, measured, count)
         total = torch.where(torch.isnan(scores.total), -torch.inf, scores.total)
-        sketch = measured.columns["sketch"]
-        lengths = sketch.norm(dim=1)
-        is_near_copy = pairwise(sketch, sketch) < self.apart * torch.maximum(lengths[:, None], lengths)
+        sketch_BS = measured.columns["sketch"]
+        lengths = sketch_BS.norm(dim=1)
+        is_near_copy_BB = pairwise(sketch_BS, sketch_BS) < self.apart * torch.maximum(lengths[:, None], lengths)
         distinct: list[int] = []
         near_copies: list[int] = []
         for row in torch.argsort(-total, stable=True).tolist():
-            (near_copies if distinct and bool(is_near_copy[row, distinct].any()) else distinct).append(row)
+            (near_copies if distinct and bool(is_near_copy_BB[row, distinct].any()) else distinct).append(row)
         unscored = [row for row in distinct if bool(torch.isnan(scores.total[row]))]
         order = [row for row in distinct if row not in unscored] + near_copies + unscored
         return self.within_token_budget(torch.tensor(order, dtype=torch.int64), measured)[:count].sort().values
 
     def commit(self, measured: Measured, scores: RowScores, kept: torch.Tensor) -> None:
         self._spread_intra, self._spread_inter = self._spreads(scores.intra, scores.inter)
-        sketches = measured.columns["sketch"][kept]
-        self._memory.push(sketches[torch.isfinite(sketches).all(dim=1)])
+        sketches_BS = measured.columns["sketch"][kept]
+        self._memory.push(sketches_BS[torch.isfinite(sketches_BS).all(dim=1)])
         self._selections += 1
 
-    def _within(self, sketch: torch.Tensor) -> torch.Tensor:
+    def _within(self, sketch_BS: torch.Tensor) -> torch.Tensor:
         """`within` times the mean distance to the other candidates that have a score, `(B,)`."""
-        finite = torch.isfinite(sketch).all(dim=1)
+        finite = torch.isfinite(sketch_BS).all(dim=1)
         others = int(finite.sum()) - 1
         if self.within == 0 or others < 1:
-            return torch.zeros(len(sketch), dtype=torch.float64)
-        return self.within * pairwise(sketch, sketch[finite]).sum(dim=1) / others
+            return torch.zeros(len(sketch_BS), dtype=torch.float64)
+        return self.within * pairwise(sketch_BS, sketch_BS[finite]).sum(dim=1) / others
 
     def _alpha(self, intra: torch.Tensor, inter: torch.Tensor) -> float:
         if self.alpha != "auto":
@@ -381,6 +384,6 @@ class UDS(ModelScored):
         self._sketch.bind(vocabulary)
 
 
-def _by_eigenvalues(inputs: torch.Tensor, factor: Factor) -> Callable[[], float]:
+def _by_eigenvalues(inputs_ND: torch.Tensor, factor: Factor) -> Callable[[], float]:
     """A function that computes the nuclear norm of one row `(N, D)` by eigenvalues."""
-    return lambda: norms(inputs[None], [len(inputs)], factor)[0].nuclear
+    return lambda: norms(inputs_ND[None], [len(inputs_ND)], factor)[0].nuclear

@@ -24,7 +24,7 @@ from ..files import atomic_path, read_json, write_json
 from ..hook.row_index import collate_rows, preserved_random_state
 from ..models.layout import BatchWithLayout
 from ..online.maxloss import MaxLoss
-from ..online.rho_loss import TABLES
+from ..online.rho_loss import TABLE_SUFFIXES
 from ..online.token_id import token_ids
 from ..progress import counted
 
@@ -61,7 +61,7 @@ def reference_losses(
     >>> siftune.attach(trainer, siftune.RhoLoss(keep="1/8", reference=table))
     """
     path = Path(out) if out is not None else Path(trainer.args.output_dir) / "siftune" / "reference.parquet"
-    if path.suffix not in TABLES:
+    if path.suffix not in TABLE_SUFFIXES:
         raise UserError(f"out={str(path)!r} must end in .parquet or .safetensors")
     with preserved_random_state():
         loader = trainer.get_train_dataloader()

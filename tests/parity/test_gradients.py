@@ -377,7 +377,7 @@ def test_greedy_removal_matters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "hold", "larger"), [(25, 2048, 4.0), (25, 0, 0.0), (70, 0, 0.6), (31, 0, 1.0), (1, 0, 4.0)]
+    ("budget", "hold", "size_factor"), [(25, 2048, 4.0), (25, 0, 0.0), (70, 0, 0.6), (31, 0, 1.0), (1, 0, 4.0)]
 )
 def test_groups_and_recomputation_change_no_product(budget: int, hold: int, size_factor: float) -> None:
     """In factors (`size_factor` 0), formed, and groups of one kind against groups of the other."""
@@ -394,7 +394,7 @@ def test_groups_and_recomputation_change_no_product(budget: int, hold: int, size
     np.testing.assert_allclose(parts.columns["products"], truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
 
 
-@pytest.mark.parametrize("larger", [0.0, 4.0])
+@pytest.mark.parametrize("size_factor", [0.0, 4.0])
 def test_slices_change_no_product(size_factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In factors and formed, walked in many slices: against explicit gradients, the validation rows' mean included."""
     model, batch = tiny_model("llama", layers=1, vocabulary=3000), tiny_batch([20, 9, 31])

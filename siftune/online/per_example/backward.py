@@ -1,16 +1,18 @@
-"""Every row's own gradient from one backward pass over a group of rows, in factors (see `siftune.online.per_example.ghost`).
+"""Every row's own gradient from one backward pass over a group of rows, in factors (see
+`siftune.online.per_example.ghost`).
 
-The loss differentiated is the sum over rows of each row's mean cross-entropy over its label tokens. Hooks record
-the input of each trainable layer, and `autograd.grad` returns the gradients of the layers' outputs: `.grad` is never
-written, so gradient accumulation and DDP's reducer are unaffected. The pass runs in eval mode, where the library's gradient
-checkpointing is off; layers that are recomputed all the same are recorded once. The factors of each kind of layer are in
-`siftune.online.per_example.layers`.
+The loss differentiated is the sum over rows of each row's mean cross-entropy over its label tokens. Hooks record the
+input of each trainable layer, and `autograd.grad` returns the gradients of the layers' outputs: `.grad` is never
+written, so gradient accumulation and DDP's reducer are unaffected. The pass runs in eval mode, where the library's
+gradient checkpointing is off; layers that are recomputed all the same are recorded once. The factors of each kind of
+layer are in `siftune.online.per_example.layers`.
 
-At first use one row's norm is compared with that of its explicit gradient; where they differ, every row is differentiated alone,
-and a warning says so once. Cost: one forward and backward pass without weight gradients, plus the ghost products; the
-check takes one row's gradient of all trained weights, once.
+At first use one row's norm is compared with that of its explicit gradient; where they differ, every row is
+differentiated alone, and a warning says so once. Cost: one forward and backward pass without weight gradients, plus the
+ghost products; the check takes one row's gradient of all trained weights, once.
 
-Axes: `B` rows of the batch, `R`, `S` rows of groups, `T` columns.
+Axes: `B` rows of the batch and `L` its lines, `R`, `S` rows of groups (of packed batches, logits are per line), `T`
+columns, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -100,10 +102,10 @@ class PerExampleGradients:
 
     def plan(self, model: nn.Module, batch: Batch, score_tokens: int | None = None) -> list[tuple[list[int], int]]:
         """Groups of rows with a label token, as (rows, columns), of at most `score_tokens` padded tokens each."""
-        positions = predicting_tokens(batch)
+        positions_BT = predicting_tokens(batch)
         return [
-            ([row for row, _ in candidates_in(batch, lines, positions)], width)
-            for lines, width in chunks(batch, positions, score_tokens)
+            ([row for row, _ in candidates_in(batch, lines, positions_BT)], width)
+            for lines, width in chunks(batch, positions_BT, score_tokens)
         ]
 
     def compute(self, model: nn.Module, batch: Batch, rows: list[int], width: int) -> list[RowGradients]:
@@ -134,10 +136,11 @@ class PerExampleGradients:
         return [_explicit_gradient(parts, weights, batch, row, width) for row in rows]
 
     def mean(self, model: nn.Module, batch: Batch, score_tokens: int | None = None) -> dict[int, torch.Tensor] | None:
-        """The mean gradient of the rows, per weight in the weight's shape, float32 (float64 of float64); None where no row
-        has one. Rows without a label token and rows whose gradient is not finite are left out.
+        """The mean gradient of the rows, per weight in the weight's shape, float32 (float64 of float64); None where no
+        row has one. Rows without a label token and rows whose gradient is not finite are left out.
 
-        Cost: a plain forward and backward pass; a group with a gradient that is not finite is computed again row by row.
+        Cost: a plain forward and backward pass; a group with a gradient that is not finite is computed again row by
+        row.
         """
         parts = without_ddp(unwrap_model(model))
         weights = trained_weights(parts.called)
@@ -235,31 +238,33 @@ def _losses(parts: ModelParts, batch: Batch, rows: list[int], width: int) -> tor
     layout = layout_of(batch)
     lines_of_rows = [layout.spans[row].line for row in rows]
     lines = sorted(set(lines_of_rows)) if layout.packed else lines_of_rows  # a chunk's rows come in order of length
-    positions = predicting_tokens(batch)[rows][:, :width]
-    labels = batch["labels"].detach().cpu()
-    targets = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)[lines_of_rows, :width].masked_fill(~positions, -100)
-    first = int(positions.any(dim=0).nonzero()[0])
-    targets = targets[:, first:]
+    positions_RT = predicting_tokens(batch)[rows][:, :width]
+    labels_LT = batch["labels"].detach().cpu()
+    targets_RT = torch.cat([labels_LT[:, 1:], labels_LT[:, :1]], dim=1)[lines_of_rows, :width].masked_fill(
+        ~positions_RT, -100
+    )
+    first = int(positions_RT.any(dim=0).nonzero()[0])
+    targets_RT = targets_RT[:, first:]
     arguments = rows_of_batch(parts, batch, lines, width)
     accepted = accepted_arguments(parts.causal)
     arguments |= {name: width - first for name in ("logits_to_keep", "num_logits_to_keep") if name in accepted}
     if {"use_cache", "**"} & accepted:
         arguments["use_cache"] = False
-    logits = parts.called(**arguments).logits[:, first - width :]
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        targets = targets.to(logits.device)
+    logits_RTV = parts.called(**arguments).logits[:, first - width :]
+    with torch.autocast(logits_RTV.device.type, enabled=False):
+        logits_RTV = logits_RTV if logits_RTV.dtype == torch.float64 else logits_RTV.float()
+        targets_RT = targets_RT.to(logits_RTV.device)
         if layout.packed:  # one line holds the targets of several rows
-            counted = targets != -100
-            places = torch.tensor([lines.index(line) for line in lines_of_rows], device=logits.device)
-            row, column = counted.nonzero(as_tuple=True)
-            losses = cross_entropy(logits[places[row], column], targets[counted], reduction="none")
+            counted_RT = targets_RT != -100
+            places = torch.tensor([lines.index(line) for line in lines_of_rows], device=logits_RTV.device)
+            row, column = counted_RT.nonzero(as_tuple=True)
+            losses = cross_entropy(logits_RTV[places[row], column], targets_RT[counted_RT], reduction="none")
             sums = losses.new_zeros(len(rows)).index_add(0, row, losses)
             _check_graph(losses)
-            return sums / counted.sum(dim=1)
-        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+            return sums / counted_RT.sum(dim=1)
+        losses = cross_entropy(logits_RTV.flatten(0, 1), targets_RT.flatten(), ignore_index=-100, reduction="none")
         _check_graph(losses)
-        return losses.view(targets.shape).sum(dim=1) / (targets != -100).sum(dim=1)
+        return losses.view(targets_RT.shape).sum(dim=1) / (targets_RT != -100).sum(dim=1)
 
 
 def _check_graph(losses: torch.Tensor) -> None:
@@ -308,7 +313,8 @@ def _explicit_gradient(
 def _grouped_gradients(
     parts: ModelParts, weights: list[nn.Parameter], batch: Batch, rows: list[int], width: int, size_factor: float
 ) -> RowGradients:
-    """The gradients of a group of rows from one backward pass. Raises `RowsNotSeparable` where rows cannot be separated."""
+    """The gradients of a group of rows from one backward pass. Raises `RowsNotSeparable` where rows cannot be
+    separated."""
     calls: list[LayerCall] = []
     position = {id(weight): index for index, weight in enumerate(weights)}
     factors: dict[int, list[GradientFactors]] = {}

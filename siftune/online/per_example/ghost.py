@@ -10,7 +10,7 @@ A weight's gradients are formed where that is cheaper: T·I·O against T²(I + O
 Cost per row and weight: the smaller of the two. Source: GREATS (NeurIPS 2024); for norms already
 Goodfellow, arXiv 1510.01799.
 
-Axes: `R`, `S` rows of a group, `T` tokens, `I` x `O` the weight, `P` elements of a formed gradient.
+Axes: `R`, `S` rows of a group, `T` and `U` tokens, `I` x `O` the weight, `P` elements of a formed gradient.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SLICE_ELEMENTS = 16_000_000
 COLUMNS = 2**17
 """Elements of a formed gradient that are multiplied in float32 before their sum is added up in float64."""
 NORM_SIZE_FACTOR = 2.0
-"""PerExampleGradients whose norms are wanted are formed up to this many times the size of their factors: sums over T² cancel and
-run in float64, at twice the cost, while a formed gradient is as exact in float32 as any explicit one."""
+"""PerExampleGradients whose norms are wanted are formed up to this many times the size of their factors: sums over T²
+cancel and run in float64, at twice the cost, while a formed gradient is as exact in float32 as any explicit one."""
 PAIRS_SIZE_FACTOR = 4.0
 """The same for gradients that are multiplied with many others: forming costs once, a product of factors every time."""
 
@@ -75,12 +75,12 @@ def cheaper_form(terms: FactorList, size_factor: float = NORM_SIZE_FACTOR) -> li
 
 def form_gradients(terms: FactorList) -> GradientFactors:
     """All uses of one weight as formed gradients `(R, 1, P)`."""
-    total: torch.Tensor | None = None
+    total_RP: torch.Tensor | None = None
     for term in terms:
-        piece = _form_one(term)
-        total = piece if total is None else total + piece
-    assert total is not None, "a weight without a use"
-    return GradientFactors(None, total[:, None])
+        piece_RP = _form_one(term)
+        total_RP = piece_RP if total_RP is None else total_RP + piece_RP
+    assert total_RP is not None, "a weight without a use"
+    return GradientFactors(None, total_RP[:, None])
 
 
 def _form_one(term: GradientFactors) -> torch.Tensor:
@@ -91,14 +91,14 @@ def _form_one(term: GradientFactors) -> torch.Tensor:
     rows, _, width = term.right.shape
     gradients: list[torch.Tensor] = []
     for part in _row_slices(term, term.height * width):
-        right = part.right.to(dtype)
+        right_RTO = part.right.to(dtype)
         if part.left is None or part.left.ndim == 3:
             assert part.left is not None
-            gradient = part.left.to(dtype).mT @ right
+            gradient = part.left.to(dtype).mT @ right_RTO
         else:
-            offsets = torch.arange(len(part), device=right.device)[:, None] * term.height
-            gradient = right.new_zeros(len(part) * term.height, width)
-            gradient.index_add_(0, (part.left + offsets).flatten(), right.flatten(0, 1))
+            offsets = torch.arange(len(part), device=right_RTO.device)[:, None] * term.height
+            gradient = right_RTO.new_zeros(len(part) * term.height, width)
+            gradient.index_add_(0, (part.left + offsets).flatten(), right_RTO.flatten(0, 1))
         gradients.append(gradient.reshape(len(part), -1))
     if len(gradients) == 1:
         return gradients[0]
@@ -109,10 +109,10 @@ def squares(terms: FactorList) -> torch.Tensor:
     """Squared norms of one weight's gradients, float64 `(R,)` on the CPU."""
     terms = cheaper_form(terms)
     if terms[0].left is None:
-        formed = terms[0].right[:, 0]
-        summed = torch.zeros(len(formed), dtype=_to_product_dtype(formed[:0]).dtype, device=formed.device)
-        for columns in _column_slices(formed):
-            summed += torch.linalg.vector_norm(formed[:, columns], dim=1).to(summed.dtype).square()
+        formed_RP = terms[0].right[:, 0]
+        summed = torch.zeros(len(formed_RP), dtype=_to_product_dtype(formed_RP[:0]).dtype, device=formed_RP.device)
+        for columns in _column_slices(formed_RP):
+            summed += torch.linalg.vector_norm(formed_RP[:, columns], dim=1).to(summed.dtype).square()
         return summed.double().cpu()
     total = torch.zeros(len(terms[0]), dtype=torch.float64)
     for first, term in enumerate(terms):
@@ -129,16 +129,16 @@ def inner(row_terms: FactorList, column_terms: FactorList) -> torch.Tensor:
     if any(term.left is None for term in (*row_terms, *column_terms)):  # where one side is formed, form the other
         return _formed_products(form_gradients(row_terms).right[:, 0], form_gradients(column_terms).right[:, 0])
     rows, columns = len(row_terms[0]), len(column_terms[0])
-    total = torch.zeros(rows, columns, dtype=torch.float64)
+    total_RS = torch.zeros(rows, columns, dtype=torch.float64)
     for row in range(rows):
         for row_term in row_terms:
             for column_term in column_terms:
                 one_row = row_term.part(slice(row, row + 1))
                 start = 0
                 for part in _row_slices(column_term, column_term.right.shape[1] * _elements_per_token(column_term)):
-                    total[row, start : start + len(part)] += _rowwise_products(_repeat_row(one_row, len(part)), part)
+                    total_RS[row, start : start + len(part)] += _rowwise_products(_repeat_row(one_row, len(part)), part)
                     start += len(part)
-    return total
+    return total_RS
 
 
 def inner_with_gradient(terms: FactorList, gradient_IO: torch.Tensor) -> torch.Tensor:
@@ -149,26 +149,33 @@ def inner_with_gradient(terms: FactorList, gradient_IO: torch.Tensor) -> torch.T
             total += _formed_products(term.right[:, 0], gradient_IO.reshape(1, -1))[:, 0]
             continue
         products: list[torch.Tensor] = []
-        gradient = _to_product_dtype(gradient_IO)
+        wide_gradient_IO = _to_product_dtype(gradient_IO)
         for part in _row_slices(term, term.right.shape[1] * _elements_per_token(term)):
             assert part.left is not None
-            projected = part.left.to(gradient.dtype) @ gradient if part.left.ndim == 3 else gradient[part.left]
-            products.append((projected * part.right.to(gradient.dtype)).sum(dim=(1, 2)).double().cpu())
+            projected_RTO = (
+                part.left.to(wide_gradient_IO.dtype) @ wide_gradient_IO
+                if part.left.ndim == 3
+                else wide_gradient_IO[part.left]
+            )
+            products.append((projected_RTO * part.right.to(wide_gradient_IO.dtype)).sum(dim=(1, 2)).double().cpu())
         total += torch.cat(products) if products else 0.0
     return total
 
 
-def _formed_products(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """`(R, P)` and `(S, P)` -> float64 `(R, S)` on the CPU. In slices: a cast to float64 would cost more than the products."""
-    dtype = torch.float64 if first.dtype == second.dtype == torch.float64 else torch.float32
-    total = torch.zeros(len(first), len(second), dtype=_to_product_dtype(first[:0]).dtype, device=first.device)
-    for columns in _column_slices(first):
-        total += first[:, columns].to(dtype) @ second[:, columns].to(dtype).mT
-    return total.double().cpu()
+def _formed_products(first_RP: torch.Tensor, second_SP: torch.Tensor) -> torch.Tensor:
+    """`(R, P)` and `(S, P)` -> float64 `(R, S)` on the CPU. In slices: a cast to float64 would cost more than the
+    products."""
+    dtype = torch.float64 if first_RP.dtype == second_SP.dtype == torch.float64 else torch.float32
+    total_RS = torch.zeros(
+        len(first_RP), len(second_SP), dtype=_to_product_dtype(first_RP[:0]).dtype, device=first_RP.device
+    )
+    for columns in _column_slices(first_RP):
+        total_RS += first_RP[:, columns].to(dtype) @ second_SP[:, columns].to(dtype).mT
+    return total_RS.double().cpu()
 
 
-def _column_slices(formed: torch.Tensor) -> Iterator[slice]:
-    return (slice(start, start + COLUMNS) for start in range(0, formed.shape[1], COLUMNS))
+def _column_slices(formed_RP: torch.Tensor) -> Iterator[slice]:
+    return (slice(start, start + COLUMNS) for start in range(0, formed_RP.shape[1], COLUMNS))
 
 
 def _repeat_row(term: GradientFactors, rows: int) -> GradientFactors:
@@ -189,12 +196,12 @@ def _rowwise_products(first: GradientFactors, second: GradientFactors) -> torch.
     for first_part in _row_slices(first, cost):
         second_part = second.part(slice(start, start + len(first_part)))
         start += len(first_part)
-        right, second_right = _to_product_dtype(first_part.right), _to_product_dtype(second_part.right)
-        dtype = torch.float64 if right.dtype == second_right.dtype == torch.float64 else torch.float32
-        product = right.to(dtype) @ second_right.to(dtype).mT
+        right_RTO, second_right_RUO = _to_product_dtype(first_part.right), _to_product_dtype(second_part.right)
+        dtype = torch.float64 if right_RTO.dtype == second_right_RUO.dtype == torch.float64 else torch.float32
+        product_RTU = right_RTO.to(dtype) @ second_right_RUO.to(dtype).mT
         if first_part.left is not None and second_part.left is not None:
-            product = product * _left_products(first_part.left, second_part.left, product)
-        products.append(product.sum(dim=(1, 2)).double().cpu())
+            product_RTU = product_RTU * _left_products(first_part.left, second_part.left, product_RTU)
+        products.append(product_RTU.sum(dim=(1, 2)).double().cpu())
     return torch.cat(products) if products else torch.zeros(0, dtype=torch.float64)
 
 

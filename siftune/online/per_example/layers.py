@@ -1,7 +1,8 @@
 """Per-row gradients of one trained layer: a hook records its input and output, from which its weights' factors follow.
 
-Linear layers, GPT-2's `Conv1D` and embeddings give factors (see `siftune.online.per_example.ghost`); biases are summed over tokens;
-other small layers (norms) are run again row by row. LoRA needs no special case: its A and B are linear layers.
+Linear layers, GPT-2's `Conv1D` and embeddings give factors (see `siftune.online.per_example.ghost`); biases are summed
+over tokens; other small layers (norms) are run again row by row. LoRA needs no special case: its A and B are linear
+layers.
 
 Axes: `R` rows of a group, `T` tokens, `I` x `O` a weight.
 """
@@ -125,10 +126,10 @@ def layer_factors(
         if float(contributing.float().mean()) < 0.75:  # drop tokens that no label depends on: padding, prompts
             layer_input, output_gradient = layer_input[:, contributing], output_gradient[:, contributing]
         if "weight" in names:
-            left, right = (
+            left_RTI, right_RTO = (
                 (layer_input, output_gradient) if isinstance(module, Conv1D) else (output_gradient, layer_input)
             )
-            yield "weight", GradientFactors(left, right, left.shape[2])
+            yield "weight", GradientFactors(left_RTI, right_RTO, left_RTI.shape[2])
         if "bias" in names:
             yield (
                 "bias",
