@@ -195,10 +195,10 @@ def _exchange_rows(
     tensors: dict[str, torch.Tensor] = {}
     note: dict[str, Any] = {}
     for micro, batch in enumerate(batches):
-        rows = sorted(row for rank, own, row in moved if (rank, own) == (ranks.rank, micro))
+        rows = sorted(row for rank, source_micro, row in moved if (rank, source_micro) == (ranks.rank, micro))
         if rows:
-            own_tensors, lists, lengths = _sendable_columns(batch, rows, padding)
-            tensors |= {f"{micro}/{name}": value for name, value in own_tensors.items()}
+            row_tensors, lists, lengths = _sendable_columns(batch, rows, padding)
+            tensors |= {f"{micro}/{name}": value for name, value in row_tensors.items()}
             note[str(micro)] = {"rows": rows, "lists": lists, "left": pads_left(batch), "lengths": lengths}
     received: dict[Slot, _RowSource] = {}
     for rank, message in enumerate(ranks.gather(pack(tensors, note))):
@@ -206,8 +206,10 @@ def _exchange_rows(
         if rank == ranks.rank or not batches:
             continue
         for micro, rows_note in notes.items():
-            own = {name.partition("/")[2]: value for name, value in columns.items() if name.partition("/")[0] == micro}
-            sent = _restore(batches[0], {**own, **rows_note["lists"]}, rows_note["lengths"])
+            rows_of_micro = {
+                name.partition("/")[2]: value for name, value in columns.items() if name.partition("/")[0] == micro
+            }
+            sent = _restore(batches[0], {**rows_of_micro, **rows_note["lists"]}, rows_note["lengths"])
             received[(rank, int(micro))] = _RowSource(sent, rows_note["rows"], rows_note["left"])
     return received
 
@@ -256,22 +258,22 @@ def _as_json(name: str, value: Sequence[Any]) -> list[Any]:
     return plain
 
 
-def _restore(own: Batch, received: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
+def _restore(local: Batch, received: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
     """A received batch with the columns of this rank's own, on the same device; `lengths` are those of its segments."""
     if lengths:
         ends = list(itertools.accumulate(lengths))
         spans = [Span(0, end - length, end) for end, length in zip(ends, lengths, strict=True)]
-        device = own["input_ids"].device
+        device = local["input_ids"].device
         tensors = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in received.items()
         }
         return with_layout(tensors, Layout(spans, packed=True))
-    count = len(own["input_ids"])
+    count = len(local["input_ids"])
     result: dict[str, Any] = {}
-    for name, value in own.items():
+    for name, value in local.items():
         if name in received:
-            other = received[name]
-            result[name] = other.to(value.device) if isinstance(other, torch.Tensor) else type(value)(other)
+            sent = received[name]
+            result[name] = sent.to(value.device) if isinstance(sent, torch.Tensor) else type(value)(sent)
         elif isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == count and count > 1:
             raise UserError(
                 f"another rank's batch lacks the column {name!r}, so its rows cannot be trained with this rank's; make "

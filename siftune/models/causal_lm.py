@@ -131,8 +131,8 @@ class CausalLM:
     @property
     def start(self) -> int | None:
         """What a text begins with: the beginning-of-text token, else the end-of-text one that separates documents."""
-        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        return next((int(token) for token in known if token is not None), None)
+        start_tokens = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next((int(token) for token in start_tokens if token is not None), None)
 
     @property
     def key(self) -> str:

@@ -316,11 +316,11 @@ class Gram:
         for index, (panel, (start, _)) in enumerate(zip(self.panels, self.bounds, strict=True)):
             diagonal = panel[:, start:].diagonal().clone()
             for above, (left, right) in zip(self.panels[:index], self.bounds, strict=False):
-                rest = panel[:, left:right] - panel[:, :left] @ above[:, :left].T
+                remainder = panel[:, left:right] - panel[:, :left] @ above[:, :left].T
                 upper = above[:, left:right].T
-                panel[:, left:right] = torch.linalg.solve_triangular(upper, rest, upper=True, left=False)
-            rest = panel[:, start:] - panel[:, :start] @ panel[:, :start].T
-            lower, info = torch.linalg.cholesky_ex(rest)
+                panel[:, left:right] = torch.linalg.solve_triangular(upper, remainder, upper=True, left=False)
+            remainder = panel[:, start:] - panel[:, :start] @ panel[:, :start].T
+            lower, info = torch.linalg.cholesky_ex(remainder)
             share = float((lower.diagonal().square() / diagonal).min())
             if int(info) != 0 or not share > 0:
                 return 0.0

@@ -146,12 +146,12 @@ def predicting_tokens(batch: Batch) -> torch.Tensor:
     labels = batch.get("labels")
     if labels is None:
         raise UserError("the batch has no labels, which mark the answer's tokens; pass labels with -100 on the prompt")
-    positions = torch.zeros(labels.shape, dtype=torch.bool)
-    positions[:, :-1] = labels[:, 1:].detach().cpu() != -100
+    positions_BT = torch.zeros(labels.shape, dtype=torch.bool)
+    positions_BT[:, :-1] = labels[:, 1:].detach().cpu() != -100
     layout = layout_of(batch)
     if layout.packed:  # the next segment's first token belongs to another row
-        positions[[span.line for span in layout.spans], [span.stop - 1 for span in layout.spans]] = False
-    return per_candidate(batch, positions)
+        positions_BT[[span.line for span in layout.spans], [span.stop - 1 for span in layout.spans]] = False
+    return per_candidate(batch, positions_BT)
 
 
 # --- the forward pass -----------------------------------------------------------------------------------------------
@@ -160,19 +160,19 @@ def predicting_tokens(batch: Batch) -> torch.Tensor:
 def iter_hidden_states(
     parts: ModelParts,
     batch: Batch,
-    positions: torch.Tensor,
+    positions_CT: torch.Tensor,
     *,
     score_tokens: int | None = None,
     passes: Passes | None = None,
 ) -> Iterator[Chunk]:
-    """Hidden states at `positions` (bool `(C, T)`), by candidate, in chunks of one forward pass each.
+    """Hidden states at `positions_CT` (bool `(C, T)`), by candidate, in chunks of one forward pass each.
 
     Lines are processed in order of length; a chunk holds at most `score_tokens` padded tokens (at least one line).
     Candidates without a position are left out. Where `passes` returns more forward passes than there are chunks, chunks
     without rows follow. Raises `UserError` when the hook on the decoder does not fire.
     """
-    columns = positions.shape[1]
-    plan: Iterable[tuple[list[int], int]] = chunks(batch, positions, score_tokens)
+    columns = positions_CT.shape[1]
+    plan: Iterable[tuple[list[int], int]] = chunks(batch, positions_CT, score_tokens)
     extra_passes = 0
     if passes is not None:
         plan = list(plan)
@@ -180,8 +180,8 @@ def iter_hidden_states(
     for lines, width in plan:
         states, logits = _forward(parts, rows_of_batch(parts, batch, lines, width), last_logits_only=True)
         states = states[:, -width:]  # prompt tuning puts virtual tokens in front
-        candidates = candidates_in(batch, lines, positions)
-        masks = positions[[candidate for candidate, _ in candidates]][:, :width]
+        candidates = candidates_in(batch, lines, positions_CT)
+        masks = positions_CT[[candidate for candidate, _ in candidates]][:, :width]
         indices = [mask.nonzero().flatten() for mask in masks]  # on the CPU: no wait for the device
         selected = [
             states[place][index.to(states.device)] for (_, place), index in zip(candidates, indices, strict=True)
@@ -195,33 +195,33 @@ def iter_hidden_states(
 
 def _idle(parts: ModelParts, batch: Batch) -> torch.Tensor:
     """A forward pass of one token, for the processes that have more to score."""
-    one = {"input_ids": batch["input_ids"][:1, :1].to(next(parts.causal.parameters()).device)}
-    return _forward(parts, one, last_logits_only=True)[0]
+    one_token = {"input_ids": batch["input_ids"][:1, :1].to(next(parts.causal.parameters()).device)}
+    return _forward(parts, one_token, last_logits_only=True)[0]
 
 
 def iter_logits(
-    parts: ModelParts, batch: Batch, positions: torch.Tensor, *, passes: Passes | None = None
+    parts: ModelParts, batch: Batch, positions_CT: torch.Tensor, *, passes: Passes | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """The model's own logits `(N, V)` at `positions`, one line at a time, where the head is not a linear map.
+    """The model's own logits `(N, V)` at `positions_CT`, one line at a time, where the head is not a linear map.
     Candidates without a position are left out; `passes` as in `iter_hidden_states`."""
-    lines = _scored_lines(batch, positions)
+    lines = _scored_lines(batch, positions_CT)
     extra_passes = 0 if passes is None else passes(len(lines)) - len(lines)
     for line in lines:
-        _, logits = _forward(parts, rows_of_batch(parts, batch, [line], positions.shape[1]), last_logits_only=False)
+        _, logits = _forward(parts, rows_of_batch(parts, batch, [line], positions_CT.shape[1]), last_logits_only=False)
         assert logits is not None, "a causal LM without logits"
-        logits_of_line = logits[0, -positions.shape[1] :]
-        for row, _ in candidates_in(batch, [line], positions):
-            yield row, logits_of_line[positions[row].to(logits_of_line.device)]
+        logits_of_line = logits[0, -positions_CT.shape[1] :]
+        for row, _ in candidates_in(batch, [line], positions_CT):
+            yield row, logits_of_line[positions_CT[row].to(logits_of_line.device)]
     for _ in range(extra_passes):
         _idle(parts, batch)
 
 
-def candidates_in(batch: Batch, lines: list[int], positions: torch.Tensor) -> list[tuple[int, int]]:
+def candidates_in(batch: Batch, lines: list[int], positions_CT: torch.Tensor) -> list[tuple[int, int]]:
     """(candidate, place of its line in `lines`) of the candidates in some lines that have a position, line by line."""
     layout = layout_of(batch)
     if not layout.packed:
         return [(line, place) for place, line in enumerate(lines)]
-    scored_lines = positions.any(dim=1).tolist()
+    scored_lines = positions_CT.any(dim=1).tolist()
     place = {line: at for at, line in enumerate(lines)}
     members = [
         (row, place[span.line]) for row, span in enumerate(layout.spans) if scored_lines[row] and span.line in place
@@ -229,14 +229,14 @@ def candidates_in(batch: Batch, lines: list[int], positions: torch.Tensor) -> li
     return sorted(members, key=lambda pair: (pair[1], pair[0]))
 
 
-def _scored_lines(batch: Batch, positions: torch.Tensor) -> list[int]:
+def _scored_lines(batch: Batch, positions_CT: torch.Tensor) -> list[int]:
     """Lines with a candidate that has a position, ascending."""
-    rows = positions.any(dim=1).nonzero().flatten().tolist()
+    rows = positions_CT.any(dim=1).nonzero().flatten().tolist()
     layout = layout_of(batch)
     return sorted({layout.spans[row].line for row in rows}) if layout.packed else rows
 
 
-def chunks(batch: Batch, positions: torch.Tensor, score_tokens: int | None) -> Iterator[tuple[list[int], int]]:
+def chunks(batch: Batch, positions_CT: torch.Tensor, score_tokens: int | None) -> Iterator[tuple[list[int], int]]:
     """Lines of each chunk, and the columns it needs: trailing columns that are padding in all its lines are dropped.
 
     Only when the batch is split into chunks, and only where the mask is 2-D (or absent) and no tensor has an ambiguous
@@ -244,7 +244,7 @@ def chunks(batch: Batch, positions: torch.Tensor, score_tokens: int | None) -> I
     lengths is one chunk.
     """
     rows, columns = batch["input_ids"].shape
-    scored_lines = torch.tensor(_scored_lines(batch, positions), dtype=torch.int64)
+    scored_lines = torch.tensor(_scored_lines(batch, positions_CT), dtype=torch.int64)
     layout = layout_of(batch)
     if layout.packed and len(scored_lines) and any(batch.get(name) is not None for name in (*LENGTHS, *CUMULATIVE)):
         yield list(range(rows)), columns
@@ -259,7 +259,7 @@ def chunks(batch: Batch, positions: torch.Tensor, score_tokens: int | None) -> I
     if trims and layout.packed:
         ends = torch.tensor([max((s.stop for s in layout.spans if s.line == line), default=0) for line in range(rows)])
     elif trims:
-        ends = torch.where(_real_columns(batch) | positions, torch.arange(1, columns + 1), 0).amax(dim=1)
+        ends = torch.where(_real_columns(batch) | positions_CT, torch.arange(1, columns + 1), 0).amax(dim=1)
     chunk: list[int] = []
     for row in scored_lines[torch.argsort(ends[scored_lines], stable=True)].tolist():
         if chunk and (len(chunk) + 1) * int(ends[row]) > score_tokens:

@@ -111,8 +111,8 @@ def _mask(
     value: torch.Tensor, pieces: Sequence[Piece], spans: Sequence[Span], shape: tuple[int, int], like: Batch
 ) -> torch.Tensor:
     """Segment numbers where some source has them, or where nothing else separates segments; else ones."""
-    others = (*LENGTHS, *CUMULATIVE, "seq_idx", "position_ids")
-    numbered = all(like.get(name) is None for name in others) or any(
+    other_boundaries = (*LENGTHS, *CUMULATIVE, "seq_idx", "position_ids")
+    numbered = all(like.get(name) is None for name in other_boundaries) or any(
         int(batch["attention_mask"].max()) > 1 for batch in {id(batch): batch for batch, _ in pieces}.values()
     )
     if numbered:

@@ -154,7 +154,7 @@ def _encode(backbone: Backbone, texts: Sequence[str]) -> tuple[list[Tokenised], 
                 parts += len(batch.encodings[index].overflowing)
             else:
                 parts += len(tokenizer(texts[index])["input_ids"]) > length
-        own = ids if len(ids) > special else []
-        done.append(Tokenised(np.asarray(own, dtype=np.int32), parts > 1))
+        kept_ids = ids if len(ids) > special else []
+        done.append(Tokenised(np.asarray(kept_ids, dtype=np.int32), parts > 1))
         chunks.append(parts)
     return done, chunks

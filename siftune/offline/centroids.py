@@ -59,13 +59,13 @@ class Embedder:
         tokens = np.full(len(shard), -1, dtype=np.int32)
         reasons: dict[int, str] = {}
         for start in range(0, len(good), ROWS_AT_ONCE):
-            some = pool.read(good[start : start + ROWS_AT_ONCE])
-            rows = tokenise(self.backbone, texts_of(some, self.backbone.tokenizer))
-            inside = np.array([row.row - shard.start for row in some])
+            batch = pool.read(good[start : start + ROWS_AT_ONCE])
+            rows = tokenise(self.backbone, texts_of(batch, self.backbone.tokenizer))
+            inside = np.array([row.row - shard.start for row in batch])
             means = look_up(self.backbone, [row.ids for row in rows], token_budget=self.token_budget)
             embedding_BD[inside] = means
             tokens[inside] = [len(row.ids) for row in rows]
-            for row, tokenised, mean in zip(some, rows, means, strict=True):
+            for row, tokenised, mean in zip(batch, rows, means, strict=True):
                 if not np.isfinite(mean).all():
                     reasons[row.row] = NOT_FINITE if len(tokenised.ids) else tokenised.reason or NO_TOKENS
                     embedding_BD[row.row - shard.start] = np.nan

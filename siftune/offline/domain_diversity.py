@@ -52,10 +52,10 @@ class PhiTask:
         label_B, reasons = labels_of(pool, shard, self.label_column, self.learned.domains)
         reasons = {**embedded.reasons, **reasons}
         cosine_BK = cosines(embedded.columns["embedding"], self.learned.centroids)
-        own = (np.arange(len(shard)), np.maximum(label_B, 0))
-        intra_B = cosine_BK[own]
+        own_domain = (np.arange(len(shard)), np.maximum(label_B, 0))
+        intra_B = cosine_BK[own_domain]
         others_BK = cosine_BK.copy()
-        others_BK[own] = 0.0
+        others_BK[own_domain] = 0.0
         inter_B = others_BK.sum(axis=1)
         without_features = [row - shard.start for row in reasons]
         label_B[without_features] = -1

@@ -36,11 +36,11 @@ def passes(tags_nT: NDArray[np.int64]) -> NDArray[np.int64]:
         if not row_tags:
             taken.append(-1)
             continue
-        least = min([covered[code] for code in row_tags])
+        lowest_coverage = min([covered[code] for code in row_tags])
         for code in row_tags:
-            if covered[code] == least:
-                covered[code] = least + 1
-        taken.append(least)
+            if covered[code] == lowest_coverage:
+                covered[code] = lowest_coverage + 1
+        taken.append(lowest_coverage)
     passes_n = np.array(taken, dtype=np.int64)
     passes_n[passes_n < 0] = max(covered, default=0)
     return passes_n

@@ -111,15 +111,15 @@ class Rater:
         prompts_per_row: list[list[Ids] | str] = []
         for block in turns:
             encoded_rows = [next(encoded) for _ in block]
-            failed = next((one.reason for one in encoded_rows if one.reason is not None), None)
+            failed = next((encoded_row.reason for encoded_row in encoded_rows if encoded_row.reason is not None), None)
             if failed is not None:
                 prompts_per_row.append(failed)
             elif not all(turn.instruction or turn.input for turn in block):
                 prompts_per_row.append("no question to rate")
-            elif any(not one.complete or len(one.ids) > self.lm.length for one in encoded_rows):
+            elif any(not encoded_row.complete or len(encoded_row.ids) > self.lm.length for encoded_row in encoded_rows):
                 prompts_per_row.append(f"truncated: the scorer's prompt has more than {self.lm.length} tokens")
             else:
-                prompts_per_row.append([one.ids for one in encoded_rows])
+                prompts_per_row.append([encoded_row.ids for encoded_row in encoded_rows])
         return prompts_per_row
 
     def rate(self, prompts: Sequence[Ids]) -> NDArray[np.float64]:

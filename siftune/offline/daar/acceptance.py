@@ -38,9 +38,9 @@ def embedder(
 
     def embed(texts: Sequence[str]) -> NDArray[Any]:
         if not loaded:
-            how: dict[str, Any] = {"max_length": max_length, "dtype": dtype, "device": device}
-            layers = int(Backbone(model, layer=1, **how).config.num_hidden_layers) if space == "last-layer" else 1
-            loaded.append(Backbone(model, layer=layers, **how))
+            options: dict[str, Any] = {"max_length": max_length, "dtype": dtype, "device": device}
+            layers = int(Backbone(model, layer=1, **options).config.num_hidden_layers) if space == "last-layer" else 1
+            loaded.append(Backbone(model, layer=layers, **options))
         features = extract(loaded[0], list(texts), token_budget=token_budget)
         return features.hidden if space == "last-layer" else features.embedding
 

@@ -80,10 +80,10 @@ class Descriptions:
         return self._conversation(fill(self.wording.augment, self._words(domain) | {"examples": examples}))
 
     def _words(self, domain: Domain) -> dict[str, str]:
-        others = [other for other in self.domains if other.name != domain.name]
+        other_domains = [other for other in self.domains if other.name != domain.name]
         avoid = "".join(
             fill(self.wording.avoid, {"domain": o.name, "description": o.description}).rstrip("\n") + "\n"
-            for o in others
+            for o in other_domains
         )
         return {"domain": domain.name, "description": domain.description, "avoid": avoid}
 

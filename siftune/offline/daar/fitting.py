@@ -120,9 +120,9 @@ def fit_probes(
 
 def split(rows: int, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows to train on and rows held out, each ascending; at least one of either where there are two rows."""
-    held = min(max(1, round(share * rows)), rows - 1) if rows > 1 else 0
+    held_out_rows = min(max(1, round(share * rows)), rows - 1) if rows > 1 else 0
     order = torch.randperm(rows, generator=seeded(seed, "split"))
-    return order[held:].sort().values, order[:held].sort().values
+    return order[held_out_rows:].sort().values, order[:held_out_rows].sort().values
 
 
 def seeded(seed: int, purpose: str) -> torch.Generator:
@@ -164,8 +164,10 @@ class _Fit:
         """psi_dom on `rows`, and the epochs it took; `epochs` set trains exactly so many."""
         probe = self._fresh(len(present_K), rows, name)
         probe.output_offset[torch.from_numpy(~present_K).to(self.device)] = -torch.inf
-        took = self._train(probe, labels_B.to(self.device), rows, held, functional.cross_entropy, name, epochs)
-        return probe, took
+        epochs_trained = self._train(
+            probe, labels_B.to(self.device), rows, held, functional.cross_entropy, name, epochs
+        )
+        return probe, epochs_trained
 
     def reward(self, target_B: torch.Tensor, rows: torch.Tensor, held: torch.Tensor) -> tuple[Probe, int]:
         """psi_div on `rows`. The MLP learns the target in units of its own spread; the loss is in the same units."""
@@ -180,8 +182,8 @@ class _Fit:
         def squared_error(predicted_B1: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
             return (((predicted_B1.squeeze(1) - target_B) / spread) ** 2).mean()
 
-        took = self._train(probe, target_B.float().to(self.device), rows, held, squared_error, "reward", None)
-        return probe, took
+        epochs_trained = self._train(probe, target_B.float().to(self.device), rows, held, squared_error, "reward", None)
+        return probe, epochs_trained
 
     def _fresh(self, outputs: int, rows: torch.Tensor, name: str) -> Probe:
         probe = Probe(self.hidden_BD.shape[1], outputs, generator=seeded(self.seed, f"{name} weights"))
@@ -201,22 +203,24 @@ class _Fit:
         epochs: int | None,
     ) -> int:
         """Gradient descent in place; returns the epoch kept (the last, or the best on the held-out rows)."""
-        how = self.training
-        optimizer = torch.optim.AdamW(probe.mlp.parameters(), lr=how.lr, weight_decay=how.weight_decay, foreach=True)
+        settings = self.training
+        optimizer = torch.optim.AdamW(
+            probe.mlp.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, foreach=True
+        )
         shuffle = seeded(self.seed, f"{name} order")
         best, best_epoch, kept = float("inf"), 0, probe.state_dict()
-        for epoch in range(1, (epochs or how.epochs) + 1):
+        for epoch in range(1, (epochs or settings.epochs) + 1):
             for batch in self._round(rows, shuffle):
                 optimizer.zero_grad(set_to_none=True)
                 loss(probe(self.hidden_BD[batch]), target_B[batch]).backward()
                 optimizer.step()
-            if epochs is not None or how.epochs == 1 or not len(held):
+            if epochs is not None or settings.epochs == 1 or not len(held):
                 best_epoch, kept = epoch, probe.state_dict()
                 continue
             now = float(loss(apply(probe, self.hidden_BD[held]), target_B[held]))
             if now < best:
                 best, best_epoch, kept = now, epoch, copy.deepcopy(probe.state_dict())
-            elif epoch - best_epoch >= how.patience:
+            elif epoch - best_epoch >= settings.patience:
                 break
         probe.load_state_dict(kept)
         return best_epoch

@@ -221,8 +221,8 @@ class DaaR(OfflineMethod):
     def _fit_key(self, task: ShardTask, seeds: Seeds, probe_set: Pool) -> str:
         rows = list(range(len(seeds.labels)))
         seed_content = [seeds.pool.source.ids(rows), seeds.labels.tolist(), list(seeds.domains), probe_set.fingerprint]
-        how = [TEXT_FORM, task.key, asdict(self._training()), self.seed, str(self._probe_device())]
-        return hash_json(["daar-fit", 1, *seed_content, *how])
+        settings = [TEXT_FORM, task.key, asdict(self._training()), self.seed, str(self._probe_device())]
+        return hash_json(["daar-fit", 1, *seed_content, *settings])
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

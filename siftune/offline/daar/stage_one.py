@@ -66,8 +66,8 @@ class StageOne:
     def settings(self) -> tuple[Descriptions, Synthesis]:
         """The descriptions of the domains, and how rows are written."""
         descriptions = read_descriptions(self.domains)
-        how = Synthesis.of(descriptions.settings)
-        return descriptions, replace(how, at_once=1) if self.compat == "paper" else how
+        synthesis = Synthesis.of(descriptions.settings)
+        return descriptions, replace(synthesis, at_once=1) if self.compat == "paper" else synthesis
 
     def real(self, descriptions: Descriptions) -> dict[str, list[dict[str, str]]]:
         """The rows of `seeds` by domain, in the three fields that written rows have."""
@@ -87,8 +87,8 @@ class StageOne:
 
     def inputs(self) -> dict[str, str]:
         """Content hashes of what the stage reads, for a run's identity; a server is identified by its address alone."""
-        descriptions, how = self.settings()
-        result = {"domains": hash_json([asdict(descriptions), asdict(how)])}
+        descriptions, synthesis = self.settings()
+        result = {"domains": hash_json([asdict(descriptions), asdict(synthesis)])}
         if not is_server(self.generator):
             result["generator"] = open_generator(self.generator, device=self.device, dtype=self.dtype).key
         return result
@@ -100,34 +100,34 @@ class StageOne:
 
         `generator` and `embed` take the place of the ones that are opened by name.
         """
-        descriptions, how = self.settings()
+        descriptions, synthesis = self.settings()
         opened = generator or open_generator(self.generator, device=self.device, dtype=self.dtype)
         real = self.real(descriptions)
         cache = cache_folder(self.cache)
         words = [opened.key, asdict(replace(descriptions, settings={})), self.seed]  # other settings share the replies
-        folder = cache / "written" / hash_json([VERSION, *words, asdict(how), real, self._features_key(embed)])
+        folder = cache / "written" / hash_json([VERSION, *words, asdict(synthesis), real, self._features_key(embed)])
         replies = cache / "replies" / f"{hash_json(words)}.jsonl"
         if (folder / SEEDS).is_file():
             return folder
         with Journal(replies) as journal:
             if not (folder / SEEDS).is_file():
-                self._write(folder, descriptions, how, Journaled(opened, journal), embed, real, progress)
+                self._write(folder, descriptions, synthesis, Journaled(opened, journal), embed, real, progress)
         return folder
 
     def _write(
         self,
         folder: Path,
         descriptions: Descriptions,
-        how: Synthesis,
+        synthesis: Synthesis,
         generator: Journaled,
         embed: Embed | None,
         real: Mapping[str, Sequence[Mapping[str, str]]],
         progress: Any,
     ) -> None:
         features = embed or embedder(
-            self.model, how.space, max_length=self.max_length, dtype=self.dtype, device=self.device
+            self.model, synthesis.space, max_length=self.max_length, dtype=self.dtype, device=self.device
         )
-        writing = Writing(descriptions, generator, features, how, seed=self.seed, real=real, progress=progress)
+        writing = Writing(descriptions, generator, features, synthesis, seed=self.seed, real=real, progress=progress)
         try:
             written = writing.run()
         except UserError as error:
