@@ -212,11 +212,11 @@ class Scores:
         rows: NDArray[np.int64]
         if quota is not None:
             if self.pseudo_labels is None:
-                raise UserError(f"quota= needs domains, and {self.method} has none; give fraction= or count=")
+                raise UserError(f"quota= needs domains, and {self.method} has none; pass fraction= or count=")
             rows = budget.by_quota(values, self.pseudo_labels, self.domains, quota)
         elif tokens is not None:
             if self.tokens is None:
-                raise UserError(f"tokens= needs token counts, and {self.method} has none; give fraction= or count=")
+                raise UserError(f"tokens= needs token counts, and {self.method} has none; pass fraction= or count=")
             rows = budget.within_tokens(values, self.tokens, tokens)
         else:
             rows = budget.top(values, self._rows_for(fraction, count))
@@ -227,7 +227,7 @@ class Scores:
         eligible = len(self.pool) - len(self.pool.reasons)
         if count is not None:
             if isinstance(count, bool) or int(count) != count or count < 1:
-                raise UserError(f"count={count!r} is not a number of rows; give at least 1")
+                raise UserError(f"count={count!r} is not a number of rows; it must be at least 1")
             if count > eligible:
                 raise UserError(f"count={count} exceeds the {eligible} usable rows of the pool; lower it")
             return int(count)
@@ -237,7 +237,7 @@ class Scores:
         else:
             amount = budget.parse_keep(fraction)
         if amount.fraction is None:
-            raise UserError(f"fraction={fraction!r} is a number of rows; give count= or a share such as 20%")
+            raise UserError(f"fraction={fraction!r} is a number of rows; pass count= or a share such as 20%")
         return amount.rows(eligible)
 
     def weights(self, target_mix: Mapping[str, float]) -> NDArray[Any]:
@@ -266,7 +266,7 @@ class Subset:
             return self.rows
         if order == "score":
             return self.rows[np.argsort(-self.scores.values[self.rows].astype(np.float64), kind="stable")]
-        raise UserError(f"order={order!r} is not known; give original or score")
+        raise UserError(f"order={order!r} is not known; pass original or score")
 
     def write(self, path: str | Path, *, order: Literal["original", "score"] = "original") -> Path:
         """Write the user's own rows, every original column and type, as JSONL or Parquet by the file's suffix.

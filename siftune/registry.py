@@ -1,5 +1,5 @@
-"""Every method by name: (side, name) -> where it lives, its paper and what it needs. Resolved on use, so `import
-siftune` loads no torch. The contract suite walks this table; a method joins by adding its line (or by `register`).
+"""Every method by name: (side, name) -> its module, its paper and what it needs. Resolved on use, so `import
+siftune` loads no torch. The contract suite reads this table; a method is added by its line (or by `register`).
 
 Methods of installed packages join through the entry-point group `siftune.methods`: `NAME = module:Class`, a subclass of
 `siftune.OfflineMethod` or `siftune.OnlineMethod` whose `name` is NAME and whose `summary`, `paper` and `needs` describe it.

@@ -51,7 +51,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _check_size(value: Any, where: str) -> None:
-    """Raise `UserError` where aliases make a short file enormous or endless: whoever walks the value would not return."""
+    """Raise `UserError` where aliases make a short file very large or endless: iterating over the value would not end."""
     count, stack = 0, [(value, 0)]
     while stack:
         item, depth = stack.pop()

@@ -140,7 +140,7 @@ class Attachment:
         else:
             kept = window_count(self.selector, [size] * ranks_per_choice) * micro_batches
         kept *= ranks // ranks_per_choice
-        processes = f" of {ranks} processes{'' if self._across_ranks else ', each by itself,'}" if ranks > 1 else ""
+        processes = f" of {ranks} processes{'' if self._across_ranks else ', each separately,'}" if ranks > 1 else ""
         return (
             f"siftune: {name} scores {size * micro_batches * ranks} candidates{processes} per step and trains on {kept} of them, "
             f"the new effective batch; optimiser steps and schedule stay as they are, so an epoch trains on "

@@ -244,7 +244,7 @@ def _check_rows(batch: Mapping[str, Any], trainer: Any) -> None:
     if packs(trainer) and all(batch.get(name) is None for name in BOUNDARIES):
         raise UserError(
             f"this trainer joins rows, and nothing in its first batch ({', '.join(map(str, batch))}) says where they begin, so "
-            "whole lines would be chosen; make the collator return position_ids (return_position_ids=True for "
+            "complete lines would be chosen; make the collator return position_ids (return_position_ids=True for "
             f"DataCollatorWithFlattening), or set to false what joins rows: {_PACKING_KEYS}"
         )
     if lines == 1 < size <= rows // max(1, trainer.args.world_size) and not split and not packs(trainer):
@@ -256,13 +256,13 @@ def _check_rows(batch: Mapping[str, Any], trainer: Any) -> None:
     if any(mark in type(dataset).__name__ for mark in ("Pack", "ConstantLength")):
         raise UserError(
             f"the training set is a {type(dataset).__name__}, whose lines hold several rows, and nothing in the first batch "
-            f"({', '.join(map(str, batch))}) says where they begin, so whole lines would be chosen; set to false what joins "
+            f"({', '.join(map(str, batch))}) says where they begin, so complete lines would be chosen; set to false what joins "
             f"them: {_PACKING_KEYS}"
         )
     if _row_starts_inside_lines(batch, trainer):
         warnings.warn(
             f"each of the {lines} lines of the first batch is full ({width} tokens) and has the token that begins a row in its "
-            "middle; if they are packed rows, siftune chooses whole lines, because nothing says where rows begin",
+            "middle; if they are packed rows, siftune chooses complete lines, because no key says where rows begin",
             stacklevel=2,
         )
 

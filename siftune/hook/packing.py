@@ -3,7 +3,7 @@
 Where attention separates the segments of a packed line (flash attention, flex attention, a block mask, or a mask that
 `transformers` derives from restarting positions), a segment's score is that of its row alone. Elsewhere a model reads
 across rows, so a segment is scored in the context of those before it, as it is trained. Which of the two holds is
-measured once, on the first packed batch: one segment's hidden states behind another one and by itself. Models that
+measured once, on the first packed batch: one segment's hidden states after another one and alone. Models that
 carry a recurrent state from row to row are refused. Cost: two forward passes of one or two segments, once.
 
 Shapes: `T` tokens of a segment, `D` hidden width.

@@ -2,10 +2,10 @@
 
     deita-c   expected rating of the question's complexity            Deita, arXiv 2312.15685, section 2.2
     deita-q   expected rating of the answer's quality                 section 2.3
-    deita-d   complexity * quality, then a walk from the best down that keeps a row unlike all kept before (2.4)
+    deita-d   complexity * quality, then a pass from the best row down that keeps a row unlike all kept before (2.4)
 
 Higher is kept. In a chat every turn is rated; turns add up, as in the paper. Cost: one scorer forward per turn; for
-deita-d two, one forward of the embedding model, and the walk (see `deita_walk`).
+deita-d two, one forward of the embedding model, and the greedy pass (see `deita_walk`).
 
 Shapes: `n` rows of the pool, `D` width of the embeddings.
 """
@@ -229,7 +229,7 @@ class DeitaQ(_Scored):
 class DeitaD(OfflineMethod):
     """The best rows by complexity * quality that are unlike each other: a row's score is minus its place in that order.
 
-    The walk keeps a row when its largest cosine to the rows kept before is below `threshold`; the others follow behind
+    The pass keeps a row when its largest cosine to the rows kept before is below `threshold`; the others follow behind
     in order of complexity * quality, or are dropped (`rest`). `score` holds all embeddings in memory, n * D * 4 bytes.
     Raises `UserError` for settings, prompts or models that cannot be used, and for pools of plain text.
 
@@ -311,7 +311,7 @@ class DeitaD(OfflineMethod):
         return self.feature_task(for_fit=False)
 
     def finish(self, pool: Pool, columns: Mapping[str, NDArray[Any]], reasons: Mapping[int, str]) -> Scores:
-        """Minus the place in the walk's order; means of the ratings and the rows that the walk kept in `info`."""
+        """Minus the place in the order of the pass; means of the ratings and the rows that it kept in `info`."""
         merit = columns["merit"]
         scored = np.flatnonzero(~np.isnan(merit))
         order = scored[np.argsort(-merit[scored].astype(np.float64), kind="stable")]

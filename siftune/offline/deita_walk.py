@@ -2,12 +2,12 @@
 
     keep x  if  max over kept y of cos(x, y) < threshold
 
-The rows are walked in blocks: one matrix product compares a block with all rows kept before it, one more the block
+The rows are processed in blocks: one matrix product compares a block with all rows kept before it, one more the block
 with itself, and only the few cosines within float32's rounding of the threshold are computed again in float64. The kept
-rows are exactly those of the naive walk. Cost: at most n*n*D products if every row is kept, n*kept*D in general, none
+rows are exactly those of the naive pass. Cost: at most n*n*D products if every row is kept, n*kept*D in general, none
 of it in Python loops but for one pass over a block's own rows; memory n*D*4 bytes for the unit rows.
 
-Shapes: `n` rows walked, `B` rows of a block, `M` rows kept so far, `D` width.
+Shapes: `n` rows processed, `B` rows of a block, `M` rows kept so far, `D` width.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ NEAR = 1e-4
 def unlike(
     vectors: NDArray[Any], order: NDArray[np.int64], *, threshold: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which rows of `order` the walk keeps, and for each other row one kept row that it is too similar to (else -1).
+    """Which rows of `order` the pass keeps, and for each other row one kept row that it is too similar to (else -1).
 
-    `vectors` is `(rows, D)`, `order` the rows walked, best first; both results have `order`'s shape. A row of zeros
+    `vectors` is `(rows, D)`, `order` the rows in turn, best first; both results have `order`'s shape. A row of zeros
     is similar to nothing.
 
     >>> unlike(np.array([[1.0, 0], [2, 0], [0, 1]]), np.array([0, 1, 2]), threshold=0.9)[0].tolist()
@@ -96,7 +96,7 @@ def _inside(
     vectors: NDArray[Any],
     threshold: float,
 ) -> NDArray[np.int64]:
-    """The walk inside a block: the undecided rows, in order, each compared with those kept before it."""
+    """The pass inside a block: the undecided rows, in order, each compared with those kept before it."""
     similar_to = similar_to.copy()
     open_rows = np.flatnonzero(similar_to < 0)
     cosine_BB = block_BD[open_rows] @ block_BD[open_rows].T

@@ -1,9 +1,9 @@
 """InsTag: a tagger names the intentions of a row's question; rows rank by their number, or by coverage (arXiv 2308.07074).
 
     instag-c   number of distinct tags, after normalising and dropping rare ones      complexity
-    instag-d   minus the place in a walk that takes, in order of tag count, every row that adds a tag   diversity
+    instag-d   minus the place in passes that take, in order of tag count, every row that adds a tag   diversity
 
-Higher is kept. Cost: one reply of a chat model per row (see `judge_task`), the walk of `instag_walk`.
+Higher is kept. Cost: one reply of a chat model per row (see `judge_task`), the passes of `instag_walk`.
 
 Shapes: `n` rows of the pool, `T` tags of a row at most.
 """

@@ -1,11 +1,11 @@
 """InsTag's diverse sampling as one pass over the tags, exactly (arXiv 2308.07074, "complexity-first diverse sampling").
 
-The definition walks the rows again and again, in order of tag count: a pass begins with no tag covered and takes every
+The definition passes over the rows repeatedly, in order of tag count: a pass begins with no tag covered and takes every
 row left that adds a tag, until all rows are taken. A tag that is covered in a pass is covered in all passes before it,
 so one counter per tag determines the pass in which a row adds something: the least counter of its tags. Cost: one look
 at each tag of each row, where the definition looks at every row left in every pass.
 
-Shapes: `n` rows in the order of the walk, `T` tags of a row at most.
+Shapes: `n` rows in the order of the passes, `T` tags of a row at most.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NO_TAG = 0
 
 
 def passes(tags_nT: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The pass, from 0, that takes each row; rows are in the order of the walk, `NO_TAG` pads short rows.
+    """The pass, from 0, that takes each row; rows are in the order of the passes, `NO_TAG` pads short rows.
 
     A row without tags adds nothing in any pass: it gets the number after the last one. Shape `(n,)`.
 

@@ -97,7 +97,7 @@ class PerExampleGradients:
         self._size_factor = size_factor
         self._model_id: int | None = None
         self._route = "group"
-        """`group`, `alone` (each row by itself) or `explicit` (each row's gradient in full)."""
+        """`group`, `alone` (each row separately) or `explicit` (each row's gradient in full)."""
         self._norm_checked = False
 
     def plan(self, model: nn.Module, batch: Batch, score_tokens: int | None = None) -> list[tuple[list[int], int]]:
