@@ -7,7 +7,7 @@ with the trainer's tokenizer and its `max_length`. Cost: one pass over the file,
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.formats import BadRow
 from ..data.load import load_pool
@@ -16,11 +16,14 @@ from ..models.tokenize_rows import Encoder, check_text
 from ..online.greats import Greats
 from ..output import say
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 NO_LIMIT = 2**31
 """`max_length` of a trainer that has none."""
 
 
-def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None:
+def read_validation(trainer: Trainer, selector: Any, *, quiet: bool = False) -> None:
     """Pass the tokenised rows of its validation file to `selector`; does nothing for other selectors and other `validation`.
 
     Rows without answer tokens are left out, with one line on stderr unless `quiet`. Raises `UserError` for a file that
@@ -30,7 +33,8 @@ def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None
     """
     if not isinstance(selector, Greats) or selector.validation_file is None:
         return
-    file, tokenizer = selector.validation_file, getattr(trainer, "processing_class", None)
+    file = selector.validation_file
+    tokenizer: Any = getattr(trainer, "processing_class", None)
     if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
         raise UserError(
             f"validation={file!r} is a file, and the trainer has no tokenizer for it; pass processing_class=tokenizer "
