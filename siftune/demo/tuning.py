@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -25,6 +25,9 @@ from transformers import (
 from ..models.load import quiet
 from ..progress import current
 from ..sft.progress_callback import ProgressCallback
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRAINED = 4
 """Rows trained per step."""
@@ -78,7 +81,14 @@ def compare(
 
 
 def _runs(
-    model: Path, tokenizer: Any, train: TokenRows, held: TokenRows, folder: Path, *, steps: int, seed: int
+    model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    train: TokenRows,
+    held: TokenRows,
+    folder: Path,
+    *,
+    steps: int,
+    seed: int,
 ) -> tuple[float, dict[str, Any]]:
     from ..online.uds import UDS
 
@@ -109,7 +119,7 @@ def load(model: Path) -> Any:
 
 
 def fine_tune(
-    model: Any,
+    model: PreTrainedModel,
     rows: TokenRows,
     collate: Any,
     folder: Path,
@@ -146,7 +156,7 @@ def fine_tune(
         return model.eval(), perf_counter() - started
 
 
-def tokenised(tokenizer: Any, rows: Sequence[Mapping[str, str]]) -> TokenRows:
+def tokenised(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]]) -> TokenRows:
     """Rows in the new prompt format, with labels only on the answer's tokens and the end token."""
     token_rows = []
     for row in rows:
@@ -160,7 +170,7 @@ def tokenised(tokenizer: Any, rows: Sequence[Mapping[str, str]]) -> TokenRows:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, rows: TokenRows, collate: Any) -> float:
+def held_out_loss(model: PreTrainedModel, rows: TokenRows, collate: Any) -> float:
     """Mean cross-entropy of an answer token, in nats."""
     model.eval()
     total, tokens = 0.0, 0

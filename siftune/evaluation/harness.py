@@ -17,13 +17,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import MissingExtra, UserError, did_you_mean
 from ..redaction import shortened
 from .draw import draw
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PLAIN_FILTER = "none"
 """The harness's name for no filter; left out of a metric's name."""
@@ -156,7 +160,7 @@ def sandboxed() -> Iterator[None]:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def model_of(network: Any, tokenizer: Any, *, batch_size: int, length: int) -> Any:
+def model_of(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, length: int) -> HFLM:
     """The model, wrapped for the harness."""
     import copy
 
@@ -167,7 +171,7 @@ def model_of(network: Any, tokenizer: Any, *, batch_size: int, length: int) -> A
         return HFLM(pretrained=network, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=length)
 
 
-def run_task(model: Any, built: Built, *, chat: bool, allow_code: bool, bars: bool) -> TaskResult:
+def run_task(model: HFLM, built: Built, *, chat: bool, allow_code: bool, bars: bool) -> TaskResult:
     """Run every question of a task on the model and grade the answers."""
     from lm_eval.evaluator import evaluate
 
@@ -223,7 +227,7 @@ def _sample(part: str, sample: Mapping[str, Any], reasons: Mapping[int, str]) ->
     return facts | ({"reason": reasons[sample["doc_id"]]} if sample["doc_id"] in reasons else {})
 
 
-def _is_cut(model: Any, sample: Mapping[str, Any]) -> bool:
+def _is_cut(model: HFLM, sample: Mapping[str, Any]) -> bool:
     """Whether the harness truncated the prompt on the left."""
     if "said" in sample:
         return len(model.tok_encode(sample["prompt"])) > int(model.max_length) - (sample["max_tokens"] or 0)

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,11 +29,14 @@ from ..errors import UserError
 from ..models.features import batches
 from ..models.hidden_states import exact_math, predicting_tokens, unwrap_model
 from ..models.load import quiet
-from ..models.tokenize_rows import IGNORED, Encoder, check_text
+from ..models.tokenize_rows import IGNORED, Encoder, Text, check_text
 from ..online.logit_access import LogitAccess
 from ..online.maxloss import shared_vocabulary_passes
 from ..progress import counted
 from ..records import Pool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Files = Mapping[str, str | Path | Sequence[str | Path]]
 NOT_FINITE = "loss not finite"
@@ -75,10 +78,10 @@ class Encoded:
 
 def held_out(
     model: torch.nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     files: Files,
     *,
-    text: str = "auto",
+    text: Text = "auto",
     max_length: int = 512,
     max_rows: int | None = None,
     token_budget: int = 8192,
@@ -100,10 +103,10 @@ def held_out(
 
 
 def encode(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     files: Files,
     *,
-    text: str = "auto",
+    text: Text = "auto",
     max_length: int = 512,
     max_rows: int | None = None,
     columns: Mapping[str, str] | None = None,
@@ -125,8 +128,8 @@ def encode(
 def _encode(
     name: str,
     source: str | Path | Sequence[str | Path],
-    tokenizer: Any,
-    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
     max_length: int,
     max_rows: int | None,
     columns: Mapping[str, str] | None,

@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from ..models.backbone import Backbone, DType
 from ..models.causal_lm import CausalLM
 from ..models.load import find_folder, quiet
 from ..sft.adapters import ADAPTER, ADAPTER_WEIGHTS, PREFIX, adapted, is_adapter, tensor_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_LENGTH = 2048
 """Tokens of a prompt and its answer where the model's configuration has no limit."""
@@ -78,7 +81,7 @@ class Target:
         return self.lm.files
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer."""
         return self.files.tokenizer
 
@@ -96,7 +99,7 @@ class Target:
             parts += [hash_file(self.adapter / name) for name in (ADAPTER, ADAPTER_WEIGHTS)]
         return hash_json(parts)
 
-    def load(self) -> torch.nn.Module:
+    def load(self) -> PreTrainedModel:
         """The model on its device, in eval mode, any adapter merged."""
         network: Any = self.lm.parts.causal
         if self.adapter is None:

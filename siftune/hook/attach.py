@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -34,12 +34,15 @@ from .row_index import RowIndex, index_rows
 from .selection_step import Selection, select_step, window_count
 from .validation import read_validation
 
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
 _ATTACHMENT = "siftune_attachment"
 _WRAPPED = ("get_batch_samples", "train", "log")
 
 
 def attach(
-    trainer: Any,
+    trainer: Trainer,
     selector: OnlineMethod,
     *,
     allow_fresh_selector: bool = False,
@@ -74,7 +77,7 @@ def attach(
     return attachment
 
 
-def detach(trainer: Any) -> None:
+def detach(trainer: Trainer) -> None:
     """Restore the trainer. Raises `UserError` where nothing is attached.
 
     >>> siftune.detach(trainer)
@@ -88,13 +91,15 @@ def detach(trainer: Any) -> None:
 class Attachment:
     """What `attach` added to a trainer: the selector, the ledger, the metrics, and `detach`, which removes them."""
 
-    def __init__(self, trainer: Any, selector: OnlineMethod, *, allow_fresh: bool, ledger: bool, quiet: bool) -> None:
+    def __init__(
+        self, trainer: Trainer, selector: OnlineMethod, *, allow_fresh: bool, ledger: bool, quiet: bool
+    ) -> None:
         self.trainer = trainer
         self.selector = selector
         self.metrics = SelectionMetrics()
         args = trainer.args
         self.ledger = (
-            Ledger(Path(args.output_dir) / "siftune", rank=args.process_index, world=args.world_size)
+            Ledger(Path(str(args.output_dir)) / "siftune", rank=args.process_index, world=args.world_size)
             if ledger
             else None
         )
@@ -171,7 +176,7 @@ class Attachment:
 
     def _train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint = checkpoints.checkpoint_to_resume(
-            resume_from_checkpoint, self.trainer.args.output_dir, allow_fresh=self._allow_fresh_selector
+            resume_from_checkpoint, str(self.trainer.args.output_dir), allow_fresh=self._allow_fresh_selector
         )
         self._resume_from = Path(checkpoint) if isinstance(checkpoint, str) else None
         self._initial_state = copy.deepcopy(self.selector.state_dict())
@@ -329,7 +334,7 @@ class Attachment:
     def save(self) -> None:
         """A checkpoint was written: put the selection's state into it, `COMPLETE` last."""
         args, step = self.trainer.args, self.trainer.state.global_step
-        folder = Path(args.output_dir) / f"checkpoint-{step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{step}"
         if self.ledger is not None:
             self.ledger.flush(step)
         if (
@@ -356,13 +361,17 @@ class _Callback(TrainerCallback):
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._attachment.begin(kwargs.get("train_dataloader"))
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._attachment.save()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._attachment.end()
 
 

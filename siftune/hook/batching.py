@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from ..models.hidden_states import real_tokens
 from ..models.layout import BatchWithLayout, Span, candidates_of, layout_of
 from ..models.repack import join_segments
 from ..online.base import cut
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 Batch = Mapping[str, Any]
 
@@ -37,7 +40,7 @@ class Padding:
     absolute positions would shift."""
 
     @staticmethod
-    def of(trainer: Any) -> Padding:
+    def of(trainer: Trainer) -> Padding:
         """Derived from a live trainer: its collator, its tokenizer and its model's configuration."""
         collator, tokenizer = trainer.data_collator, getattr(trainer, "processing_class", None)
         token = getattr(collator, "pad_token_id", None)

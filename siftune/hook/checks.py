@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from ..models.layout import BOUNDARIES, layout_of
 from ..online.base import OnlineMethod
 from .packing import packs
 from .selection_step import window_count
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 _IMAGE_KEYS = ("pixel_values", "image", "images", "image_grid_thw")
 _PREFERENCE_MARKS = (
@@ -46,7 +49,7 @@ _PACKING_KEYS = (
 )
 
 
-def check(trainer: Any, selector: Any) -> None:
+def check(trainer: Trainer, selector: object) -> None:
     """Raise `UserError` for the first thing about this trainer that selection does not work with."""
     if isinstance(selector, type) or not isinstance(selector, OnlineMethod):
         raise UserError(
@@ -63,7 +66,7 @@ def check(trainer: Any, selector: Any) -> None:
     check_budget(trainer, selector, trainer.args.per_device_train_batch_size)
 
 
-def _check_processes(trainer: Any, selector: OnlineMethod) -> None:
+def _check_processes(trainer: Trainer, selector: OnlineMethod) -> None:
     args = trainer.args
     if args.n_gpu > 1:
         raise UserError(
@@ -85,12 +88,12 @@ def _check_processes(trainer: Any, selector: OnlineMethod) -> None:
         )
 
 
-def selects_across_ranks(trainer: Any, selector: OnlineMethod) -> bool:
+def selects_across_ranks(trainer: Trainer, selector: OnlineMethod) -> bool:
     """Whether one selection covers the candidates of all processes."""
     return trainer.args.world_size > 1 and selector.scope != "local"
 
 
-def _check_sharding(trainer: Any, selector: OnlineMethod) -> None:
+def _check_sharding(trainer: Trainer, selector: OnlineMethod) -> None:
     """Refuse methods that need complete weights where the model is sharded over processes."""
     deepspeed = getattr(trainer, "is_deepspeed_enabled", False)
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None) if deepspeed else None
@@ -103,7 +106,7 @@ def _check_sharding(trainer: Any, selector: OnlineMethod) -> None:
         )
 
 
-def _check_data(trainer: Any) -> None:
+def _check_data(trainer: Trainer) -> None:
     args, collator = trainer.args, trainer.data_collator
     config = getattr(trainer.model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -126,13 +129,13 @@ def _check_data(trainer: Any) -> None:
         )
 
 
-def _check_task(trainer: Any) -> None:
+def _check_task(trainer: Trainer) -> None:
     """Refuse trainers whose batches are not rows to imitate."""
     if reason := other_task(trainer):
         raise UserError(reason)
 
 
-def other_task(trainer: Any) -> str | None:
+def other_task(trainer: Trainer) -> str | None:
     """Why a trainer's batches are not rows to imitate; None for one that fine-tunes a causal language model."""
     kinds = [cls.__name__ for cls in type(trainer).__mro__ if cls.__name__.endswith("Trainer")]
     kinds.append(type(trainer.data_collator).__name__)
@@ -161,7 +164,7 @@ def _is_null(feature: Any) -> bool:
     return _is_null(inner) if inner is not None else getattr(feature, "dtype", None) == "null"
 
 
-def check_budget(trainer: Any, selector: OnlineMethod, size: int) -> None:
+def check_budget(trainer: Trainer, selector: OnlineMethod, size: int) -> None:
     """Refuse a budget of less than one row: of a full micro-batch of `size`, or of the step's window."""
     micro_batches = trainer.args.gradient_accumulation_steps
     ranks = trainer.args.world_size if selects_across_ranks(trainer, selector) else 1
@@ -194,7 +197,7 @@ def check_budget(trainer: Any, selector: OnlineMethod, size: int) -> None:
         )
 
 
-def allows_dummies(trainer: Any) -> bool:
+def allows_dummies(trainer: Trainer) -> bool:
     """Whether a fully masked micro-batch adds exactly nothing to this trainer's loss.
 
     So it is where the loss is the library's own sum over label tokens, divided by the step's token count. A loss of the
@@ -215,7 +218,7 @@ def allows_dummies(trainer: Any) -> bool:
     )
 
 
-def check_batch(batch: Any, trainer: Any) -> None:
+def check_batch(batch: Any, trainer: Trainer) -> None:
     """Checks that need a batch: token ids, no images, and boundaries where rows are joined."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch or getattr(batch["input_ids"], "ndim", 0) != 2:
         keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
@@ -234,11 +237,11 @@ def check_batch(batch: Any, trainer: Any) -> None:
         _check_rows(batch, trainer)
 
 
-def _check_rows(batch: Mapping[str, Any], trainer: Any) -> None:
+def _check_rows(batch: Mapping[str, Any], trainer: Trainer) -> None:
     """Refuse a batch whose lines hold several rows, or parts of rows, without boundaries."""
     lines, width = batch["input_ids"].shape
     size = trainer.state.train_batch_size or trainer.args.per_device_train_batch_size
-    dataset = trainer.train_dataset
+    dataset: Any = trainer.train_dataset
     rows = len(dataset) if hasattr(dataset, "__len__") else 0
     split = getattr(trainer.accelerator, "split_batches", False)
     if packs(trainer) and all(batch.get(name) is None for name in BOUNDARIES):
@@ -267,7 +270,7 @@ def _check_rows(batch: Mapping[str, Any], trainer: Any) -> None:
         )
 
 
-def _row_starts_inside_lines(batch: Mapping[str, Any], trainer: Any) -> bool:
+def _row_starts_inside_lines(batch: Mapping[str, Any], trainer: Trainer) -> bool:
     """Whether every line is full and has the token that begins a row in its middle."""
     tokenizer = getattr(trainer, "processing_class", None)
     begin, end = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)

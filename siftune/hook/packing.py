@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from ..models.sharded import is_sharded
 from ..online.base import OnlineMethod
 from .selection_step import window_count
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "ssm", "hybrid")
 _RECURRENT_KEYS = ("ssm_cfg", "state_size", "mamba_d_state", "linear_conv_kernel_dim", "ssm_state_size", "conv_L_cache")
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -33,7 +36,7 @@ _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
 float32."""
 
 
-def packs(trainer: Any) -> bool:
+def packs(trainer: Trainer) -> bool:
     """Whether the trainer's options or its collator show that rows are packed; otherwise its first batches may."""
     args, collator = trainer.args, trainer.data_collator
     options = any(getattr(args, name, False) is True for name in ("packing", "sample_packing", "padding_free"))
@@ -42,7 +45,7 @@ def packs(trainer: Any) -> bool:
     return options or flattens
 
 
-def packed_lines(trainer: Any) -> int | None:
+def packed_lines(trainer: Trainer) -> int | None:
     """Packed lines that an optimiser step reads on all processes; None where lines hold one row each, or joined
     rows."""
     args = trainer.args
@@ -52,7 +55,7 @@ def packed_lines(trainer: Any) -> int | None:
     return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
-def describe_lines(selector: OnlineMethod, trainer: Any, lines: int) -> str:
+def describe_lines(selector: OnlineMethod, trainer: Trainer, lines: int) -> str:
     """What a step of packed lines reads and trains on, in one line; how many rows it holds is known at the first
     one."""
     longest = getattr(trainer.args, "max_length", None)

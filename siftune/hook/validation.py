@@ -8,7 +8,7 @@ the selector is attached.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.formats import BadRow
 from ..data.load import load_pool
@@ -17,11 +17,14 @@ from ..models.tokenize_rows import Encoder, check_text
 from ..online.greats import Greats
 from ..output import say
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 NO_LIMIT = 2**31
 """`max_length` of a trainer that has none."""
 
 
-def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None:
+def read_validation(trainer: Trainer, selector: Any, *, quiet: bool = False) -> None:
     """Pass the tokenised rows of its validation file to `selector`; does nothing for other selectors and other
     `validation`.
 
@@ -32,7 +35,8 @@ def read_validation(trainer: Any, selector: Any, *, quiet: bool = False) -> None
     """
     if not isinstance(selector, Greats) or selector.validation_file is None:
         return
-    file, tokenizer = selector.validation_file, getattr(trainer, "processing_class", None)
+    file = selector.validation_file
+    tokenizer: Any = getattr(trainer, "processing_class", None)
     if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
         raise UserError(
             f"validation={file!r} is a file, and the trainer has no tokenizer for it; pass processing_class=tokenizer "

@@ -22,6 +22,8 @@ from ..hook.attach import attach
 from ..hook.selector import selector_of
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     _Base: Any = object
 else:
     try:
@@ -46,7 +48,7 @@ class SiftunePlugin(_Base):
         """The schema of the plugin's section, by dotted name."""
         return f"{__name__}.SiftuneArgs"
 
-    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+    def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
         """Axolotl calls this once the trainer exists, before it trains."""
         section = cfg.get("siftune") if hasattr(cfg, "get") else getattr(cfg, "siftune", None)
         if section:

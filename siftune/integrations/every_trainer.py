@@ -12,16 +12,19 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..output import say
 from .request import Request
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 _INSTALLED = "siftune_request"
 
 
-def install_from_environment(trainer_class: type[Any]) -> None:
+def install_from_environment(trainer_class: type[Trainer]) -> None:
     """As `install`, with the request that the environment holds. An invalid one ends the process with its sentence."""
     try:
         install(Request.from_environment(), trainer_class)
@@ -30,7 +33,7 @@ def install_from_environment(trainer_class: type[Any]) -> None:
         raise SystemExit(2) from error
 
 
-def install(request: Request, trainer_class: type[Any] | None = None) -> None:
+def install(request: Request, trainer_class: type[Trainer] | None = None) -> None:
     """From now on `train` of every `transformers.Trainer` in this process attaches the requested selector first.
 
     A second call replaces the request.

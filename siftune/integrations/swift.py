@@ -11,11 +11,14 @@ attached when the complete trainer trains.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..output import say
 from .every_trainer import install
 from .request import Request
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 PLUGIN = Path(__file__).parent / "files" / "siftune_swift.py"
 """The file for `--external_plugins`."""
@@ -32,7 +35,9 @@ def register() -> None:
     class SiftuneCallback(TrainerCallback):
         """Sifts the trainer that ms-swift builds, once it trains."""
 
-        def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_init_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
             install(request)
 
     callbacks_map[NAME] = SiftuneCallback

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,6 +24,9 @@ from ..files import cache_folder
 from . import load
 from .load import Result, file_stamp
 from .store import Store
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -79,7 +82,7 @@ class Backbone:
         return self._once("folder", lambda: load.find_folder(self.model, self.revision))
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PretrainedConfig:
         """The model's configuration as stored, checked to be a causal language model with `layer` layers."""
         return self._once(
             "config",
@@ -89,7 +92,7 @@ class Backbone:
         )
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, truncating and padding on the right."""
         return self._once(
             "tokenizer",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from .head import read_head
 from .hidden_states import ModelParts, exact_math, iter_hidden_states, iter_logits, unwrap_model
 from .load import WEIGHT_FILES, loading, quiet
 from .tokenise import CUT_CHARACTERS, in_isolation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Ids = NDArray[np.int32]
 LOGITS = {"cpu": 1 << 24, "mps": 1 << 24, "cuda": 1 << 28}
@@ -114,7 +117,7 @@ class CausalLM:
         return files
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, which must have offsets."""
         tokenizer = self.files.tokenizer
         if not getattr(tokenizer, "is_fast", False):

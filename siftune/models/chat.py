@@ -6,7 +6,7 @@ Cost: the weights once; their hash once per file, cached by its stamp (see `load
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,10 +18,13 @@ from .backbone import Backbone
 from .load import TOKENIZER_FILES, file_stamp, loading
 from .store import Store
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 SENTINEL = "siftune-end"
 
 
-def templated(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+def templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
     """The conversation in the model's own form; a system turn is joined to the user's where the template has none.
 
     Raises `BadRow` where the template refuses the conversation, or fails.
@@ -41,7 +44,7 @@ def templated(tokenizer: Any, turns: list[dict[str, str]]) -> str:
         return render([joined, *turns[2:]])
 
 
-def end_tokens(network: Any, tokenizer: Any) -> list[int]:
+def end_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a reply: those of the model's configuration, and the one its template writes after an answer."""
     configured = getattr(network, "siftune_eos", None)
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, (list, tuple)) else [configured])}
@@ -57,20 +60,21 @@ def end_tokens(network: Any, tokenizer: Any) -> list[int]:
     return sorted(int(token) for token in ends if token is not None)
 
 
-def load(files: Backbone) -> Any:
+def load(files: Backbone) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     if not any(files.folder.glob("*.safetensors")):
         raise UserError(f"model={files.model!r} has no safetensors; convert it with save_pretrained")
     assert files.config is not None
-    network = loading(
+    network: Any = loading(
         f"model={files.model!r} could not be loaded",
         lambda: AutoModelForCausalLM.from_pretrained(files.folder, dtype=files.torch_dtype, use_safetensors=True),
     )
     # The folder's sampling defaults must not mix with the request's; the end tokens are kept.
     network.siftune_eos = network.generation_config.eos_token_id
     network.generation_config = GenerationConfig()
-    return network.eval().requires_grad_(False).to(files.torch_device)
+    placed: PreTrainedModel = network.eval().requires_grad_(False).to(files.torch_device)
+    return placed
 
 
 def content_key(files: Backbone) -> str:

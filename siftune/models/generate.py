@@ -11,10 +11,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UserError
 from ..files import hash_json
+
+if TYPE_CHECKING:
+    from .backbone import DType
 
 Message = tuple[str, str]
 """(role, content), role one of `system`, `user`, `assistant`."""
@@ -138,7 +141,7 @@ def check_generator(spec: str) -> None:
         TransformersGenerator(spec).check()
 
 
-def open_generator(spec: str, *, device: str = "auto", dtype: str = "auto", **settings: Any) -> Generator:
+def open_generator(spec: str, *, device: str = "auto", dtype: DType = "auto", **settings: Any) -> Generator:
     """A generator by name: a folder or hub id runs here with `transformers`, `http(s)://HOST:PORT/v1` is a server.
 
     A server's model is named after `#` (`http://127.0.0.1:8000/v1#Qwen/Qwen2.5-7B-Instruct`), else it is the first of

@@ -12,7 +12,7 @@ import logging as std_logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -20,6 +20,9 @@ from ..data.chat_template import check_template
 from ..errors import UserError, is_failure
 from ..files import plain_errors, read_json, refuse_special
 from ..redaction import shortened
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Result = TypeVar("Result")
 
@@ -110,7 +113,7 @@ def _check_kernels(folder: Path, where: str) -> None:
                 )
 
 
-def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool) -> Any:
+def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool) -> PretrainedConfig:
     """The configuration as stored; `UserError` unless it is a decoder-only language model of at least `layer`
     layers."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
@@ -120,7 +123,7 @@ def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool
         raise UserError(f"{model_name} has no config.json; pass the folder that save_pretrained wrote")
     if not trust_remote_code:
         _check_kernels(folder, model_name)
-    config = loading(
+    config: PretrainedConfig = loading(
         f"{model_name} has a config.json that transformers cannot read",
         lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
     )
@@ -140,14 +143,14 @@ def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool
     return config
 
 
-def read_tokenizer(folder: Path, *, model: str, trust_remote_code: bool) -> Any:
+def read_tokenizer(folder: Path, *, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer, truncating and padding on the right; `UserError` also where its chat template cannot be used."""
     from transformers import AutoTokenizer
 
     model_name = f"model={model!r}"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES if not name.startswith("chat")):
         raise UserError(f"{model_name} has no tokenizer; save the model's tokenizer into the same folder")
-    tokenizer = loading(
+    tokenizer: PreTrainedTokenizerBase = loading(
         f"{model_name} has a tokenizer that transformers cannot read",
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
     )
@@ -158,13 +161,13 @@ def read_tokenizer(folder: Path, *, model: str, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def opening(tokenizer: Any) -> str:
+def opening(tokenizer: PreTrainedTokenizerBase) -> str:
     """The beginning-of-text token as text, if the tokenizer puts it before every text by itself; else empty."""
     token = tokenizer.bos_token
     return token if isinstance(token, str) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
 
 
-def truncated_config(config: Any, layer: int) -> Any:
+def truncated_config(config: PretrainedConfig, layer: int) -> PretrainedConfig:
     """A copy of `config` for its first `layer` decoder layers; lists with one entry per layer are cut to match."""
     cut = copy.deepcopy(config)
     layers = int(cut.num_hidden_layers)
@@ -181,7 +184,7 @@ def truncated_config(config: Any, layer: int) -> Any:
 
 
 def read_network(
-    folder: Path, config: Any, *, model: str, layer: int, dtype: torch.dtype, trust_remote_code: bool
+    folder: Path, config: PretrainedConfig, *, model: str, layer: int, dtype: torch.dtype, trust_remote_code: bool
 ) -> torch.nn.Module:
     """The first `layer` layers of the model, in eval mode, on the CPU; `UserError` where a tensor of theirs is
     absent."""

@@ -14,17 +14,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..data.formats import BadRow, row_failures
 from ..errors import UserError
-from .backbone import Backbone
+from .backbone import Backbone, DType
 from .chat import content_key, end_tokens, load, templated
 from .generate import Reply, Request
 from .load import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Result = TypeVar("Result")
 
@@ -56,7 +59,7 @@ class TransformersGenerator:
     _: KW_ONLY
     device: str = "auto"
     """`auto` takes CUDA, else MPS, else the CPU; or any torch device."""
-    dtype: str = "auto"
+    dtype: DType = "auto"
     """`auto` is bfloat16 for a 16-bit checkpoint on CUDA, float32 everywhere else."""
     token_budget: int | None = None
     """Tokens of a batch, replies at their longest; None is the device's default."""
@@ -76,10 +79,10 @@ class TransformersGenerator:
     @property
     def files(self) -> Backbone:
         """The model's folder, configuration and tokenizer; the weights are not loaded through it."""
-        return self._once("files", lambda: Backbone(self.model, layer=1, device=self.device, dtype=self.dtype))  # type: ignore[arg-type]
+        return self._once("files", lambda: Backbone(self.model, layer=1, device=self.device, dtype=self.dtype))
 
     @property
-    def network(self) -> Any:
+    def network(self) -> PreTrainedModel:
         """The complete model, in eval mode, on its device."""
         return self._once("network", lambda: self._named(lambda: load(self.files)))
 
@@ -175,7 +178,8 @@ class TransformersGenerator:
     @torch.no_grad()
     def _answer(self, requests: list[Request], prompts: list[list[int]], caps: list[int]) -> Iterator[Reply]:
         """The replies of one batch, each as soon as it ends; `generate` then continues with the other rows alone."""
-        network, tokenizer, device = self.network, self.files.tokenizer, self.files.torch_device
+        network: Any = self.network
+        tokenizer, device = self.files.tokenizer, self.files.torch_device
         ends = self._once("ends", lambda: end_tokens(network, tokenizer))
         filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
         ids_BT, mask_BT = _left_padded(prompts, filler, device)
@@ -304,7 +308,12 @@ class _Stop(StoppingCriteria):
     """
 
     def __init__(
-        self, requests: Sequence[Request], caps: Sequence[int], tokenizer: Any, start: int, ends: Sequence[int]
+        self,
+        requests: Sequence[Request],
+        caps: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        start: int,
+        ends: Sequence[int],
     ) -> None:
         self.requests, self.caps, self.ends = list(requests), list(caps), frozenset(ends)
         self.tokenizer, self.start = tokenizer, start

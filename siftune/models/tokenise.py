@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from ..errors import UserError, is_failure
 from ..records import Row
 from .backbone import Backbone
 from .load import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CUT_CHARACTERS = 32
 """Characters per requested token that are passed to the tokenizer first: natural text has 1 to 6 per token."""
@@ -45,7 +48,7 @@ class Tokenised:
 # --- rows whose text cannot be built or tokenised ----------------------------------------------------------------------
 
 
-def texts_of(rows: Sequence[Row], tokenizer: Any) -> list[str | BadRow]:
+def texts_of(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str | BadRow]:
     """Every row's text, or, where the chat template fails on the row, why it has none.
 
     >>> tokenise(backbone, texts_of(pool.read([0, 1]), backbone.tokenizer))

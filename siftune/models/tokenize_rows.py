@@ -18,12 +18,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..data.chat_template import Refusal, apply_template
 from ..data.formats import BadRow, row_failures
 from ..errors import UserError
 from ..records import Pool, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Text = Literal["auto", "chat", "prompt"]
 FORMS = ("auto", "chat", "prompt")
@@ -50,7 +53,7 @@ class Tokens:
         return sum(label != IGNORED for label in self.labels)
 
 
-def check_text(text: str, tokenizer: Any, *, model: str, format: str) -> None:
+def check_text(text: str, tokenizer: PreTrainedTokenizerBase, *, model: str, format: str) -> None:
     """Raise `UserError` unless rows of `format` (a pool's) can take the form `text` with this tokenizer."""
     if text not in FORMS:
         raise UserError(f"text={text!r} is not known; use one of {', '.join(FORMS)}")
@@ -68,7 +71,9 @@ def check_text(text: str, tokenizer: Any, *, model: str, format: str) -> None:
         )
 
 
-def answer_tokens(row: Row, tokenizer: Any, *, text: str, max_length: int) -> tuple[list[int], list[int]]:
+def answer_tokens(
+    row: Row, tokenizer: PreTrainedTokenizerBase, *, text: Text, max_length: int
+) -> tuple[list[int], list[int]]:
     """Input ids and labels of a row, each of shape `(T,)`, cut on the right to `max_length`.
 
     `text` is `chat`, `prompt`, or `auto`: chat where the tokenizer has a template and the row is not plain text. Raises
@@ -86,8 +91,8 @@ class Encoder:
     """`answer_tokens` for many rows: `Encoder(tokenizer, "auto", 512)(row)` is the row's `Tokens`, or raises
     `BadRow`."""
 
-    tokenizer: Any
-    text: str
+    tokenizer: PreTrainedTokenizerBase
+    text: Text
     max_length: int
 
     def __post_init__(self) -> None:

@@ -138,7 +138,7 @@ class AlpaGasus(Judged):
     """Price per million tokens, for estimate and summary: prompt=0.15,completion=0.6."""
     seed: int = 0
     """Seed of the replies' sampling and of the order of equal ratings."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of a local judge: `auto`, `float32` or `bfloat16`."""
     device: str = "auto"
     """Of a local judge: `auto`, `cpu`, `cuda`, `cuda:0`, `mps`."""

@@ -7,12 +7,15 @@ answer. In a chat the answer is the last turn's content, without the template's 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..data.chat_template import Refusal, apply_template
 from ..data.formats import text_of
 from ..records import Row
 from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class AnswerText:
     end: int
 
 
-def answer_text(row: Row, tokenizer: Any, prompt: Prompt | None = None) -> AnswerText:
+def answer_text(row: Row, tokenizer: PreTrainedTokenizerBase, prompt: Prompt | None = None) -> AnswerText:
     """The row's text with the position of its answer. Raises `BadRow` where the chat template fails on the row.
 
     >>> answer_text(Row(0, "", "Add.", "1 + 1", "2"), tokenizer)
@@ -41,7 +44,7 @@ def answer_text(row: Row, tokenizer: Any, prompt: Prompt | None = None) -> Answe
     return AnswerText(text, len(text) - len(row.output), len(text))
 
 
-def _in_chat(row: Row, tokenizer: Any, text: str) -> AnswerText | None:
+def _in_chat(row: Row, tokenizer: PreTrainedTokenizerBase, text: str) -> AnswerText | None:
     """The answer in the template's text: after all that the template writes before an answer, as it was or trimmed."""
     turns = [{"role": role, "content": content} for role, content in row.messages[:-1]]
     try:

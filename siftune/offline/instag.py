@@ -232,7 +232,7 @@ class InsTagC(_Tagged):
     """Price per million tokens, for estimate and summary: prompt=0.15,completion=0.6."""
     seed: int = 0
     """Seed of the replies' sampling."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of a local tagger: `auto`, `float32` or `bfloat16`."""
     device: str = "auto"
     """Of a local tagger: `auto`, `cpu`, `cuda`, `cuda:0`, `mps`."""
@@ -278,7 +278,7 @@ class InsTagD(_Tagged):
     """Price per million tokens, for estimate and summary: prompt=0.15,completion=0.6."""
     seed: int = 0
     """Seed of the replies' sampling and of the order of rows with equally many tags."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of a local tagger: `auto`, `float32` or `bfloat16`."""
     device: str = "auto"
     """Of a local tagger: `auto`, `cpu`, `cuda`, `cuda:0`, `mps`."""

@@ -42,7 +42,7 @@ class Judged(OfflineMethod):
     unanswered: Literal["stop", "skip"]
     price: dict[str, float] | None
     seed: int
-    dtype: str
+    dtype: Literal["auto", "float32", "bfloat16"]
     device: str
 
     # --- checks -------------------------------------------------------------------------------------------------------

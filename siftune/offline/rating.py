@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from ..models.causal_lm import CausalLM, Ids, logits
 from ..models.tokenise import texts_of
 from ..records import Pool, Row
 from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RATINGS = 6
 ROWS_AT_ONCE = 256
@@ -136,7 +139,7 @@ class Rater:
         return rating_N
 
 
-def rating_tokens(tokenizer: Any, model: str) -> list[list[int]]:
+def rating_tokens(tokenizer: PreTrainedTokenizerBase, model: str) -> list[list[int]]:
     """For each of "1" .. "6" the ids of its token, alone and after a space (often the same one).
 
     Looked up in the tokenizer: the last token of each form, where that token is the digit. Raises `UserError` for a
@@ -147,7 +150,7 @@ def rating_tokens(tokenizer: Any, model: str) -> list[list[int]]:
         last = []
         for rating in range(1, RATINGS + 1):
             token_ids = tokenizer(form.format(rating), add_special_tokens=False)["input_ids"]
-            if token_ids and tokenizer.decode([token_ids[-1]]).strip() == str(rating):
+            if token_ids and str(tokenizer.decode([token_ids[-1]])).strip() == str(rating):
                 last.append(int(token_ids[-1]))
         if len(set(last)) == RATINGS:
             ids = [same if token in same else [*same, token] for same, token in zip(ids, last, strict=True)]

@@ -9,7 +9,7 @@ Axes: `M` capacity, `B` candidates, `S` elements of a sketch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,7 +24,7 @@ class Memory:
     >>> memory.distances(sketches)
     """
 
-    def __init__(self, capacity: int, *, policy: str = "fifo", seed: int = 0) -> None:
+    def __init__(self, capacity: int, *, policy: Literal["fifo", "reservoir"] = "fifo", seed: int = 0) -> None:
         self.capacity, self.policy, self.seed = capacity, policy, seed
         self.sketches = torch.empty(0, 0, dtype=torch.float64)
         """`(<= M, S)`; their order is that of the slots, not of time."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.protect import refuse_overlap
 from ..errors import UserError
@@ -26,6 +26,10 @@ from .cut import refuse_inside
 from .folder import RunFolder, identity, make_folder
 from .job import RUNS, plain
 from .options import Everywhere
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel
 
 RESULTS, TABLE = "results.json", "table.md"
 OF_THE_RESULT = ("shots", "limit", "metric", "average")
@@ -299,12 +303,12 @@ class Loaded:
         self.job = job
 
     @cached_property
-    def network(self) -> Any:
+    def network(self) -> PreTrainedModel:
         """The model itself."""
         return self.job.target.load()
 
     @cached_property
-    def harness_model(self) -> Any:
+    def harness_model(self) -> HFLM:
         """The model, wrapped for the harness."""
         from ..evaluation import harness
 

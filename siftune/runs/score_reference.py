@@ -10,13 +10,18 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.protect import refuse_overlap
 from ..errors import UserError
 from ..files import FolderLock, cache_folder, hash_file, hash_json, read_json, remove, temporary_beside, write_json
 from ..sft.inputs import recipe_inputs
 from ..sft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..sft.trainer import Prepared
 
 ENDINGS = (".parquet", ".safetensors")
 
@@ -92,17 +97,18 @@ def _note(path: Path) -> Path:
     return path.with_name(path.name + ".made-by.json")
 
 
-def _compute(path: Path, key: str, prepared: Any, network: Any, score_tokens: int) -> None:
+def _compute(path: Path, key: str, prepared: Prepared, network: PreTrainedModel, score_tokens: int) -> None:
     import torch
 
     from ..sft.reference_losses import reference_losses
 
     write_json(_note(path), {"key": key, "table": None})  # first, so that an interrupted table is marked as siftune's
     scratch = temporary_beside(path.absolute())
-    network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+    placed: Any = network
+    placed = placed.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        trainer = prepared.trainer(scratch, network=network)
-        reference_losses(trainer, network.eval(), out=path, score_tokens=score_tokens)
+        trainer = prepared.trainer(scratch, network=placed)
+        reference_losses(trainer, placed.eval(), out=path, score_tokens=score_tokens)
     finally:
         remove(scratch)
     write_json(_note(path), {"key": key, "table": hash_file(path)})

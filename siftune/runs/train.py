@@ -35,6 +35,8 @@ from .options import write_yaml
 from .stored import counted
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from ..engines.shard import Progress
     from ..sft.trainer import Prepared
 
@@ -267,7 +269,7 @@ class _Job:
             facts["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 1e6)
         return self._save(trainer, facts), facts
 
-    def _save(self, trainer: Any, facts: Mapping[str, Any]) -> list[str]:
+    def _save(self, trainer: Trainer, facts: Mapping[str, Any]) -> list[str]:
         """Write model, card, log and ledger into the run folder; returns their names."""
         from ..models.load import quiet
 
@@ -323,7 +325,7 @@ class _Job:
 
         recipe = self.prepared.recipe
         self.on_event(f"held-out loss of {', '.join(recipe.eval)}")
-        network = load_tuned(self.run.folder / MODEL, dtype=str(recipe.model_kwargs.get("dtype", "auto")))
+        network: Any = load_tuned(self.run.folder / MODEL, dtype=str(recipe.model_kwargs.get("dtype", "auto")))
         if torch.cuda.is_available():
             network = network.to("cuda")
         results = held_out(

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from ..files import hash_file, hash_json, read_json, remove, temporary_beside
 from ..models.backbone import Backbone
 from ..models.chat import content_key
 from ..models.load import loading, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -32,16 +35,19 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
 
 
-def load_tuned(folder: Path, *, dtype: str = "auto") -> Any:
+def load_tuned(folder: Path, *, dtype: str = "auto") -> PreTrainedModel:
     """The model of a folder or hub id; an adapter comes merged into its base. Raises `UserError`.
 
     >>> model = load_tuned(tuned.model)
     """
     from transformers import AutoModelForCausalLM
 
-    def load() -> Any:
+    def load() -> PreTrainedModel:
         if not is_adapter(folder):
-            return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+            plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, use_safetensors=True
+            )
+            return plain
         if find_spec("peft") is None:
             raise MissingExtra("peft", extra="train", needed_for=f"the adapter {folder}")
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
@@ -50,25 +56,28 @@ def load_tuned(folder: Path, *, dtype: str = "auto") -> Any:
     return loading(f"{folder} could not be loaded", load)
 
 
-def adapted(network: Any, adapter: Path) -> Any:
+def adapted(network: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """`network` with the adapter merged into its weights; a weight that head and embeddings share is copied where needed."""
     from peft import PeftModel
 
     untie(network, tensor_shapes(adapter / ADAPTER_WEIGHTS))
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights, which are not tied any more
-        return PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
+        with_adapter: Any = PeftModel.from_pretrained(network, str(adapter))
+        merged: PreTrainedModel = with_adapter.merge_and_unload()
+    return merged
 
 
-def untie(network: Any, adapter: Mapping[str, tuple[int, ...]]) -> None:
+def untie(network: PreTrainedModel, adapter: Mapping[str, tuple[int, ...]]) -> None:
     """Give head and embeddings a weight each, where they share one and the adapter changes either: merged into the
     shared weight, a change of the one would be a change of the other."""
-    head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
+    head: Any = network.get_output_embeddings()
+    embeddings = network.get_input_embeddings()
     if head is None or head.weight is not embeddings.weight:
         return
     names = [name for name, module in network.named_modules() if module is head or module is embeddings]
     if any(name.removeprefix(PREFIX).startswith(f"{module}.") for name in adapter for module in names):
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
         network.config.tie_word_embeddings = False
 
 

@@ -12,12 +12,17 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtra, UserError
 from ..redaction import shortened
 from .config_values import fitting, nearest
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig  # type: ignore[attr-defined]
 
 _TOKENS = "rows become tokens by `text`"
 _REFUSED = {
@@ -41,7 +46,7 @@ _REFUSED = {
 """Keys of SFTConfig that a recipe sets elsewhere, each with what to do instead."""
 
 
-def sft_config(recipe: Recipe, output_dir: str | Path) -> Any:
+def sft_config(recipe: Recipe, output_dir: str | Path) -> SFTConfig:
     """The `trl.SFTConfig` of a recipe. Raises `UserError` for an unknown key, a value trl refuses, and packing.
 
     >>> sft_config(Recipe.read({"model": "m", "train": "t.jsonl", "sft": {"max_steps": 4}}), "out").max_steps
@@ -88,7 +93,7 @@ def _warm_up(cls: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     return keywords
 
 
-def lora_config(recipe: Recipe) -> Any:
+def lora_config(recipe: Recipe) -> LoraConfig | None:
     """The `peft.LoraConfig` of a recipe, or None for full fine-tuning. Raises `UserError`."""
     if recipe.peft is None:
         return None
@@ -105,7 +110,7 @@ def lora_config(recipe: Recipe) -> Any:
         raise UserError(f"peft: {_short(error)}") from error
 
 
-def quantization_config(recipe: Recipe) -> Any:
+def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     """The `transformers.BitsAndBytesConfig` of a recipe, or None. Raises `UserError`."""
     if recipe.quantization is None:
         return None

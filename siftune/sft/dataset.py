@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,9 +36,13 @@ from ..files import (
     write_json,
 )
 from ..models.load import TOKENIZER_FILES, quiet
-from ..models.tokenize_rows import VERSION, Encoder
+from ..models.tokenize_rows import VERSION, Encoder, Text
 from ..progress import counted
 from ..records import Pool
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 ROWS_AT_ONCE = 512
 LINES_AT_ONCE = 65_536
@@ -60,7 +64,7 @@ class TrainingRows:
     """Why a readable row of the pool was left out, by its row in the pool."""
 
     @property
-    def dataset(self) -> Any:
+    def dataset(self) -> Dataset:
         """A `datasets.Dataset` of `input_ids` and `labels`, memory-mapped from disk."""
         from datasets import Dataset
 
@@ -101,10 +105,10 @@ def tokenizer_key(folder: Path) -> str:
 
 def training_rows(
     pool: Pool,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     key: str,
-    text: str,
+    text: Text,
     max_length: int,
     max_rows: int | None = None,
     cache: str | Path | None = None,

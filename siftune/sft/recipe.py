@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import UserError
-from ..models.tokenize_rows import FORMS
+from ..models.tokenize_rows import FORMS, Text
 from ..yaml_io import parse_yaml, read_yaml
 from .config_values import nearest
 
@@ -48,13 +48,13 @@ class Recipe:
     """Form of the rows; detected when left out."""
     columns: Mapping[str, str] | None = None
     """The user's column for each column of siftune."""
-    on_bad_row: str = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
     """`error` or `skip`, with its reason in rows.parquet."""
-    duplicates: str = "keep"
+    duplicates: Literal["keep", "drop"] = "keep"
     """`keep` or `drop`, with a reason."""
     max_rows: int | None = None
     """The first n rows that can be trained on; None is all."""
-    text: str = "auto"
+    text: Text = "auto"
     """How a row becomes tokens (`siftune.models.tokenize_rows`): auto, chat or prompt."""
     sft: Mapping[str, Any] = field(default_factory=dict)
     """`trl.SFTConfig`'s own keys."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -27,6 +27,9 @@ from ..online.maxloss import MaxLoss
 from ..online.rho_loss import TABLE_SUFFIXES
 from ..online.token_id import token_ids
 from ..progress import counted
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 PART = 512
 """Rows of a part: what an interruption costs at most."""
@@ -48,7 +51,7 @@ _SCHEMA = pa.schema(
 
 
 def reference_losses(
-    trainer: Any, ref_model: torch.nn.Module, *, out: str | Path | None = None, score_tokens: int = 8192
+    trainer: Trainer, ref_model: torch.nn.Module, *, out: str | Path | None = None, score_tokens: int = 8192
 ) -> Path:
     """Write the mean loss of every row of the trainer's training set under `ref_model`; return the table's path.
 
@@ -60,7 +63,7 @@ def reference_losses(
     >>> table = siftune.reference_losses(trainer, ref_model)
     >>> siftune.attach(trainer, siftune.RhoLoss(keep="1/8", reference=table))
     """
-    path = Path(out) if out is not None else Path(trainer.args.output_dir) / "siftune" / "reference.parquet"
+    path = Path(out) if out is not None else Path(str(trainer.args.output_dir)) / "siftune" / "reference.parquet"
     if path.suffix not in TABLE_SUFFIXES:
         raise UserError(f"out={str(path)!r} must end in .parquet or .safetensors")
     with preserved_random_state():

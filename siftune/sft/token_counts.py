@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -21,6 +21,11 @@ from transformers import TrainerCallback
 from ..files import atomic_path
 from ..hook.checkpoint import check, damaged, finish, folder_of, is_complete
 from ..models.layout import layout_of
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from ..online.base import OnlineMethod
 
 IGNORED = -100
 
@@ -79,7 +84,7 @@ class TokenCounts:
 
     # --- bound to a trainer -----------------------------------------------------------------------------------------
 
-    def below(self, trainer: Any) -> None:
+    def below(self, trainer: Trainer) -> None:
         """Count what the trainer's own method returns; call before a selector is attached."""
         previous = trainer.get_batch_samples
 
@@ -89,9 +94,9 @@ class TokenCounts:
             self._below = (self._below[0] + rows, self._below[1] + tokens)
             return batches, count
 
-        trainer.get_batch_samples = get_batch_samples
+        trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
 
-    def above(self, trainer: Any, selector: Any) -> None:
+    def above(self, trainer: Trainer, selector: OnlineMethod | None) -> None:
         """Count what is trained on, and the loss; call after a selector (or None) is attached."""
         selected, step = trainer.get_batch_samples, trainer.training_step
 
@@ -107,9 +112,10 @@ class TokenCounts:
             self._loss = step_loss if self._loss is None else self._loss + step_loss
             return loss
 
-        trainer.get_batch_samples, trainer.training_step = get_batch_samples, training_step
+        trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
+        trainer.training_step = training_step  # type: ignore[method-assign]
 
-    def _count(self, batches: Any, selector: Any, step: int) -> None:
+    def _count(self, batches: Any, selector: OnlineMethod | None, step: int) -> None:
         rows, tokens, labels = _sizes(batches)
         totals = self.totals
         totals.trained_rows += rows
@@ -161,29 +167,37 @@ class _Counting(TrainerCallback):
     def __init__(self, token_counts: TokenCounts) -> None:
         self._token_counts = token_counts
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._token_counts.totals.steps = state.global_step
         if self._token_counts.reached:
             control.should_training_stop = True
         _no_last_checkpoint(args, control)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         _no_last_checkpoint(args, control)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._token_counts.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._token_counts.save(_checkpoint(args, state))
 
 
 class _Completing(TrainerCallback):
     """Marks a checkpoint as complete once everything is in it, where no selector does."""
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = _checkpoint(args, state)
         if not is_complete(checkpoint):
             finish(checkpoint, step=state.global_step)
 
 
-def _no_last_checkpoint(args: Any, control: Any) -> None:
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint that the trainer has just written."""
+    assert args.output_dir is not None, "TrainingArguments sets it"
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _no_last_checkpoint(args: TrainingArguments, control: TrainerControl) -> None:
     """The last step's checkpoint would be the finished model again, and resuming from it trains a step too many."""
     if control.should_training_stop and not args.load_best_model_at_end:
         control.should_save = False

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..budget import parse_keep
 from ..data.load import load_pool
@@ -32,8 +32,12 @@ from .dataset import TrainingRows, tokenizer_key, training_rows
 from .recipe import Recipe
 from .token_counts import TokenCounts
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
-def build_trainer(recipe: Recipe, output_dir: str | Path) -> Any:
+
+def build_trainer(recipe: Recipe, output_dir: str | Path) -> SFTTrainer:
     """The recipe's `trl.SFTTrainer`, with its selector attached where it has one; nothing is trained yet.
 
     Raises `UserError` for anything in the recipe, the files or the model folder that cannot work, before weights are read.
@@ -51,8 +55,8 @@ class Prepared:
     recipe: Recipe
     folder: Path
     """The model's."""
-    config: Any
-    tokenizer: Any
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
     pool: Pool
     held_out: Mapping[str, Pool]
     cache: str | Path | None = None
@@ -88,9 +92,9 @@ class Prepared:
         output_dir: str | Path,
         *,
         token_counts: TokenCounts | None = None,
-        network: Any = None,
+        network: PreTrainedModel | None = None,
         quiet: bool = True,
-    ) -> Any:
+    ) -> SFTTrainer:
         """The trainer. `token_counts` counts on it; `network` is used instead of loading the recipe's weights; without
         `quiet` the line of `siftune.attach` is printed."""
         recipe, dataset = self.recipe, self.rows.dataset
@@ -110,7 +114,7 @@ class Prepared:
             trainer.add_callback(counting[-1])
         return trainer
 
-    def _build(self, arguments: Any, dataset: Any, callbacks: Any, network: Any) -> Any:
+    def _build(self, arguments: SFTConfig, dataset: Any, callbacks: Any, network: PreTrainedModel | None) -> SFTTrainer:
         from transformers import PrinterCallback, ProgressCallback, set_seed
         from trl import SFTTrainer  # type: ignore[attr-defined]
 
@@ -123,7 +127,9 @@ class Prepared:
                     model=load_model(self.recipe, self.folder) if network is None else network,
                     args=arguments,
                     train_dataset=dataset,
-                    eval_dataset=(held_out or None) if str(arguments.eval_strategy.value) != "no" else None,
+                    eval_dataset=(held_out or None)
+                    if str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no"
+                    else None,
                     processing_class=self.tokenizer,
                     peft_config=adapter,
                     callbacks=list(callbacks),
@@ -156,8 +162,8 @@ def prepare(recipe: Recipe, *, cache: str | Path | None = None) -> Prepared:
         pool = load_pool(
             files[0] if len(files) == 1 else list(files),
             columns=recipe.columns,
-            on_bad_row=recipe.on_bad_row,  # type: ignore[arg-type]
-            duplicates=recipe.duplicates,  # type: ignore[arg-type]
+            on_bad_row=recipe.on_bad_row,
+            duplicates=recipe.duplicates,
             format=recipe.format,
             cache=cache,
         )
@@ -191,7 +197,7 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def load_model(recipe: Recipe, folder: Path) -> Any:
+def load_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
     """The recipe's model with its head, on the CPU unless quantised. Raises `UserError` where it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
@@ -208,7 +214,7 @@ def load_model(recipe: Recipe, folder: Path) -> Any:
     )
 
 
-def checked_selector(recipe: Recipe, arguments: Any) -> OnlineMethod | None:
+def checked_selector(recipe: Recipe, arguments: SFTConfig) -> OnlineMethod | None:
     """The recipe's selector, its budget checked against the batch, or None. Raises `UserError`."""
     if recipe.online is None:
         return None

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from ..budget import Keep, parse_keep
 from ..errors import UserError
+from ..models.tokenize_rows import Text
 from ..runs.options import unknown
 from ..sft.recipe import merged, read_preset, read_recipe_file
 from ..yaml_io import read_yaml
@@ -103,9 +104,10 @@ class Study:
         return int(self.recipe.get("sft", {}).get("max_length") or 1024)
 
     @property
-    def text(self) -> str:
+    def text(self) -> Text:
         """How a row becomes tokens."""
-        return str(self.recipe.get("text", "auto"))
+        text: Text = self.recipe.get("text", "auto")
+        return text
 
 
 def read_study(path: str, changes: Mapping[str, Any] | None = None) -> Study:

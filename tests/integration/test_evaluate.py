@@ -286,7 +286,7 @@ def test_a_killed_run_goes_on_where_it_was_and_gives_the_same(
             raise KeyboardInterrupt
         return real(model, built, **more)
 
-    monkeypatch.setattr(harness, "ask", killed)
+    monkeypatch.setattr(harness, "run_task", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model_folder(), str(said), run=str(tmp_path / "run"), **options)
     again = evaluate(model_folder(), str(said), run=str(tmp_path / "run"), **options)

@@ -185,15 +185,15 @@ def test_refusals_name_the_place_and_the_way_out(tmp_path: Path) -> None:
         held_out(model, tokenizer, {"maths": empty}, text="prompt", max_length=32)
     with pytest.raises(UserError, match=r"absent\.jsonl"):
         held_out(model, tokenizer, {"maths": tmp_path / "absent.jsonl"})
-    with pytest.raises(UserError, match="max_rows=0"):
+    with pytest.raises(UserError, match="max_rows must be >= 1, got 0"):
         held_out(model, tokenizer, {"maths": good}, max_rows=0)
     with pytest.raises(UserError, match="no held-out file"):
         held_out(model, tokenizer, {})
     with pytest.raises(UserError, match="chat template"):
         held_out(model, tiny_tokenizer(template=False), {"maths": good}, text="chat")
-    with pytest.raises(UserError, match=r"gives token \d+, and the model knows 50"):
+    with pytest.raises(UserError, match=r"gives token \d+, and the model's vocabulary has 50"):
         held_out(tiny_model(vocabulary=50), tokenizer, {"maths": good}, text="prompt")
-    with pytest.raises(UserError, match="token_budget=0"):
+    with pytest.raises(UserError, match="token_budget must be >= 1, got 0"):
         held_out(model, tokenizer, {"maths": good}, token_budget=0)
 
 

@@ -174,7 +174,7 @@ CODE = "names code to run, which no file may"
         (("task: birds", "group: birds\ntask: [a, b]"), "a group of tasks is no task"),
         (("test_split: test", "test_split: test\nuse_prompt: promptsource:x"), "write doc_to_text"),
         (("test_split", "test_spit"), "unknown key 'test_spit'; did you mean test_split"),
-        (("test: birds", "test: absent"), r"its data file .*absent\.jsonl is not there"),
+        (("test: birds", "test: absent"), r"its data file .*absent\.jsonl does not exist"),
         (("test_split: test", "test_split: test\ninclude: birds.yaml"), "includes itself"),
         (("test_split: test", "test_split: test\ninclude: code.yaml"), CODE),
         (("metadata: {", "metadata: {api_key: x1, "), "is a secret"),
