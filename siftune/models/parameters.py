@@ -89,7 +89,7 @@ class Parameters:
 
     def of(self, request: Request) -> dict[str, Any]:
         """The parameters of a request, as they are sent now."""
-        sent = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
+        sent: dict[str, Any] = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
         if request.stop:
             sent["stop"] = list(request.stop)
         with self._lock:

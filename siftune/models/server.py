@@ -27,7 +27,7 @@ from ..errors import MissingExtra, UserError
 from ..files import hash_json
 from ..redaction import redact_text
 from .address import API_KEY, API_VERSION, Address, read_address
-from .bounded_http import Redirected, bounded_client
+from .bounded_http import KEY_HEADER, Redirected, bounded_client
 from .completion import BadReply, read_completion, read_models
 from .generate import Reply, Request
 from .parameters import Parameters, check_request
@@ -333,12 +333,7 @@ def _azure(api_version: str | None, key: str) -> dict[str, Any]:
     """What Azure's addresses need: the version in every query, and the key in a header of its own."""
     if api_version is None:
         return {}
-    from openai import Omit  # the header that the client would send besides
-
-    return {
-        "default_query": {API_VERSION: api_version},
-        "default_headers": {"api-key": key, "Authorization": Omit()},
-    }
+    return {"default_query": {API_VERSION: api_version}, "default_headers": {KEY_HEADER: key}}
 
 
 def _one_line(text: str) -> str:

@@ -139,7 +139,7 @@ def error_in_reply(data: bytes) -> ServerError | None:
         return None
     facts = _facts(value)
     code = value.get("code", value.get("status")) if isinstance(value, Mapping) else None
-    status = int(code) if str(code).isdigit() and 400 <= int(code) < 600 else 500
+    status = int(str(code)) if re.fullmatch(r"[45]\d\d", str(code)) else 500
     return ServerError(status, replace(facts, message=f"an error inside a reply of status 200: {facts.message}"))
 
 
