@@ -196,9 +196,13 @@ def _json_or_text(option: Option, text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         if text.startswith(("{", "[")):
-            raise UserError(f"{option.flag} {text!r} is not JSON ({error}); close every bracket and quote names") from None
+            raise UserError(
+                f"{option.flag} {text!r} is not JSON ({error}); close every bracket and quote names"
+            ) from None
         if not text or re.search(r",\s*\w+=", text):
-            raise UserError(f"{option.flag} {text!r} is not one value; pass {option.flag} KEY=VALUE for each key")
+            raise UserError(
+                f"{option.flag} {text!r} is not one value; pass {option.flag} KEY=VALUE for each key"
+            ) from None
         return text
 
 

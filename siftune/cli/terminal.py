@@ -155,9 +155,11 @@ def judge_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     tokens = f"{usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens"
     lines = [("judge", f"{usage['requests']:,} replies, {tokens}" + _cost(usage["cost"]))]
-    now = f"{usage['prompt_tokens_now']:,} + {usage['completion_tokens_now']:,} tokens" + _cost(usage["cost_now"])
-    lines.append(("", f"in this run {usage['asked_now']:,} requests and {usage['retries_now']:,} retries, {now}"))
-    lines += [("", f"the server refuses {name}, left out: {why}") for name, why in usage["parameters_left_out"].items()]
+    read, wrote = (usage.get(name, 0) for name in ("prompt_tokens_now", "completion_tokens_now"))
+    sent = f"{usage['asked_now']:,} requests and {usage.get('retries_now', 0):,} retries"
+    lines.append(("", f"in this run {sent}, {read:,} + {wrote:,} tokens" + _cost(usage["cost_now"])))
+    left_out = usage.get("parameters_left_out", {})
+    lines += [("", f"the server refuses {name}, left out: {why}") for name, why in left_out.items()]
     lost = [f"{usage[kind]:,} {kind}" for kind in ("unreadable", "refused", "unanswered") if usage[kind]]
     if lost:
         lines.append(("", "without a score: " + ", ".join(lost) + "; the replies are in rows.parquet"))

@@ -52,7 +52,7 @@ def check_request(request: Any) -> None:
     siftune.errors.UserError: request=temperature is set by --temperature; leave it out of request
     """
     if not isinstance(request, Mapping):
-        raise UserError(f"request={request!r} is not a mapping; write request=name=value, such as reasoning_effort=low")
+        raise UserError(f"request={request!r} is not a mapping; write KEY=VALUE, such as reasoning_effort=low")
     nested = request.get("extra_body", {})
     if not isinstance(nested, Mapping):
         raise UserError(f'request=extra_body is {nested!r}, not a mapping; write extra_body={{"name": value}}')

@@ -231,7 +231,7 @@ class InsTagC(_Tagged):
     ask_again: Literal["refused"] | None = None
     """`refused`: send the requests again that the server refused in earlier runs, such as before it was corrected."""
     request: dict[str, object] | None = None
-    """Further parameters of every request to a server: reasoning_effort=low, or JSON for nested ones."""
+    """Further parameters of every request to a server: KEY=VALUE, once for each; a value may be JSON."""
     price: dict[str, float] | None = None
     """Price per million tokens, for estimate and summary: prompt=0.15,completion=0.6."""
     seed: int = 0
@@ -281,7 +281,7 @@ class InsTagD(_Tagged):
     ask_again: Literal["refused"] | None = None
     """`refused`: send the requests again that the server refused in earlier runs, such as before it was corrected."""
     request: dict[str, object] | None = None
-    """Further parameters of every request to a server: reasoning_effort=low, or JSON for nested ones."""
+    """Further parameters of every request to a server: KEY=VALUE, once for each; a value may be JSON."""
     price: dict[str, float] | None = None
     """Price per million tokens, for estimate and summary: prompt=0.15,completion=0.6."""
     seed: int = 0

@@ -170,17 +170,11 @@ def _round(
 ) -> Round:
     run = folder / f"round-{number}"
     model = str(before[-1].tuned) if before else str(settings["model"])
-<<<<<<< HEAD
     on_event(f"round {number}: choosing with {model}")
     round_settings: dict[str, Any] = {**settings, "model": model}
     if before and round_settings.get("generator") is not None:  # the rows that the first round wrote serve every round
-        round_settings |= {"generator": None, "domains": None, "seeds": str(before[0].selection.folder / SEEDS)}  # type: ignore[operator]
-=======
-    told(f"round {number}: choosing with {model}")
-    own: dict[str, Any] = {**settings, "model": model}
-    if before and own.get("generator") is not None:  # the rows that the first round wrote serve every round
-        own |= {"generator": None, "request": None, "domains": None, "seeds": str(before[0].selection.folder / SEEDS)}  # type: ignore[operator]
->>>>>>> d66a55c (Servers of today are understood: parameters, refusals, reply forms and addresses; retries and tokens are counted)
+        seeds = str(before[0].selection.folder / SEEDS)  # type: ignore[operator]
+        round_settings |= {"generator": None, "request": None, "domains": None, "seeds": seeds}
     pool = (
         options.pool if options.again or not before else [_rest(folder / f"pool-{number}.jsonl", before[-1].selection)]
     )

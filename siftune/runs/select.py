@@ -160,7 +160,7 @@ def _write(run: RunFolder, job: Job, scores: Scores, key: str) -> Selection:
         write_rows(run.folder / ROWS, scores, np.empty(0, np.int64))
         raise UserError(f"no row has a score ({_reasons(scores)}); {run.folder / ROWS} holds the reason for each")
     subset = job.budget.cut(scores)
-    with run.stage("write", hash_json([key, "write"]), again=_asks_again(job)) as stage:
+    with run.stage("write", hash_json([key, "write", hash_file(run.folder / SCORES)])) as stage:
         if not stage.reused:
             write_rows(run.folder / ROWS, scores, subset.rows)
             subset.write(run.folder / SELECTED, order=job.budget.order)

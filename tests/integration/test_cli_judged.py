@@ -143,7 +143,14 @@ def test_a_server_that_refuses_parameters_rates_every_row(pool: Path, capsys: py
     with hostile({}, ratings) as server:
         server.rule = lambda body: ("error", (400, ONLY_NEW_LIMIT)) if "max_tokens" in body else None
         words = ["select", "alpagasus", "pool.jsonl", "--judge-url", server.url.removesuffix("/v1"), "--run", "run"]
-        more = ["--request", 'reasoning_effort=low,top_k=20,extra={"a": 1, "b": [2, 3]}']
+        more = [
+            "--request",
+            "reasoning_effort=low",
+            "--request",
+            "top_k=20",
+            "--request",
+            'extra={"a": 1, "b": [2, 3]}',
+        ]
         assert main([*words, *more, "--retries", "0"]) == 0
         summary = capsys.readouterr().out
         assert sum(server.tries.values()) == len(server.tries) + 1
@@ -223,7 +230,8 @@ def test_a_reply_without_text_is_one_unreadable_reply(pool: Path, capsys: pytest
         (["--judge-url", "localhost:8000/v1"], "it lacks http:// (or https://); pass http://localhost:8000/v1"),
         (["--judge", "localhost:8000"], "judge='localhost:8000' is not a server's address: it lacks http://"),
         (["--judge-url", "http://h/v1", "--request", "temperature=1"], "request=temperature is set by --temperature"),
-        (["--judge-url", "http://h/v1", "--request", "low"], "--request 'low' is not a list of pairs"),
+        (["--judge-url", "http://h/v1", "--request", "low"], "--request low is not KEY=VALUE"),
+        (["--judge-url", "http://h/v1", "--request", "a=1,b=2"], "pass --request KEY=VALUE for each key"),
         (["--judge-url", "http://h/v1", "--request", 'a={"b": 1'], "is not JSON"),
         (["--judge", "m", "--request", "a=1"], "request= is for a judge on a server"),
         (["--judge-url", "http://h/v1", "--ask-again", "all"], "--ask-again"),

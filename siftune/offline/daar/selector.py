@@ -66,7 +66,7 @@ class DaaR(OfflineMethod):
     generator: str | None = None
     """Chat model that writes the seed rows: a folder, a hub id, or a server http://HOST:PORT/v1#MODEL (key: OPENAI_API_KEY)."""
     request: dict[str, object] | None = None
-    """Further parameters of every request to a server as generator: reasoning_effort=low, or JSON for nested ones."""
+    """Further parameters of every request to a server as generator: KEY=VALUE, once for each; a value may be JSON."""
     domains: DomainSource | None = None
     """Descriptions for the generator: a YAML file of `name: one sentence`; left out, the paper's four domains."""
     layer: int = 3
