@@ -23,6 +23,10 @@ MISBEHAVIOUR = {
     "bytes": "replies out of bounds or of wrong types",
     "drip": "replies sent slowly",
     "redirect": "redirects",
+    "error": "errors in JSON",
+    "page": "errors that are a web page",
+    "reply": "completions of unusual form",
+    "stream": "streams that were not requested",
 }
 Behaviour = str | tuple[str, Any]
 
@@ -31,7 +35,8 @@ class Hostile(ThreadingHTTPServer):
     """Answers each question by `answer`, after it has gone through the behaviours of its script, one per try.
 
     `429` (with seconds of Retry-After), a status, `garbage`, `html`, `empty`, `half`, `drop`, `hang` (seconds), `bytes`
-    (a body and its headers), `drip` (seconds between bytes, and whether they are the header's), `redirect` (status and
+    (a body and its headers), `error` (status and JSON), `page` (status and HTML), `reply` (a completion as JSON), `stream`
+    (events of a stream), `drip` (seconds between bytes, and whether they are the header's), `redirect` (status and
     target).
     """
 
@@ -47,6 +52,9 @@ class Hostile(ThreadingHTTPServer):
         self.headers_seen: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.models = ["tiny-chat", "other"]
+        self.paths: list[str] = []
+        self.rule: Callable[[dict[str, Any]], Behaviour | None] | None = None
+        """A behaviour for every request of some kind, before the script; None where there is none."""
         self.most_at_once = self.at_once = self.given_up = 0
         self.lock = threading.Lock()
 
@@ -77,8 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
             server.times.setdefault(said, []).append(time.monotonic())
             server.headers_seen.append(str(self.headers))
             server.bodies.append(body)
+            server.paths.append(self.path)
             steps = server.script.get(said, [])
-            step = steps.pop(0) if steps else "answer"
+            step = server.rule(body) if server.rule else None
+            if step is None:
+                step = steps.pop(0) if steps else "answer"
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
         try:
@@ -114,6 +125,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif name == "bytes":
             data, headers = value
             self._send_bytes(200, data, "application/json", headers)
+        elif name == "error":
+            self._send(*value)
+        elif name == "page":
+            self._send_bytes(value[0], value[1].encode(), "text/html")
+        elif name == "reply":
+            with self.server.lock:
+                self.server.paid[said] += 1
+            self._send(200, value)
+        elif name == "stream":
+            self._send_bytes(200, "".join(f"data: {event}\n\n" for event in value).encode(), "text/event-stream")
         elif name == "drip":
             self._drip(*value, self._completion(body, said))
         elif name == "redirect":

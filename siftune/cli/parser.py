@@ -7,6 +7,7 @@ one sentence that repeats the input. Does not import torch.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -181,12 +182,28 @@ def _short(option: Option, value: Any) -> Any:
         raise UserError(f"{option.flag} {error}") from error
 
 
-def _setting(option: Option, text: str, where: str) -> dict[str, str]:
+def _setting(option: Option, text: str, where: str) -> dict[str, Any]:
     """One KEY=VALUE; a value may hold commas and brackets, so there is one for each time that the option is passed."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise UserError(f"{option.flag} {text or '(nothing)'} is not KEY=VALUE; see {where} --help")
-    return {key.strip(): value}
+    return {key.strip(): _json_or_text(option, value) if "Any" in str(option.type) else value}
+
+
+def _json_or_text(option: Option, text: str) -> Any:
+    """A value of any type: JSON where it is, else a text. An incomplete list or mapping, and several pairs, are refused."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        if text.startswith(("{", "[")):
+            raise UserError(
+                f"{option.flag} {text!r} is not JSON ({error}); close every bracket and quote names"
+            ) from None
+        if not text or re.search(r",\s*\w+=", text):
+            raise UserError(
+                f"{option.flag} {text!r} is not one value; pass {option.flag} KEY=VALUE for each key"
+            ) from None
+        return text
 
 
 def _metavar(option: Option) -> str:

@@ -139,7 +139,10 @@ def written_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     rows = ", ".join(f"{facts['rows']} {name}" for name, facts in written["domains"].items())
     requests = sum(facts["requests"] for facts in written["domains"].values())
-    lines = [("written", f"{rows} rows by the generator, {requests:,} requests")]
+    replies = written.get("replies", {})
+    tokens = f"{replies.get('prompt_tokens', 0):,} + {replies.get('completion_tokens', 0):,} tokens"
+    sent = f"{requests:,} requests, {replies.get('retries', 0):,} retries, {tokens}"
+    lines = [("written", f"{rows} rows by the generator, {sent}")]
     if written["rejected"]:
         lines.append(("", "not used: " + ", ".join(f"{n:,} {kind}" for kind, n in written["rejected"].items())))
     return lines + [("", event) for event in written.get("told", ())]
@@ -152,10 +155,16 @@ def judge_lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     tokens = f"{usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens"
     lines = [("judge", f"{usage['requests']:,} replies, {tokens}" + _cost(usage["cost"]))]
-    lines.append(("", f"{usage['asked_now']:,} requests in this run" + _cost(usage["cost_now"])))
+    read, wrote = (usage.get(name, 0) for name in ("prompt_tokens_now", "completion_tokens_now"))
+    sent = f"{usage['asked_now']:,} requests and {usage.get('retries_now', 0):,} retries"
+    lines.append(("", f"in this run {sent}, {read:,} + {wrote:,} tokens" + _cost(usage["cost_now"])))
+    left_out = usage.get("parameters_left_out", {})
+    lines += [("", f"the server refuses {name}, left out: {why}") for name, why in left_out.items()]
     lost = [f"{usage[kind]:,} {kind}" for kind in ("unreadable", "refused", "unanswered") if usage[kind]]
     if lost:
         lines.append(("", "without a score: " + ", ".join(lost) + "; the replies are in rows.parquet"))
+    if usage["refused"]:
+        lines.append(("", "--ask-again refused sends the refused requests again"))
     return [*lines, ("", f"every reply: {usage['replies']}")]
 
 

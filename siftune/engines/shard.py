@@ -90,7 +90,8 @@ class Work:
     def load(self, shard: Shard) -> Done | None:
         """A finished shard, from the store."""
         result = None if self.store is None else load_result(self.store, self._key(shard), shard)
-        return None if result is None else Done(result, reused=True)
+        outdated = getattr(self.task, "outdated", None)  # a judge's: refusals that have to be asked for again
+        return None if result is None or (outdated is not None and outdated(result)) else Done(result, reused=True)
 
     def keep(self, shard: Shard, done: Done) -> Done:
         """The same result, after storing it."""

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 from .completion import BadReply
 
+KEY_HEADER = "api-key"
+"""Azure's header for the key; a request with it must not have the usual one besides, which names another kind of key."""
 MOST_BYTES = 8 << 20
 """Size of one reply, unpacked; a reply of 100,000 tokens has less than one MiB."""
 
@@ -39,6 +41,8 @@ def bounded_client(timeout: float) -> Any:
         def send(self, request: Any, **options: Any) -> Any:
             deadline = _Deadline((request.extensions.get("timeout") or {}).get("read") or timeout)
             request.extensions = {**request.extensions, "trace": deadline.trace}
+            if KEY_HEADER in request.headers:
+                request.headers.pop("Authorization", None)
             with deadline:
                 response = super().send(request, **{**options, "stream": True, "follow_redirects": False})
                 try:

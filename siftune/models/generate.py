@@ -7,7 +7,6 @@ a server, `siftune.models.journal` makes either resumable.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UserError
 from ..files import hash_json
+from .address import is_server, lacks_scheme, read_address, scheme_error
 
 if TYPE_CHECKING:
     from .backbone import DType
@@ -90,6 +90,8 @@ class Reply:
     finish_reason: str = "stop"
     error: str | None = None
     """One sentence, or None for a real reply."""
+    tries: int = field(default=1, compare=False)
+    """Times that the request was sent in this run."""
 
     @property
     def final(self) -> bool:
@@ -120,17 +122,12 @@ def request_key(generator_key: str, request: Request) -> str:
     return hash_json(["request", 1, generator_key, request.content])
 
 
-def is_server(spec: str) -> bool:
-    """Whether the text names a server, not a model folder or hub id."""
-    return re.match(r"https?://", spec) is not None
-
-
 def check_generator(spec: str) -> None:
     """Check a generator's name before anything is loaded or sent. Raises `UserError`."""
     if is_server(spec):
-        from .server import read_address
-
         read_address(spec)
+    elif lacks_scheme(spec):
+        raise scheme_error("generator", spec)
     elif "://" in spec:
         raise UserError(f"generator={spec!r} is not a supported address; use http://HOST:PORT/v1, a folder or a hub id")
     elif not spec.strip():
@@ -144,8 +141,8 @@ def check_generator(spec: str) -> None:
 def open_generator(spec: str, *, device: str = "auto", dtype: DType = "auto", **settings: Any) -> Generator:
     """A generator by name: a folder or hub id runs here with `transformers`, `http(s)://HOST:PORT/v1` is a server.
 
-    A server's model is named after `#` (`http://127.0.0.1:8000/v1#Qwen/Qwen2.5-7B-Instruct`), else it is the first of
-    its `/v1/models`. `device` and `dtype` are for local models; `settings` are fields of the class. An API key comes
+    A server's address may end before `/v1` or with `/chat/completions`, and hold Azure's `?api-version=`. Its model is
+    named after `#` (`http://127.0.0.1:8000/v1#Qwen/Qwen2.5-7B-Instruct`), else it is the first of its `/v1/models`. `device` and `dtype` are for local models; `settings` are fields of the class. An API key comes
     from the environment variable OPENAI_API_KEY alone. Raises `UserError` for a name that cannot be used; a model is
     loaded, and a server contacted, on first use.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -164,6 +164,8 @@ class Counts:
     """Replies taken from the journal, or shared with an equal request."""
     failed: int = 0
     """Requests without a reply; they are sent again in the next run."""
+    retries: int = 0
+    """Times that a request was sent in this run after its first time."""
     prompt_tokens: int = 0
     """Of replies received in this run."""
     completion_tokens: int = 0
@@ -179,6 +181,9 @@ class Journaled:
     generator: Generator
     journal: Journal
     counts: Counts = field(default_factory=Counts, init=False)
+    ask_again: set[str] | None = None
+    """With a set, requests whose reply in the journal is a refusal are sent again, each once: the set holds the content
+    hashes of those that were. None keeps refusals."""
 
     @property
     def key(self) -> str:
@@ -195,7 +200,7 @@ class Journaled:
                 content = request_key(self.generator.key, request)
                 if content in pending:
                     pending[content].append(request.key)
-                elif content in self.journal:
+                elif content in self.journal and not self._refused(content):
                     self.counts.reused += 1
                     reusable.append((content, request.key))
                 else:
@@ -214,6 +219,16 @@ class Journaled:
         yield from self._known(reusable)
         assert not pending, "a generator returned no reply to some requests"
 
+    def _refused(self, content: str) -> bool:
+        """Whether the journal's reply is a refusal that has to be asked for again; from then on it is not."""
+        if self.ask_again is None or content in self.ask_again:
+            return False
+        reply = self.journal.get(content)
+        if reply is None or reply.error is None:
+            return False
+        self.ask_again.add(content)
+        return True
+
     def _known(self, reusable: list[tuple[str, str]]) -> Iterator[Reply]:
         """Yield, and clear, the replies of the journal; the texts are read only now."""
         for content, name in reusable:
@@ -225,6 +240,7 @@ class Journaled:
     def _keep(self, reply: Reply, name: str) -> None:
         self.counts.prompt_tokens += reply.prompt_tokens
         self.counts.completion_tokens += reply.completion_tokens
+        self.counts.retries += reply.tries - 1
         if reply.final:
             self.journal.put(reply.key, _named(reply, name))
         else:
@@ -232,7 +248,7 @@ class Journaled:
 
 
 def _named(reply: Reply, name: str) -> Reply:
-    return Reply(**{**asdict(reply), "key": name})
+    return replace(reply, key=name)
 
 
 def _fields(request: Request) -> dict[str, Any]:

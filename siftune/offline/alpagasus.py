@@ -47,6 +47,9 @@ and to the point.
 Give your reason in one or two sentences. Then end with one line of exactly this form:
 Score: <number>"""
 
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0x3002: "."}
+"""Full-width signs, digits and letters (U+FF01 to U+FF5E), the ideographic space and full stop, as ASCII."""
+
 _RUN = re.compile(r"([ \t*_`\"'>#(\[{)\]}.]{32})[ \t*_`\"'>#(\[{)\]}.]+")
 """More spaces and decoration than the patterns below need: the patterns would backtrack over every division."""
 _MARKUP = r"[\s*_`\"'>#(\[{]*+"
@@ -71,6 +74,7 @@ def read_rating(text: str, cut: bool = False) -> float:
     4.5
     """
     check_length(text)
+    text = text.translate(FULL_WIDTH)
     lines = [line for line in _RUN.sub(r"\1", text).splitlines() if line.strip()]
     if not lines:
         raise Unreadable("an empty reply")
@@ -100,7 +104,7 @@ def _read(text: str, cut: bool) -> NDArray[np.float32]:
     return np.array(read_rating(text, cut), dtype=np.float32)
 
 
-FORM = Form("alpagasus", WORDS, True, _read, np.array(np.nan, dtype=np.float32), reply_tokens=60, version=2)
+FORM = Form("alpagasus", WORDS, True, _read, np.array(np.nan, dtype=np.float32), reply_tokens=60, version=3)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -134,6 +138,10 @@ class AlpaGasus(Judged):
     """Requests under way at a server at a time; never changes a result."""
     unanswered: Literal["stop", "skip"] = "stop"
     """A request that stays without a reply stops the run, which then resumes, or leaves its row without a score."""
+    ask_again: Literal["refused"] | None = None
+    """`refused`: send the requests again that the server refused in earlier runs, such as before it was corrected."""
+    request: dict[str, object] | None = None
+    """Further parameters of every request to a server: KEY=VALUE, once for each; a value may be JSON."""
     price: dict[str, float] | None = None
     """Price per million tokens, for estimate and summary: prompt=0.15,completion=0.6."""
     seed: int = 0

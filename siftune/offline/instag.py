@@ -228,6 +228,10 @@ class InsTagC(_Tagged):
     """Requests under way at a server at a time; never changes a result."""
     unanswered: Literal["stop", "skip"] = "stop"
     """A request that stays without a reply stops the run, which then resumes, or leaves its row without a score."""
+    ask_again: Literal["refused"] | None = None
+    """`refused`: send the requests again that the server refused in earlier runs, such as before it was corrected."""
+    request: dict[str, object] | None = None
+    """Further parameters of every request to a server: KEY=VALUE, once for each; a value may be JSON."""
     price: dict[str, float] | None = None
     """Price per million tokens, for estimate and summary: prompt=0.15,completion=0.6."""
     seed: int = 0
@@ -274,6 +278,10 @@ class InsTagD(_Tagged):
     """Requests under way at a server at a time; never changes a result."""
     unanswered: Literal["stop", "skip"] = "stop"
     """A request that stays without a reply stops the run, which then resumes, or leaves its row without a score."""
+    ask_again: Literal["refused"] | None = None
+    """`refused`: send the requests again that the server refused in earlier runs, such as before it was corrected."""
+    request: dict[str, object] | None = None
+    """Further parameters of every request to a server: KEY=VALUE, once for each; a value may be JSON."""
     price: dict[str, float] | None = None
     """Price per million tokens, for estimate and summary: prompt=0.15,completion=0.6."""
     seed: int = 0

@@ -39,6 +39,8 @@ LONGEST_REPLY = 20_000
 """Characters of a reply, reasoning left out; a longer one is neither a rating nor a list of tags, and slow to
 search."""
 ROWS_AT_ONCE = 64
+REFUSAL = "refused by the judge"
+"""The kind of the reason of a row whose request was refused."""
 FENCE = "{fence}"
 COUNTS = ("requests", "prompt_tokens", "completion_tokens")
 MOST = int(np.iinfo(np.int32).max)
@@ -96,7 +98,7 @@ def filled(prompt: Prompt, row: Row) -> str:
 def strip_reasoning(text: str) -> str:
     """A reply without the reasoning that a model writes before it; empty when there is nothing else.
 
-    >>> spoken("<think>Score: 3? No.</think>Score: 4")
+    >>> strip_reasoning("<think>Score: 3? No.</think>Score: 4")
     'Score: 4'
     """
     if text.lstrip().startswith("<think>") and "</think>" not in text:
@@ -129,6 +131,8 @@ class JudgeTask:
     """For `open_generator`: what does not change a reply."""
     counts: Counts = field(default_factory=Counts)
     """The requests and replies of this process."""
+    ask_again: set[str] | None = None
+    """As in `Journaled`: with a set, requests that were refused in an earlier run are sent again. No part of the key."""
     report_rows: Callable[[int], Any] | None = None
     """Receives the number of rows with a first reply; a finished shard subtracts its rows, because engines report
     them."""
@@ -138,6 +142,16 @@ class JudgeTask:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "report_rows": None, "_cached": {}}
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Parameters that the judge's server refused in this run, with its words."""
+        judge = self._cached.get("judge") if isinstance(self.judge, str) else self.judge
+        return dict(getattr(judge, "left_out", {}))
+
+    def outdated(self, result: ShardResult) -> bool:
+        """Whether a finished shard has to be computed again, because its refused rows are to be asked for again."""
+        return self.ask_again is not None and any(reason.startswith(REFUSAL) for reason in result.reasons.values())
 
     @property
     def generator(self) -> Generator:
@@ -172,7 +186,7 @@ class JudgeTask:
         remaining = [row for row in range(shard.start, shard.stop) if row not in pool.reasons]
         try:
             with Journal(self.journal) as journal:
-                judge = Journaled(self.generator, journal)
+                judge = Journaled(self.generator, journal, ask_again=self.ask_again)
                 judge.counts = self.counts
                 for attempt in range(1 + self.asking.retries):
                     if remaining:
@@ -281,15 +295,19 @@ class _ShardRun:
         """Store the reply's answer, or the reason why there is none; True when another attempt may help."""
         self.reasons.pop(row, None)
         if reply.error is not None:
-            self.reasons[row] = f"refused by the judge: {reply.error}"
+            self.reasons[row] = f"{REFUSAL}: {reply.error}"
             return False
+        cut, text = reply.finish_reason == "length", strip_reasoning(reply.text)
         try:
-            answer = self.task.form.read(strip_reasoning(reply.text), reply.finish_reason == "length")
-            self.columns["answer"][row - self.start] = answer
+            self.columns["answer"][row - self.start] = self.task.form.read(text, cut)
         except Unreadable as error:
             reply_text = " ".join(reply.text.split())
             shown = reply_text if len(reply_text) <= SHOWN else reply_text[:SHOWN] + "..."
-            self.reasons[row] = f"unreadable reply: {error}: {shown!r}"
+            why = str(error)
+            if cut:
+                limit = f"raise --max-new-tokens, now {self.task.asking.max_new_tokens}"
+                why = f"{why} ({limit})" if text.strip() else f"all of its tokens are reasoning, no answer ({limit})"
+            self.reasons[row] = f"unreadable reply: {why}: {shown!r}"
             return True
         return False
 

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..files import cache_folder, hash_json
-from ..models.generate import Generator, check_generator, is_server, open_generator
+from ..models.address import is_server, scheme_error
+from ..models.generate import Generator, check_generator, open_generator
+from ..models.parameters import check_request
+from ..models.server_errors import MOST_REFUSALS
 from ..records import Pool, ShardTask
 from .base import OfflineMethod
 from .draw import draw
@@ -40,6 +43,8 @@ class Judged(OfflineMethod):
     max_new_tokens: int
     concurrency: int
     unanswered: Literal["stop", "skip"]
+    ask_again: Literal["refused"] | None
+    request: dict[str, object] | None
     price: dict[str, float] | None
     seed: int
     dtype: Literal["auto", "float32", "bfloat16"]
@@ -59,8 +64,16 @@ class Judged(OfflineMethod):
         for name, value in (self.price or {}).items():
             if name not in ("prompt", "completion") or value < 0:
                 raise UserError(f"price={name}={value:g} is not a price; use prompt=X,completion=Y per million tokens")
+        if self.ask_again not in (None, "refused"):
+            raise UserError(f"ask_again={self.ask_again!r} is not known; use refused, or leave it out")
         self._prompt()
         judge = self._judge()
+        if self.request is not None:
+            check_request(self.request)
+            if not (isinstance(judge, str) and is_server(judge)):
+                raise UserError(
+                    "request= is for a judge on a server; set judge_url=http://HOST:PORT/v1, or leave it out"
+                )
         if isinstance(judge, str):
             try:
                 check_generator(judge)
@@ -90,6 +103,8 @@ class Judged(OfflineMethod):
                 )
             return self.judge
         if not is_server(self.judge_url):
+            if "://" not in self.judge_url:
+                raise scheme_error("judge_url", self.judge_url)
             raise UserError(f"judge_url={self.judge_url!r} is not a server's address; use http://HOST:PORT/v1")
         if self.judge is None:
             return self.judge_url
@@ -102,6 +117,7 @@ class Judged(OfflineMethod):
     def shard_task(self, pool: Pool) -> ShardTask:
         self._need_questions(pool)
         task = self._task()
+        task.ask_again = None if self.ask_again is None else set()
         task.report_rows = getattr(getattr(self.engine, "progress", None), "advance", None)
         return task
 
@@ -115,7 +131,9 @@ class Judged(OfflineMethod):
         judge = self._judge()
         settings: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         if isinstance(judge, str) and is_server(judge):
-            settings = {"concurrency": self.concurrency}
+            settings = {"concurrency": self.concurrency, "request": self.request or {}}
+            if self.unanswered == "skip":
+                settings["equal_refusals"] = MOST_REFUSALS
         asking = Asking(
             retries=self.retries,
             temperature=self.temperature,
@@ -170,8 +188,12 @@ class Judged(OfflineMethod):
                 "refused": kinds.count("refused by the judge"),
                 "unanswered": kinds.count("no reply"),
                 "asked_now": counts.sent,
+                "retries_now": counts.retries,
+                "prompt_tokens_now": counts.prompt_tokens,
+                "completion_tokens_now": counts.completion_tokens,
                 "found_in_journal": counts.reused,
                 "cost_now": cost(self.price, counts.prompt_tokens, counts.completion_tokens),
+                "parameters_left_out": task.left_out,
                 "replies": str(task.journal),
             }
         }

@@ -19,7 +19,7 @@ from ..files import hash_file
 from ..offline.base import OfflineMethod
 from ..records import Pool
 from .cut import DEFAULT_KEEP, Budget, check_out
-from .options import PARTS, Reading, SelectOptions, unknown
+from .options import ONE_RUN, PARTS, Reading, SelectOptions, unknown
 
 if TYPE_CHECKING:
     from ..engines.shard import Progress
@@ -126,7 +126,7 @@ def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[s
     `--config` reads."""
     config: dict[str, Any] = {"command": "select", "method": name, "pool": list(options.pool), "seed": options.seed}
     for item in dataclasses.fields(method):  # type: ignore[arg-type]
-        if item.init and item.name not in (*PARTS, "seed"):
+        if item.init and item.name not in (*PARTS, *ONE_RUN, "seed"):
             config[item.name] = plain(getattr(method, item.name))
     for setting in ("keep", "tokens", "quota", "target_mix", "order", "columns", "format", "on_bad_row", "duplicates"):
         config[setting] = plain(getattr(options, setting))

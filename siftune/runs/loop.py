@@ -173,7 +173,8 @@ def _round(
     on_event(f"round {number}: choosing with {model}")
     round_settings: dict[str, Any] = {**settings, "model": model}
     if before and round_settings.get("generator") is not None:  # the rows that the first round wrote serve every round
-        round_settings |= {"generator": None, "domains": None, "seeds": str(before[0].selection.folder / SEEDS)}  # type: ignore[operator]
+        seeds = str(before[0].selection.folder / SEEDS)  # type: ignore[operator]
+        round_settings |= {"generator": None, "request": None, "domains": None, "seeds": seeds}
     pool = (
         options.pool if options.again or not before else [_rest(folder / f"pool-{number}.jsonl", before[-1].selection)]
     )

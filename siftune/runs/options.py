@@ -27,6 +27,8 @@ from ..yaml_io import read_yaml
 
 PARTS = ("engine", "store", "cache")
 """Fields of a method that the pipeline sets; never options."""
+ONE_RUN = ("ask_again",)
+"""Options of a method that concern one run and not its result: no part of a run's identity."""
 
 
 @dataclass(kw_only=True)
@@ -161,8 +163,8 @@ class Option:
 
     @property
     def repeats(self) -> bool:
-        """True for `--set KEY=VALUE`, which may be passed once for each key."""
-        return self.name == "set"
+        """True for `--set KEY=VALUE` and `--request KEY=VALUE`, which may be passed once for each key."""
+        return self.name in ("set", "request")
 
     @property
     def expects(self) -> str:
@@ -227,7 +229,7 @@ def textual(hint: Any) -> Any:
             return None
         return typing.Union[kept + ((type(None),) if type(None) in typing.get_args(hint) else ())]  # noqa: UP007
     if origin is dict or (isinstance(origin, type) and issubclass(origin, Mapping)):
-        inner = [textual(part) for part in typing.get_args(hint)]
+        inner = [Any if part is object else textual(part) for part in typing.get_args(hint)]
         return dict[inner[0], inner[1]] if None not in inner else None  # type: ignore[valid-type]
     return list[str] if hint == list[str] else None
 

@@ -24,7 +24,7 @@ from ..records import Pool, Scores, Subset
 from .cut import Budget, check_out, copy_out, refuse_inside
 from .folder import CONFIG, MANIFEST, RunFolder, identity, peak_memory_mb, read_manifest
 from .job import Job, inputs_of, plain, prepare, read_pool, run_folder
-from .options import KeepOptions, Reading, SelectOptions
+from .options import ONE_RUN, KeepOptions, Reading, SelectOptions
 from .stored import ROWS, SCORES, SELECTED, counted, read_scores, write_rows, write_scores
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def _shards(engine: Any, before: tuple[int, int]) -> dict[str, int]:
 def _score(run: RunFolder, job: Job, key: str) -> Scores:
     scored = hash_json([key, "score"])
     learns = job.method.learns()
-    if run.finished("score", scored) and (not learns or run.finished("fit", hash_json([key, "fit"]))):
+    again = _asks_again(job)
+    if not again and run.finished("score", scored) and (not learns or run.finished("fit", hash_json([key, "fit"]))):
         if learns:
             with run.stage("fit", hash_json([key, "fit"])):
                 pass
@@ -123,7 +124,7 @@ def _score(run: RunFolder, job: Job, key: str) -> Scores:
             return read_scores(run.folder / SCORES, job.pool, run.manifest.get("info", {}))
     engine = _equip(run, job)
     fitted = _fit(run, job, key)
-    with run.stage("score", scored) as stage:
+    with run.stage("score", scored, again=again) as stage:
         before = engine.computed, engine.reused
         scores = fitted.score(job.pool)
         write_scores(run.folder / SCORES, scores)
@@ -131,6 +132,11 @@ def _score(run: RunFolder, job: Job, key: str) -> Scores:
         stage.counts = {"rows": int((~np.isnan(scores.values)).sum())} | _shards(engine, before)
         run.note(info=plain(dict(scores.info)))
     return scores
+
+
+def _asks_again(job: Job) -> bool:
+    """Whether a finished run is scored again, because requests that were refused have to be sent again."""
+    return any(getattr(job.method, name, None) is not None for name in ONE_RUN)
 
 
 def _score_part(run: RunFolder, job: Job, key: str) -> Selection:
@@ -154,7 +160,7 @@ def _write(run: RunFolder, job: Job, scores: Scores, key: str) -> Selection:
         write_rows(run.folder / ROWS, scores, np.empty(0, np.int64))
         raise UserError(f"no row has a score ({_reasons(scores)}); {run.folder / ROWS} holds the reason for each")
     subset = job.budget.cut(scores)
-    with run.stage("write", hash_json([key, "write"])) as stage:
+    with run.stage("write", hash_json([key, "write", hash_file(run.folder / SCORES)])) as stage:
         if not stage.reused:
             write_rows(run.folder / ROWS, scores, subset.rows)
             subset.write(run.folder / SELECTED, order=job.budget.order)

@@ -210,7 +210,7 @@ def _selection(manifest: Mapping[str, Any]) -> dict[str, Any]:
         judge = {
             name: value
             for name, value in judge.items()
-            if name not in ("asked_now", "found_in_journal", "cost_now", "replies")
+            if not name.endswith("_now") and name not in ("found_in_journal", "parameters_left_out", "replies")
         }
     return {"rows": manifest["rows"]["kept"], "judge": judge}
 

@@ -186,3 +186,32 @@ def test_identities_follow_the_content(tmp_path: Path) -> None:
     assert local["domains"] == stage(tmp_path).inputs()["domains"]
     assert len(local["generator"]) == 32
     assert np.isfinite(bag(["topic1"])).all()
+
+
+def test_a_server_that_refuses_parameters_writes_all_rows_and_a_note_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    message = "Unsupported parameter: 'top_p' is not supported with this model."
+    refusal = {"error": {"message": message, "param": "top_p", "code": "unsupported_parameter"}}
+    with hostile({}, write) as server:
+        server.rule = lambda body: ("error", (400, refusal)) if "top_p" in body else None
+        server_stage = stage(tmp_path, generator=server.url, request={"reasoning_effort": "low"})
+        server_stage.check()
+        folder = server_stage.run(embed=bag)
+        assert {body["reasoning_effort"] for body in server.bodies} == {"low"}
+        facts = json.loads((folder / "written.json").read_text())
+        assert facts["told"][-1] == f"the server refuses top_p, left out: {message}"
+        assert facts["replies"]["retries"] == sum(server.tries.values()) - facts["replies"]["asked"] == 1
+        assert stage(tmp_path, generator=server.url).run(embed=bag) != folder, "other parameters, other replies"
+    assert read_seeds(folder / SEEDS).counts == {"law": 9, "music": 9}
+    with pytest.raises(UserError, match="request= is for a generator on a server"):
+        stage(tmp_path, generator="org/chat", request={"a": 1}).check()
+
+
+def test_replies_that_are_all_reasoning_say_what_to_raise(tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    cut = {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}
+    with hostile({}, write) as server:
+        server.rule = lambda body: ("reply", cut) if body["seed"] % 3 == 0 else None
+        folder = stage(tmp_path, generator=server.url).run(embed=bag)
+    reasons = {json.loads(line)["reason"] for line in (folder / "rejected.jsonl").read_text().splitlines()}
+    assert any(reason.startswith("empty reply: all of its tokens are reasoning; raise") for reason in reasons)

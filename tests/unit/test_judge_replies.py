@@ -30,6 +30,11 @@ from siftune.offline.judge_task import Unreadable, strip_reasoning
         ("My final rating is **4**/5", 4),
         ("Score: 5 - to the point", 5),
         ("1. a list\n2. of points\nScore: 1", 1),
+        ("Score：4", 4),
+        ("Score： ４．５", 4.5),
+        ("ｓｃｏｒｅ：３／５", 3),
+        ("４", 4),
+        ("很好。\n４。", 4),
     ],
 )
 def test_a_rating(text: str, rating: float) -> None:
@@ -62,6 +67,9 @@ def test_a_rating(text: str, rating: float) -> None:
         ("Score: " + "9" * 400, "a rating of inf, outside 0 to 5"),
         ("Score: NaN", "not a single number"),
         ("Score: 1e999", "not a single number"),
+        ("Score：９０％", "not a single number"),
+        ("Score：４－５", "not a single number"),
+        ("Score：６", "outside 0 to 5"),
         ("Score: 4" + " " * 20_000, "a reply of 20,008 characters, more than 20,000"),
     ],
 )

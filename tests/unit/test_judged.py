@@ -467,6 +467,45 @@ def test_a_server_that_dies_and_comes_back() -> None:
         assert sum(server.paid.values()) == 12
 
 
+def test_a_server_of_today_from_python(pool: Pool) -> None:
+    pytest.importorskip("openai")
+    unsupported = {"error": {"message": "Unrecognized request argument supplied: seed"}}
+    general = {"error": {"message": "This server takes no requests of this kind"}}
+    prompt = AlpaGasus(judge=Stub(rate)).shard_task(pool).request(pool.read([7])[0]).messages[0][1]  # type: ignore[attr-defined]
+    with hostile({prompt: [("error", (422, general))]}, answer_rows) as server:
+        server.rule = lambda body: ("error", (400, unsupported)) if "seed" in body else None
+        method = AlpaGasus(judge_url=server.url, request={"reasoning_effort": "low"}, concurrency=1)
+        scores = method.score(pool)
+        assert set(scores.reasons) == {4, 7}
+        facts = scores.info["judge"]
+        assert (facts["asked_now"], facts["retries_now"], facts["refused"]) == (29, 1, 1)
+        assert facts["parameters_left_out"] == {"seed": "Unrecognized request argument supplied: seed"}
+        assert {body["reasoning_effort"] for body in server.bodies} == {"low"}
+        sent = sum(server.tries.values())
+        again = AlpaGasus(judge_url=server.url, request={"reasoning_effort": "low"}, ask_again="refused").score(pool)
+        assert set(again.reasons) == {4}
+        assert again.info["judge"]["asked_now"] == 1
+        assert sum(server.tries.values()) == sent + 2, "the refused request alone, and what it learns of the server"
+
+
+def test_a_finished_shard_with_refusals_is_computed_again_only_on_request(pool: Pool, tmp_path: Path) -> None:
+    refusal = {"finish_reason": "refused", "error": "status 400: no"}
+    judge = Stub(lambda prompt: refusal if "Say 1 " in prompt else rate(prompt))
+    for ask_again, answer_text, refused, sent in (
+        (None, judge.answer, 1, 29),
+        (None, rate, 1, 29),
+        ("refused", judge.answer, 1, 30),
+        ("refused", rate, 0, 31),
+        ("refused", rate, 0, 31),
+        (None, rate, 0, 31),
+    ):
+        judge.answer = answer_text
+        method = AlpaGasus(judge=judge, ask_again=ask_again)  # type: ignore[arg-type]
+        method.engine = LocalEngine(Store(tmp_path / "shards"))
+        assert method.score(pool).info["judge"]["refused"] == refused
+        assert len(judge.asked) == sent
+
+
 # --- settings, estimates ----------------------------------------------------------------------------------------------
 
 
@@ -475,6 +514,9 @@ def test_a_server_that_dies_and_comes_back() -> None:
     [
         ({}, "needs a chat model as judge; set judge=MODEL"),
         ({"judge_url": "localhost:8000"}, "judge_url='localhost:8000' is not a server's address"),
+        ({"judge_url": "http://a/v1", "ask_again": "all"}, "ask_again='all'"),
+        ({"judge": "m", "request": {"a": 1}}, "request= is for a judge on a server"),
+        ({"judge_url": "http://a/v1", "request": {"temperature": 1}}, "request=temperature"),
         ({"judge_url": "http://a/v1", "judge": "http://b/v1"}, "two judges"),
         ({"judge_url": "http://a/v1#m", "judge": "n"}, "two judges"),
         ({"judge": "ftp://x"}, "judge='ftp://x'"),

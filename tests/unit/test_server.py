@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from siftune.errors import MissingExtra, UserError
-from siftune.models.generate import Reply, Request, open_generator
+from siftune.models.address import Address, is_server, lacks_scheme, read_address
+from siftune.models.generate import Reply, Request, check_generator, open_generator
 from siftune.models.journal import Journal, Journaled
-from siftune.models.server import OpenAIGenerator, read_address
+from siftune.models.server import OpenAIGenerator
 from tests.hostile import Hostile, hostile
 
 QUICK = {"first_wait": 0.02, "timeout": 0.6, "attempts": 3}
@@ -85,6 +86,7 @@ def test_a_wrong_key_ends_the_run_after_what_is_under_way(monkeypatch: pytest.Mo
     got: list[str] = []
     with hostile({"bad": ["401"] * 50, "slow": [("answer", 0.4)]}) as server:
         generator = OpenAIGenerator(server.url, concurrency=2, **QUICK)  # type: ignore[arg-type]
+        generator._settled = True  # else the first request goes alone
         with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
             got.extend(map(_key, generator.replies(asked("slow", "bad", *map(str, range(50))))))
     assert got == ["slow"]
@@ -168,6 +170,51 @@ def test_an_address_with_a_password_is_refused_without_repeating_it() -> None:
             read_address(spec)
         assert "hunter2" not in str(caught.value)
         assert "OPENAI_API_KEY" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "address"),
+    [
+        ("http://h:1", Address("http://h:1/v1")),
+        ("http://h:1/", Address("http://h:1/v1")),
+        ("http://h:1/v1", Address("http://h:1/v1")),
+        ("HTTP://h:1/v1/", Address("http://h:1/v1")),
+        ("http://h:1/v1/chat/completions#m", Address("http://h:1/v1", "m")),
+        ("http://h:1/v1/models", Address("http://h:1/v1")),
+        ("https://h/api/v3", Address("https://h/api/v3")),
+        (
+            "https://h/openai/deployments/gpt%204/chat/completions?api-version=2024-10-21",
+            Address("https://h/openai/deployments/gpt%204", "gpt 4", "2024-10-21"),
+        ),
+        ("https://h/openai/v1?api-version=preview#m", Address("https://h/openai/v1", "m", "preview")),
+    ],
+)
+def test_every_spelling_of_an_address_is_understood(spec: str, address: Address) -> None:
+    assert is_server(spec)
+    assert read_address(spec) == address
+
+
+@pytest.mark.parametrize(
+    ("spec", "advice"),
+    [
+        ("localhost:8000", "http://localhost:8000/v1"),
+        ("localhost/v1", "http://localhost/v1"),
+        ("127.0.0.1:8000/v1/chat/completions#m", "http://127.0.0.1:8000/v1#m"),
+        ("gpu-3:8000/v1", "http://gpu-3:8000/v1"),
+        ("[::1]:8000", "http://[::1]:8000/v1"),
+        ("api.example.com/v1", "https://api.example.com/v1"),
+    ],
+)
+def test_an_address_without_http_is_refused_with_what_is_missing(spec: str, advice: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_generator(spec)
+    assert str(caught.value).endswith(f"it lacks http:// (or https://); pass {advice}")
+
+
+def test_a_hub_id_is_no_address_and_a_deployment_must_be_named() -> None:
+    assert not any(map(lacks_scheme, ("Qwen/Qwen2.5-7B-Instruct", "gpt2", "./v1", "org/v1", "meta-llama/Llama-3.2-1B")))
+    with pytest.raises(UserError, match=r"names no deployment; pass https://HOST/openai/deployments/NAME"):
+        read_address("https://h?api-version=2024-10-21")
 
 
 def test_nothing_is_paid_twice_over_crashes_and_bad_manners(tmp_path: Path) -> None:

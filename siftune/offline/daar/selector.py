@@ -65,6 +65,8 @@ class DaaR(OfflineMethod):
     `generator`, they join the rows that it writes."""
     generator: str | None = None
     """Chat model that writes the seed rows: a folder, a hub id, or a server http://HOST:PORT/v1#MODEL (key: OPENAI_API_KEY)."""
+    request: dict[str, object] | None = None
+    """Further parameters of every request to a server as generator: KEY=VALUE, once for each; a value may be JSON."""
     domains: DomainSource | None = None
     """Descriptions for the generator: a YAML file of `name: one sentence`; left out, the paper's four domains."""
     layer: int = 3
@@ -118,6 +120,10 @@ class DaaR(OfflineMethod):
         self._training().check()
         if self.generator is not None:
             return self._stage_one().check()
+        if self.request is not None:
+            raise UserError(
+                "request= is for a generator on a server, and none is set; set generator=http://HOST:PORT/v1"
+            )
         if self.domains is not None:
             raise UserError("domains= describes domains to a generator, and none is set; set generator=MODEL")
         if self.seeds is None:
@@ -149,7 +155,7 @@ class DaaR(OfflineMethod):
 
     def _stage_one(self) -> StageOne:
         assert self.generator is not None
-        names = ("generator", "domains", "seeds", "seed", "compat", "max_length", "dtype", "device", "cache")
+        names = ("generator", "request", "domains", "seeds", "seed", "compat", "max_length", "dtype", "device", "cache")
         return StageOne(model=str(self.model), **{name: getattr(self, name) for name in names})
 
     def fit(self, pool: Pool) -> Self:

@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 from ...errors import UserError
 from ...files import cache_folder, hash_json
+from ...models.address import is_server
 from ...models.backbone import Backbone, DType
 from ...models.chat import content_key
-from ...models.generate import Generator, check_generator, is_server, open_generator
+from ...models.generate import Generator, check_generator, open_generator
 from ...models.journal import Journal, Journaled
+from ...models.parameters import check_request
 from .acceptance import Embed, embedder
 from .descriptions import Descriptions, DomainSource, read_descriptions
 from .seeds import SeedSource, read_seeds
@@ -53,12 +55,20 @@ class StageOne:
     dtype: DType = "auto"
     device: str = "auto"
     cache: str | Path | None = None
+    request: Mapping[str, object] | None = None
+    """Further parameters of requests to a server."""
 
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def check(self) -> Planned:
         """Check everything that needs neither a model nor a server. Raises `UserError`."""
         check_generator(self.generator)
+        if self.request is not None:
+            check_request(self.request)
+            if not is_server(self.generator):
+                raise UserError(
+                    "request= is for a generator on a server; set generator=http://HOST:PORT/v1, or leave it out"
+                )
         descriptions, _ = self.settings()
         self.real(descriptions)
         return Planned(descriptions.names)
@@ -101,7 +111,8 @@ class StageOne:
         `generator` and `embed` take the place of the ones that are opened by name.
         """
         descriptions, synthesis = self.settings()
-        opened = generator or open_generator(self.generator, device=self.device, dtype=self.dtype)
+        settings: dict[str, Any] = {} if self.request is None else {"request": self.request}
+        opened = generator or open_generator(self.generator, device=self.device, dtype=self.dtype, **settings)
         real = self.real(descriptions)
         cache = cache_folder(self.cache)
         words = [opened.key, asdict(replace(descriptions, settings={})), self.seed]  # other settings share the replies
@@ -138,7 +149,9 @@ class StageOne:
         finally:
             if release := getattr(generator.generator, "release", None):
                 release()
-        written.write(folder, counts=asdict(generator.counts))
+        left_out = getattr(generator.generator, "left_out", {})
+        notes = [f"the server refuses {name}, left out: {why}" for name, why in left_out.items()]
+        written.write(folder, counts=asdict(generator.counts), notes=notes)
 
     def _features_key(self, embed: Embed | None) -> str:
         """Content hash of what the acceptance features depend on: the base model's files, and how they are read."""

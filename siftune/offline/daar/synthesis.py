@@ -340,6 +340,8 @@ class Writing:
 
 def _ended(reason: str, finish_reason: str) -> str:
     """The parser's reason, corrected by the reply's finish reason."""
+    if finish_reason == "length" and reason == "empty reply":
+        return "empty reply: all of its tokens are reasoning; raise max_new_tokens in the settings of the domains file"
     return "torn: the reply repeats itself" if finish_reason == REPETITION and reason.startswith("torn") else reason
 
 

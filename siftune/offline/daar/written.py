@@ -85,9 +85,9 @@ class Written:
                 )
         return sentences
 
-    def write(self, folder: str | Path, *, counts: Mapping[str, int] | None = None) -> Path:
+    def write(self, folder: str | Path, *, counts: Mapping[str, int] | None = None, notes: Sequence[str] = ()) -> Path:
         """Write all files into a folder, in place of those of their names; returns the seeds file, written last.
-        `counts` are the journal's.
+        `counts` are the journal's, `notes` are added to the stage's own.
 
         >>> DaaR(model=model, seeds=written.write("run"))
         """
@@ -98,7 +98,7 @@ class Written:
             _write(folder / FOLDER / f"{name}.jsonl", lines)
             everything += lines
         write_rejected(folder, self.rejected)
-        write_json(folder / FACTS, self.info | {"told": self.notes, "replies": dict(counts or {})})
+        write_json(folder / FACTS, self.info | {"told": [*self.notes, *notes], "replies": dict(counts or {})})
         _write(folder / SEEDS, everything)
         return folder / SEEDS
 
