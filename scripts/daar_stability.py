@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from siftune.demo import corpus, prompts
+from siftune.demo import corpus, story
 from siftune.demo.embedded import model_folder
 from siftune.runs.folder import versions
 from siftune.runs.options import SelectOptions
 from siftune.runs.select import select
 
 ROOT = Path(__file__).resolve().parents[1]
-DOMAINS = Path(prompts.__file__).with_name("domains.yaml")
+DOMAINS = story.DOMAINS
 PAPER_OVERLAP, PAPER_COSINE = 96.4, 0.98
 
 

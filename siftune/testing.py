@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -87,6 +87,7 @@ def check_offline_method(method: OfflineMethod, pool: Pool | None = None) -> Non
             with_engine.store = Store(Path(folder) / "fits")
             through = with_engine.fit(pool).score(pool)
             assert through.values.tobytes() == values.tobytes(), "an engine with a cache gives other scores"
+            assert through.reasons == scores.reasons, "an engine with a cache gives other reasons"
             assert getattr(engine, expected) > 0, f"the engine {expected} no shard: is the task's key stable?"
         if method.saves():
             fitted.save(folder)
@@ -127,7 +128,11 @@ def _is_keyword_only(method: OfflineMethod | OnlineMethod) -> None:
 def _budgets_are_nested(scores: Any, pool: Pool) -> None:
     inside: set[int] = set()
     for fraction in (0.05, 0.2, 0.5, 1.0):
-        kept = set(scores.keep(fraction=fraction).rows.tolist())
+        rows = scores.keep(fraction=fraction).rows
+        budget = min(int((~np.isnan(scores.values)).sum()), int(fraction * len(pool.eligible) + 0.5))
+        assert len(rows) == budget, f"{len(rows)} rows are kept at {fraction:.0%}, not {budget}"
+        assert (np.diff(rows) > 0).all(), "the kept rows are not in the pool's order"
+        kept = set(rows.tolist())
         assert inside <= kept, f"the rows kept at {fraction:.0%} do not contain those of a smaller budget"
         assert not kept & set(pool.reasons), "a bad row is kept"
         inside = kept
@@ -191,16 +196,19 @@ def example_model() -> PreTrainedModel:
     return model
 
 
-def example_batch(seed: int = 0, *, extra: int = 0) -> dict[str, torch.Tensor]:
-    """Six rows of random tokens, padded on the right (`extra` more columns than needed), a third of each masked."""
+def example_batch(
+    seed: int = 0, *, extra: int = 0, side: Literal["right", "left"] = "right"
+) -> dict[str, torch.Tensor]:
+    """Six rows of random tokens, padded on one side (`extra` more columns than needed), a third of each masked."""
     generator = torch.Generator().manual_seed(seed)
     columns = max(LENGTHS) + extra
     ids = torch.zeros(len(LENGTHS), columns, dtype=torch.int64)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for row, length in enumerate(LENGTHS):
         tokens = torch.randint(5, 261, (length,), generator=generator)
-        ids[row, :length], mask[row, :length] = tokens, 1
-        labels[row, length // 3 : length] = tokens[length // 3 :]
+        start = 0 if side == "right" else columns - length
+        ids[row, start : start + length], mask[row, start : start + length] = tokens, 1
+        labels[row, start + length // 3 : start + length] = tokens[length // 3 :]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -250,16 +258,23 @@ def _selections_follow(fresh: Callable[..., OnlineMethod], model: Any, batches: 
 
 
 def _model_is_left_alone(method: OnlineMethod, model: Any, batch: dict[str, torch.Tensor]) -> None:
-    next(model.parameters()).grad = torch.full_like(next(model.parameters()), 3.0)
+    parameters = list(model.parameters())
+    parameters[0].grad = torch.full_like(parameters[0], 3.0)
+    parameters[len(parameters) // 2].requires_grad_(False)
+    list(model.modules())[-1].eval()
 
     def facts() -> Any:
         weights = [(float(p.detach().sum()), p.requires_grad, p.grad is None) for p in model.parameters()]
         flags = [(module.training, len(module._forward_hooks)) for module in model.modules()]
-        return weights, flags, float(next(model.parameters()).grad.sum()), torch.get_rng_state().tolist()
+        states = torch.get_rng_state().tolist(), np.random.get_state()[1].tobytes(), random.getstate()  # type: ignore[index]  # noqa: NPY002
+        modes = torch.is_grad_enabled(), torch.get_float32_matmul_precision()
+        return weights, flags, float(next(model.parameters()).grad.sum()), states, modes
 
     before, copied = facts(), {name: value.clone() for name, value in batch.items()}
     method.select(model, batch)
-    assert facts() == before, "select changes weights, gradients, training flags, hooks or the global random state"
+    assert facts() == before, (
+        "select changes weights, gradients, training flags, hooks, torch's modes or a global random state"
+    )
     assert all(torch.equal(batch[name], value) for name, value in copied.items()), "select changes the batch"
 
 
@@ -280,8 +295,12 @@ def _state_travels(fresh: Callable[..., OnlineMethod], model: Any, batches: list
 def _rows_are_scored_by_themselves(method: OnlineMethod, model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
     """Neither padding nor the order of the rows enters a score."""
     method.select(model, batches[1])
-    expected = method.score(model, batches[0]).total
-    assert _close(method.score(model, example_batch(0, extra=9)).total, expected), "padding enters the scores"
+    expected = method.score(model, batches[0])
+    for side in ("right", "left"):
+        padded = method.score(model, example_batch(0, extra=9, side=side)).total
+        assert _close(padded, expected.total), f"padding on the {side} enters the scores"
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    permuted = method.score(model, {name: value[order] for name, value in batches[0].items()}).total
-    assert _close(permuted, expected[order]), "permuted rows have other scores"
+    permuted = method.score(model, {name: value[order] for name, value in batches[0].items()})
+    for name, values in {"total": expected.total, **expected.parts}.items():
+        other = permuted.total if name == "total" else permuted.parts[name]
+        assert _close(other, values[order]), f"permuted rows have other scores ({name})"

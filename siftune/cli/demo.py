@@ -28,7 +28,7 @@ def run(words: list[str]) -> int:
         if getattr(options, flag) < least:
             raise UserError(f"--{flag} must be >= {least}, got {getattr(options, flag)}")
     from ..data.protect import refuse_overlap
-    from ..demo import story
+    from ..demo import corpus, story
     from ..runs.cut import check_out, copy_file, refuse_inside
     from ..runs.job import RUNS
     from ..runs.select import select
@@ -38,6 +38,7 @@ def run(words: list[str]) -> int:
     folder = Path(options.run or RUNS / f"demo-{options.rows}-{options.seed}")
     refuse_inside(options.out, folder)
     refuse_overlap({"--out": options.out, "--run": options.run}, {"--config": options.config})
+    corpus.rows(options.rows, options.seed)  # more rows than there are is an error before a folder is created
     bars = progress(enabled=not (options.quiet or options.json))
 
     def select_daar(pool: Path, *, run: Path, keep: str, seed: int, cache: str | None, settings: Any) -> Any:

@@ -103,12 +103,12 @@ class _Parser(ArgumentParser):
 
     # --- what argparse calls --------------------------------------------------------------------------------------
 
-    def _parse_known_args(self, words: Sequence[str], namespace: Any, **how: Any) -> tuple[Any, list[str]]:
+    def _parse_known_args(self, arg_strings: list[str], namespace: Any, **how: Any) -> tuple[Any, list[str]]:
         """argparse leaves over the words that are no option and no value of one: the positional option takes them."""
-        for word in words[: words.index("--") if "--" in words else None]:
+        for word in arg_strings[: arg_strings.index("--") if "--" in arg_strings else None]:
             if re.match(r"--[^\s=]*[.]", word):  # jsonargparse would set a key inside the option's value
                 raise self._unknown_option(word)
-        namespace, words = super()._parse_known_args(words, namespace, **how)
+        namespace, words = super()._parse_known_args(arg_strings, namespace, **how)
         dashes = words.index("--") if "--" in words else len(words)
         for word in words[:dashes]:
             if word.startswith("-") and word != "-":

@@ -1,95 +1,60 @@
-"""The embedded corpus: instruction rows of four domains, made from grammars and tables written for this package.
+"""The embedded corpus: instruction rows of four domains in three parts (pool, seeds, held out) that share no question.
 
-Every answer is computed or looked up, never guessed. Domains overlap deliberately (word problems, programs about numbers,
-sums about everyday things), so inferred labels do not agree perfectly with the hidden ones. A row belongs
-to exactly one of three parts (pool, seeds, held out) by the hash of its question, whatever the seed.
+`assets/corpus.jsonl.gz` holds the rows, domain by domain; `tools/demo/` in the repository holds the grammars that wrote
+them, with every answer computed. Domains overlap deliberately (word problems, programs about numbers, sums about everyday
+things), so inferred labels do not agree perfectly with the hidden ones. Cost: reading the file once, a tenth of a second.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
-from collections.abc import Iterator
-from hashlib import blake2b
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
 from ..files import atomic_path
-from .domains import coding, knowledge, maths, reasoning
-from .domains.made import Kinds, Made
 
-DOMAINS: dict[str, Kinds] = {
-    "common_sense": knowledge.KINDS,
-    "reasoning": reasoning.KINDS,
-    "mathematics": maths.KINDS,
-    "coding": coding.KINDS,
-}
+FILE = Path(__file__).parent / "assets" / "corpus.jsonl.gz"
 SHARES = {"common_sense": 0.25, "reasoning": 0.25, "mathematics": 0.27, "coding": 0.23}
-"""Share of each domain in the pool."""
+"""Share of each domain in the pool and in the held-out rows."""
+DOMAINS = tuple(SHARES)
 
 Part = Literal["pool", "seeds", "held_out"]
-_PARTS: tuple[Part, ...] = ("held_out", "seeds", "pool", "pool", "pool", "pool", "pool", "pool", "pool", "pool")
+Row = dict[str, str]
 
 
-def part_of(instruction: str, text: str) -> Part:
-    """The part of a question: a tenth is held out, a tenth is for seeds, the rest is the pool."""
-    digest = blake2b(f"{instruction}\x00{text}".encode(), digest_size=8).digest()
-    return _PARTS[int.from_bytes(digest) % len(_PARTS)]
+def rows(count: int, seed: int) -> list[Row]:
+    """`count` rows of the pool: `instruction`, `input`, `output`, `source` (the hidden domain), `kind`.
 
-
-def rows(count: int, seed: int) -> list[dict[str, str]]:
-    """`count` distinct rows of the pool's part: `instruction`, `input`, `output`, `source` (the hidden domain), `kind`.
-
-    Raises `UserError` when the grammars hold fewer. The same seed gives the same rows on every machine.
+    Seed 0 takes the first rows of each domain in the file's order, another seed a draw; the seed also shuffles the domains.
+    Raises `UserError` when the pool holds fewer.
 
     >>> corpus.rows(2, seed=0)[0].keys()
     dict_keys(['instruction', 'input', 'output', 'source', 'kind'])
     """
-    return _mixed(count, seed, "pool")
+    return _mixed("pool", count, seed)
 
 
-def held_out(count: int, seed: int) -> list[dict[str, str]]:
-    """`count` distinct rows that are in no pool and no seed set, with the same shares of the domains.
+def held_out(count: int, seed: int) -> list[Row]:
+    """`count` rows that are in no pool and no seed set, with the same shares of the domains.
 
     >>> len(corpus.held_out(100, seed=0))
     100
     """
-    return _mixed(count, seed, "held_out")
+    return _mixed("held_out", count, seed)
 
 
-def seed_rows(per_domain: int, seed: int) -> list[dict[str, str]]:
+def seed_rows(per_domain: int, seed: int) -> list[Row]:
     """Example rows for the seeds file, `per_domain` of each: `domain`, `instruction`, `input`, `output`.
-
-    The kinds of a domain are taken in turn, so that the examples cover the domain.
 
     >>> len(corpus.seed_rows(5, seed=0))
     20
     """
-    chosen = []
-    for domain, kinds in DOMAINS.items():
-        rng = random.Random(f"siftune seeds {seed} {domain}")
-        order = rng.sample(range(len(kinds)), len(kinds))
-        seen: set[tuple[str, str]] = set()
-        while len(seen) < per_domain:
-            _, _, maker = kinds[order[len(seen) % len(order)]]
-            made = maker(rng)
-            if part_of(made.instruction, made.input) == "seeds" and (made.instruction, made.input) not in seen:
-                seen.add((made.instruction, made.input))
-                chosen.append(
-                    {"domain": domain, "instruction": made.instruction, "input": made.input, "output": made.output}
-                )
-    return chosen
-
-
-def stream(domain: str, seed: int) -> Iterator[tuple[str, Made]]:
-    """Endless (kind, made row) of one domain, all parts, with repetitions."""
-    kinds = DOMAINS[domain]
-    weights = [often for _, often, _ in kinds]
-    rng = random.Random(f"siftune corpus {seed} {domain}")
-    while True:
-        kind, _, maker = rng.choices(kinds, weights)[0]
-        yield kind, maker(rng)
+    return _drawn("seeds", dict.fromkeys(DOMAINS, per_domain), seed)
 
 
 def write(folder: str | Path, *, count: int = 6000, per_domain: int = 15, held: int = 400, seed: int = 0) -> Path:
@@ -102,46 +67,59 @@ def write(folder: str | Path, *, count: int = 6000, per_domain: int = 15, held: 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {"pool": rows(count, seed), "seeds": seed_rows(per_domain, seed), "held_out": held_out(held, seed)}
-    for name, made in files.items():
+    for name, part in files.items():
         with atomic_path(folder / f"{name}.jsonl") as temporary:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
             temporary.write_text(lines, encoding="utf-8")
     return folder
 
 
-def _mixed(count: int, seed: int, part: Part) -> list[dict[str, str]]:
-    names = list(DOMAINS)
-    counts = [int(count * SHARES[name]) for name in names]
-    for index in range(count - sum(counts)):
-        counts[index] += 1
-    made = [row for name, number in zip(names, counts, strict=True) for row in _distinct(name, number, seed, part)]
-    random.Random(f"siftune order {seed}").shuffle(made)
-    return made
+def mix(count: int) -> dict[str, int]:
+    """The rows of each domain among `count` rows."""
+    counts = {domain: int(count * share) for domain, share in SHARES.items()}
+    for domain in DOMAINS[: count - sum(counts.values())]:
+        counts[domain] += 1
+    return counts
 
 
-def _distinct(domain: str, count: int, seed: int, part: Part) -> list[dict[str, str]]:
-    seen: set[tuple[str, str]] = set()
-    distinct_rows: list[dict[str, str]] = []
-    source = stream(domain, seed)
-    for _ in range(200 * count + 2000):
-        if len(distinct_rows) == count:
-            return distinct_rows
-        kind, made = next(source)
-        question = (made.instruction, made.input)
-        if question in seen or part_of(*question) != part:
-            continue
-        seen.add(question)
-        distinct_rows.append(
-            {
-                "instruction": made.instruction,
-                "input": made.input,
-                "output": made.output,
-                "source": domain,
-                "kind": kind,
-            }
+def shuffled(part: list[Row], seed: int) -> list[Row]:
+    """The rows of all domains in the order of a seed."""
+    order = list(part)
+    random.Random(f"siftune order {seed}").shuffle(order)
+    return order
+
+
+def _mixed(part: Part, count: int, seed: int) -> list[Row]:
+    return shuffled(_drawn(part, mix(count), seed), seed)
+
+
+def _drawn(part: Part, counts: Mapping[str, int], seed: int) -> list[Row]:
+    """The first rows of each domain, in the file's order for seed 0 and shuffled for another."""
+    stored = _stored()
+    if any(count > len(stored[part, domain]) for domain, count in counts.items()):
+        total = sum(len(stored[part, domain]) for domain in DOMAINS)
+        raise UserError(
+            f"{sum(counts.values()):,} rows exceed the {total:,} of the embedded corpus ({part.replace('_', ' ')}); "
+            f"ask for at most {total:,}"
         )
-    if len(distinct_rows) == count:
-        return distinct_rows
-    raise UserError(
-        f"the embedded corpus holds only about {len(distinct_rows)} different {domain} rows; ask for fewer than {count}"
-    )
+    drawn: list[Row] = []
+    for domain, count in counts.items():
+        domain_rows = list(stored[part, domain])
+        if seed:
+            random.Random(f"siftune corpus {seed} {part} {domain}").shuffle(domain_rows)
+        drawn += [dict(row) for row in domain_rows[:count]]
+    return drawn
+
+
+@cache
+def _stored() -> Mapping[tuple[str, str], list[Row]]:
+    """The rows of the file by part and domain. Raises `UserError` when the installation lacks the file."""
+    if not FILE.is_file():
+        raise UserError(f"the embedded corpus {FILE} is missing; reinstall siftune")
+    stored: dict[tuple[str, str], list[Row]] = {}
+    with gzip.open(FILE, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            part = row.pop("part")
+            stored.setdefault((part, row["domain"] if part == "seeds" else row["source"]), []).append(row)
+    return stored

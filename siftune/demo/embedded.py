@@ -1,4 +1,4 @@
-"""The folder of the embedded tiny model: a Llama of 1.8 M weights with its tokenizer, trained by `train_model.py`."""
+"""The folder of the embedded tiny model: a Llama of 1.8 M weights with its tokenizer, trained by `tools/demo/train_model.py`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,5 @@ def model_folder() -> Path:
     """
     missing = [name for name in FILES if not (MODEL / name).is_file()]
     if missing:
-        raise UserError(
-            f"the embedded model at {MODEL} lacks {', '.join(missing)}; reinstall siftune, or train the model: "
-            "python -m siftune.demo.train_model"
-        )
+        raise UserError(f"the embedded model at {MODEL} lacks {', '.join(missing)}; reinstall siftune")
     return MODEL

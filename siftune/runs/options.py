@@ -126,7 +126,7 @@ class DemoOptions(Everywhere):
     """`siftune demo`"""
 
     rows: int = 6000
-    """Rows of the embedded pool."""
+    """Rows drawn from the embedded pool of 10,000, by --seed."""
     steps: int = 40
     """Optimiser steps of the fine-tuning with and without UDS; 0 skips it."""
 

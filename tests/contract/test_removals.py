@@ -88,7 +88,6 @@ LISTED: dict[tuple[str, str, str], tuple[int, str]] = {
     ("runs/train.py", "_Job._save", "remove"): (1, TRAIN),
     ("runs/train.py", "_Job._save", "write_text"): (1, TRAIN),
     # folders that are new or empty, or the package's own
-    ("demo/train_model.py", "train", "write_text"): (1, "integration/test_demo.py"),
     ("evaluation/program_keeper.py", "_new_namespace", "open"): (1, "unit/test_evaluation_grading.py"),
     ("evaluation/programs.py", "failure", "write_text"): (1, "unit/test_evaluation_grading.py"),
     ("evaluation/programs.py", "_remove", "os.unlink"): (1, "unit/test_evaluation_grading.py"),

@@ -77,21 +77,26 @@ def test_a_broken_offline_method_fails_with_the_reason(fault: str, reason: str) 
 
 @dataclass(kw_only=True, eq=False)
 class Padded(ModelScored):
-    """Counts padding, which no score may."""
+    """Reads padding, which no score may."""
 
     name: ClassVar[str] = "padded"
 
+    side: str = "right"
+    """Where the padding is that it reads; on the left it reads only a first token."""
+
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
-        ids = batch["input_ids"]
-        return Measured(len(ids), {"zeros": (ids == 0).double().mean(1), "tokens": torch.ones(len(ids))})
+        zeros = batch["input_ids"] == 0
+        columns = zeros.double().mean(1) if self.side == "right" else zeros[:, 0].double()
+        return Measured(len(zeros), {"zeros": columns, "tokens": torch.ones(len(zeros))})
 
     def combine(self, measured: Measured) -> RowScores:
         return RowScores(measured.columns["zeros"])
 
 
-def test_a_broken_online_method_fails_with_the_reason() -> None:
-    with pytest.raises(AssertionError, match="padding enters"):
-        check_online_method(Padded(keep=2))
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_broken_online_method_fails_with_the_reason(side: str) -> None:
+    with pytest.raises(AssertionError, match=f"padding on the {side} enters"):
+        check_online_method(Padded(keep=2, side=side))
 
 
 # --- a package of somebody else's ---------------------------------------------------------------------------------------

@@ -19,13 +19,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from siftune import load_pool
-from siftune.demo import corpus, embedded, prompts, story, train_model, tuning
+from siftune.demo import corpus, embedded, story, tuning
 from siftune.errors import UserError
 from siftune.offline.daar.stage_one import StageOne
 from siftune.records import Scores
 from siftune.runs.options import SelectOptions
 from siftune.runs.select import Selection
 from siftune.runs.select import select as pipeline_select
+from tools.demo import prompts, train_model
 
 
 @pytest.fixture(scope="module")

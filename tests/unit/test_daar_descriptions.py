@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from siftune.demo import corpus, prompts
+from siftune.demo import corpus, story
 from siftune.errors import UserError
 from siftune.offline.daar.descriptions import fill, read_descriptions
+from tools.demo import prompts
 
 
 def test_the_papers_four_domains_are_shipped() -> None:
@@ -82,7 +83,7 @@ def test_an_absent_file_is_one_sentence() -> None:
 
 
 def test_the_demos_file_is_the_wording_its_model_was_trained_on() -> None:
-    found = read_descriptions(Path(prompts.__file__).with_name("domains.yaml"))
+    found = read_descriptions(story.DOMAINS)
     assert found.names == tuple(prompts.DESCRIPTIONS)
     first = {name: sentences[0] for name, sentences in prompts.DESCRIPTIONS.items()}
     rows = corpus.seed_rows(3, seed=0)[:3]

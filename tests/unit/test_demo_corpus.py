@@ -1,74 +1,53 @@
-"""The embedded corpus: deterministic, distinct, in disjoint parts, and right in every answer that can be recomputed."""
+"""The shipped corpus: what the grammars write, drawn by a seed, in disjoint parts, and bounded."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import gzip
 import json
-import random
-import re
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from siftune.demo import corpus, prompts
-from siftune.demo.domains.reasoning import letters
+from siftune.cli.main import main
+from siftune.demo import corpus
 from siftune.errors import UserError
 
-ROWS = corpus.rows(6000, 0)
+
+def test_the_shipped_file_is_what_the_script_writes() -> None:
+    make_corpus = pytest.importorskip("tools.demo.make_corpus", reason="the grammars are in the repository alone")
+    assert gzip.decompress(corpus.FILE.read_bytes()).decode() == make_corpus.text()
 
 
-def of(kind: str, domain: str | None = None) -> list[dict[str, str]]:
-    found = [row for row in ROWS if row["kind"] == kind and domain in (None, row["source"])]
-    assert found, kind
-    return found
+@pytest.mark.parametrize("count", [97, 600, 6000])
+def test_seed_0_draws_the_rows_that_the_grammars_write(count: int) -> None:
+    grammars = pytest.importorskip("tools.demo.grammars", reason="the grammars are in the repository alone")
+    assert corpus.rows(count, 0) == grammars.rows(count, 0)
+    assert corpus.held_out(min(count, 800), 0) == grammars.held_out(min(count, 800), 0)
+    assert corpus.seed_rows(15, 0) == grammars.seed_rows(15, 0)
 
 
 def test_a_seed_fixes_the_rows_and_another_seed_changes_them() -> None:
     assert corpus.rows(300, 3) == corpus.rows(300, 3)
     assert corpus.rows(300, 3) != corpus.rows(300, 4)
-    assert corpus.seed_rows(5, 3) == corpus.seed_rows(5, 3)
+    assert corpus.seed_rows(5, 3) == corpus.seed_rows(5, 3) != corpus.seed_rows(5, 4)
+    sources = [Counter(row["source"] for row in corpus.rows(300, seed)) for seed in (0, 3)]
+    assert sources[0] == sources[1] == corpus.mix(300)
 
 
-def test_six_thousand_distinct_rows_of_four_domains() -> None:
-    assert len({(row["instruction"], row["input"]) for row in ROWS}) == 6000
-    counts = Counter(row["source"] for row in ROWS)
-    assert set(counts) == set(corpus.DOMAINS)
-    assert min(counts.values()) > 1200
-    assert all(row["instruction"].strip() and row["output"].strip() for row in ROWS)
-    assert all(text == text.strip() for row in ROWS for text in (row["instruction"], row["output"]))
+def test_the_parts_share_no_question_and_no_row_twice() -> None:
+    parts = [corpus.rows(10_000, 1), corpus.held_out(1000, 1), corpus.seed_rows(20, 1)]
+    questions = [(row["instruction"], row["input"]) for rows in parts for row in rows]
+    assert len(set(questions)) == len(questions) == 11_080
 
 
-def test_lengths_vary() -> None:
-    words = sorted(len(" ".join((row["instruction"], row["input"], row["output"])).split()) for row in ROWS)
-    assert words[300] <= 8
-    assert words[-300] >= 40
+def test_a_changed_row_does_not_change_the_corpus() -> None:
+    row = corpus.rows(1, 0)[0]
+    row["output"] = "changed"
+    assert corpus.rows(1, 0)[0]["output"] != "changed"
 
 
-def test_the_parts_share_no_question() -> None:
-    seeds = {(row["instruction"], row["input"]) for seed in range(3) for row in corpus.seed_rows(15, seed)}
-    held = {(row["instruction"], row["input"]) for seed in range(3) for row in corpus.held_out(400, seed)}
-    pool = {(row["instruction"], row["input"]) for row in ROWS}
-    assert not pool & seeds
-    assert not pool & held
-    assert not seeds & held
-
-
-def test_seed_rows_are_as_many_as_asked_and_cover_the_kinds() -> None:
-    rows = corpus.seed_rows(20, 1)
-    assert Counter(row["domain"] for row in rows) == dict.fromkeys(corpus.DOMAINS, 20)
-    assert len({(row["instruction"], row["input"]) for row in rows}) == 80
-
-
-def test_asking_for_more_than_the_grammars_hold_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(corpus.DOMAINS, "reasoning", [("letters", 1.0, letters)])
-    with pytest.raises(UserError, match=r"about \d+ different reasoning rows; ask for fewer than 500"):
-        corpus.rows(2000, 0)
-
-
-def test_write_makes_three_files(tmp_path: Path) -> None:
+def test_write_creates_three_files(tmp_path: Path) -> None:
     folder = corpus.write(tmp_path / "data", count=40, per_domain=3, held=8, seed=2)
     pool = [json.loads(line) for line in (folder / "pool.jsonl").read_text().splitlines()]
     assert pool == corpus.rows(40, 2)
@@ -76,148 +55,20 @@ def test_write_makes_three_files(tmp_path: Path) -> None:
     assert len((folder / "held_out.jsonl").read_text().splitlines()) == 8
 
 
-# --- the answers are right ------------------------------------------------------------------------------------------
+def test_more_rows_than_the_corpus_holds_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"84 rows exceed the 80 of the embedded corpus \(seeds\)"):
+        corpus.seed_rows(21, 0)
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--rows", "10001"]) == 2
+    message = capsys.readouterr().err
+    assert "10,001 rows exceed the 10,000 of the embedded corpus (pool); ask for at most 10,000" in message
+    assert not list(tmp_path.iterdir())
 
 
-def test_every_program_written_as_an_answer_runs_and_does_what_was_asked() -> None:
-    checked = 0
-    source = corpus.stream("coding", 11)
-    for kind, made in (next(source) for _ in range(3000)):
-        if kind not in ("program", "formula", "repair", "rewrite"):
-            continue
-        assert made.check, made
-        space: dict[str, object] = {"ANSWER": made.output}
-        if kind != "rewrite":
-            exec(made.output, space)
-        exec(made.check, space)
-        checked += 1
-    assert checked > 1500
-
-
-def runs(*sources: str) -> bool:
-    space: dict[str, object] = {}
-    try:
-        for source in sources:
-            exec(source, space)
-    except (SyntaxError, NameError, TypeError):
-        return False
-    return True
-
-
-def test_a_broken_program_is_broken_and_its_repair_is_not() -> None:
-    source = corpus.stream("coding", 12)
-    repairs = [made for kind, made in (next(source) for _ in range(600)) if kind == "repair"]
-    assert len(repairs) > 50
-    assert not any(runs(made.input, made.check) for made in repairs)
-    assert all(runs(made.output, made.check) for made in repairs)
-
-
-def test_every_program_that_is_read_prints_its_answer() -> None:
-    for row in of("reading"):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(row["input"], {})
-        assert printed.getvalue().strip() == row["output"], row
-
-
-def test_every_equality_in_the_mathematics_rows_holds() -> None:
-    pattern = re.compile(r"(?<![\w^./-])(-?[\d(][\d+*/() -]*?[\d)]) = (-?\d+(?:/\d+)?)(?![\w*/^]| [+*/] \d)")
-    checked = 0
-    for row in ROWS:
-        if row["source"] != "mathematics" or "remainder" in row["output"]:
-            continue
-        for left, right in pattern.findall(row["output"]):
-            value = eval(re.sub(r"\d+", lambda m: f"Fraction({m.group()})", left), {"Fraction": Fraction})
-            assert value == Fraction(right), (left, right, row)
-            checked += 1
-    assert checked > 500
-
-
-def number(text: str) -> Fraction:
-    found = re.findall(r"-?\d+(?:/\d+)?", text)
-    return Fraction(found[-1])
-
-
-def test_arithmetic_percentages_and_equations_are_right() -> None:
-    for row in of("arithmetic"):
-        left, sign, right = re.findall(r"(\d+) (\+|-|\*|plus|minus|times) (\d+)", row["instruction"])[0]
-        x, y = int(left), int(right)
-        value = {"+": x + y, "plus": x + y, "-": x - y, "minus": x - y, "*": x * y, "times": x * y}[sign]
-        assert number(row["output"].split("=")[-1]) == value, row
-    for row in of("percent"):
-        share, whole = map(int, re.findall(r"\d+", row["instruction"]))
-        assert number(row["output"]) == Fraction(share * whole, 100), row
-    for row in of("equation"):
-        factor, sign, shift, right = re.findall(r"(\d+)[xyn] ([+-]) (\d+) (?:=|equal to) (-?\d+)", row["instruction"])[
-            0
-        ]
-        root = number(row["output"])
-        assert int(factor) * root + (int(shift) if sign == "+" else -int(shift)) == int(right), row
-    for row in of("division"):
-        whole, divisor = sorted(map(int, re.findall(r"\d+", row["instruction"])), reverse=True)
-        rest = f" with remainder {whole % divisor}" if whole % divisor else ""
-        assert row["output"] == f"{whole} / {divisor} = {whole // divisor}{rest}.", row
-
-
-def test_word_problems_are_right() -> None:
-    for row in of("sharing"):
-        have, give, more = map(int, re.findall(r"\d+", row["instruction"]))
-        assert number(row["output"]) == have - give + more, row
-    for row in of("shopping"):
-        figures = list(map(int, re.findall(r"\d+", row["instruction"])))
-        paid, product = (
-            (figures[0], figures[1] * figures[2])
-            if "has" in row["instruction"]
-            else (figures[2], figures[0] * figures[1])
-        )
-        assert number(row["output"]) == paid - product, row
-    for row in of("ages"):
-        gap, total = map(int, re.findall(r"\d+", row["instruction"]))
-        assert number(row["output"]) == (total - gap) // 2, row
-
-
-def test_the_order_puzzles_are_right() -> None:
-    more = {"taller": "tallest", "older": "oldest", "faster": "fastest", "stronger": "strongest", "richer": "richest"}
-    for row in of("ranking"):
-        text = f"{row['instruction']} {row['input']}"
-        clues = re.findall(r"(\w+) is (\w+er) than (\w+)\.", text)
-        above = [(left, right) if word in more else (right, left) for left, word, right in clues]
-        names = {name for pair in above for name in pair}
-        asked = re.search(r"the (\w+est)\?", text)
-        assert asked
-        beaten = {pair[1 if asked.group(1) in more.values() else 0] for pair in above}
-        said = re.search(r"(\w+)(?: is the \w+est)?\.$", row["output"])
-        assert said
-        assert names - beaten == {said.group(1)}, row
-
-
-def test_things_are_where_they_were_put_last() -> None:
-    for row in of("tracking"):
-        text = f"{row['input']} {row['instruction']}"
-        item = re.search(r"puts the (\w+) into", text).group(1)  # type: ignore[union-attr]
-        moved = re.findall(rf"(?:puts the {item} into|moves (?:it|the {item}) to) the (\w+)\.", text)
-        assert f"the {moved[-1]}" in row["output"], row
-
-
-def test_weekdays_are_right() -> None:
-    days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-    for row in of("weekday"):
-        steps = int(re.search(r"\d+", row["instruction"]).group())  # type: ignore[union-attr]
-        start = next(day for day in days if day in row["instruction"])
-        said = [day for day in re.findall(r"\w+day", row["output"]) if day in days]
-        assert said[-1] == days[(days.index(start) + steps) % 7], row
-
-
-# --- requests for rows ----------------------------------------------------------------------------------------------
-
-
-def test_requests_for_rows_teach_answers_in_the_stated_form() -> None:
-    for seed in range(40):
-        request, answer = prompts.conversation(random.Random(seed), seed)
-        assert request["role"] == "user"
-        assert re.search(r"^Domain: \S", request["content"], re.M)
-        assert len(re.findall(r"^Instruction: \S", answer["content"], re.M)) == len(
-            re.findall(r"^Output: \S", answer["content"], re.M)
-        )
-        asked = re.match(r"Write (\d+) different", request["content"])
-        assert len(re.findall(r"^Instruction:", answer["content"], re.M)) == (int(asked.group(1)) if asked else 1)
+def test_a_missing_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "FILE", tmp_path / "corpus.jsonl.gz")
+    monkeypatch.setattr(corpus, "_stored", corpus._stored.__wrapped__)
+    with pytest.raises(UserError, match=r"corpus.jsonl.gz is missing; reinstall siftune"):
+        corpus.rows(1, 0)

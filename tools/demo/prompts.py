@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from .corpus import DOMAINS, part_of, stream
+from .grammars import DOMAINS, part_of, stream
 
 DESCRIPTIONS: dict[str, tuple[str, ...]] = {
     "common_sense": (

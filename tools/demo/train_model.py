@@ -1,6 +1,6 @@
 """Trains the embedded tiny model and its tokenizer on the embedded corpus alone; writes `assets/model/`.
 
-    python -m siftune.demo.train_model --out siftune/demo/assets/model
+    python -m tools.demo.train_model --out siftune/demo/assets/model
 
 A Llama of 1.8 M weights (5 layers, width 160, vocabulary 2,048), float32 safetensors of about 7 MB. Cost: 3.3 million
 tokens, about twelve minutes on one core. Seeded: the same machine, versions and one thread give the same weights.
@@ -24,11 +24,12 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..data.protect import foreign_name
-from ..files import read_json, write_json
-from ..output import as_json, say
-from . import corpus, prompts
-from .embedded import MODEL
+from siftune.data.protect import foreign_name
+from siftune.demo.embedded import MODEL
+from siftune.files import read_json, write_json
+from siftune.output import as_json, say
+
+from . import grammars, prompts
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 CHAT_TEMPLATE = (
@@ -61,7 +62,7 @@ def build_tokenizer(vocabulary: int, seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rng = random.Random(seed)
-    texts = [_plain(row) for row in corpus.rows(12_000, seed)]
+    texts = [_plain(row) for row in grammars.rows(12_000, seed)]
     texts += [message["content"] for index in range(400) for message in prompts.conversation(rng, seed + index)]
     inner.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -99,7 +100,7 @@ def documents(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[in
     """
     rng = random.Random(seed)
     for epoch in range(10_000):
-        for row in corpus.rows(6000, seed + 1 + epoch):
+        for row in grammars.rows(6000, seed + 1 + epoch):
             drawn = rng.random()
             if drawn < 0.4:
                 text = _chat(tokenizer, prompts.conversation(rng, rng.randrange(2**31)))
@@ -132,7 +133,7 @@ def held_out_loss(
 ) -> float:
     """Mean cross-entropy per token, in nats, over held-out rows as plain text."""
     total, tokens = 0.0, 0
-    for row in corpus.held_out(count, seed):
+    for row in grammars.held_out(count, seed):
         ids = torch.tensor([tokenizer.encode(_plain(row), add_special_tokens=False)])
         total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
@@ -157,9 +158,9 @@ def train(out: Path, *, steps: int, rows: int, length: int, rate: float, vocabul
     (out / "model.safetensors").chmod(0o644)  # written as 0600; other users must be able to read it
     settings = {"steps": steps, "rows": rows, "length": length, "rate": rate, "vocabulary": vocabulary, "seed": seed}
     log = {
-        "command": "python -m siftune.demo.train_model "
+        "command": "python -m tools.demo.train_model "
         + " ".join(f"--{name} {value}" for name, value in settings.items()),
-        "data": "siftune.demo.corpus (pool part) and siftune.demo.prompts, nothing else",
+        "data": "tools/demo/grammars.py (pool part) and tools/demo/prompts.py, nothing else",
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": steps * rows * length,
         "seconds": round(seconds, 1),
