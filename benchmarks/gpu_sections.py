@@ -271,7 +271,9 @@ def norms(setting: Setting) -> None:
             image = torch.cat(list(factor.images(states)), dim=2)[0]
             reference = float(torch.linalg.svdvals(image.cpu()).sum())
             ways: dict[str, Callable[[], nuclear.Norms]] = {
-                route: lambda route=route, states=states: nuclear.norms(states, [states.shape[1]], factor, route=route)[0]
+                route: lambda route=route, states=states: nuclear.norms(states, [states.shape[1]], factor, route=route)[
+                    0
+                ]
                 for route in routes
             }
             ways["lanczos"] = lambda states=states: nuclear.lanczos_norms(states[0], factor)
