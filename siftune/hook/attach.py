@@ -29,7 +29,15 @@ from .checks import allows_dummies, check, check_batch, check_budget, selects_ac
 from .exchange import Ranks
 from .ledger import Ledger
 from .metrics import SelectionMetrics
-from .packing import describe_lines, describe_packed, packed_lines, packs
+from .packing import (
+    attends_to_complete_lines,
+    describe_lines,
+    describe_packed,
+    describe_reading_across,
+    packed_lines,
+    packs,
+    separates,
+)
 from .row_index import RowIndex, index_rows
 from .selection_step import Selection, select_step, window_count
 from .validation import read_validation
@@ -113,6 +121,9 @@ class Attachment:
         self._initial_state: Mapping[str, Any] = {}
         self._batches_checked = False
         self._packed = packs(trainer)
+        self._separated: bool | None = None
+        self._index_source: tuple[Any, Any] | None = None
+        self._numbered: Any = None
         self._provenance: dict[str, str] = {}
         self._ranks: Ranks | None = None
         self._original = {name: getattr(trainer, name) for name in _WRAPPED}
@@ -132,6 +143,10 @@ class Attachment:
                 delattr(self.trainer, name)
         self.trainer.remove_callback(self._callback)
         delattr(self.trainer, _ATTACHMENT)
+
+    def number_rows_as(self, dataset: Any) -> None:
+        """Let the ledger's `row` be a row of `dataset`, of which the training set's lines were packed."""
+        self._numbered = dataset
 
     def describe(self) -> str:
         """Candidates and trained rows of a full step, and what that means for the schedule, in one line."""
@@ -213,6 +228,7 @@ class Attachment:
                 allow_dummies=self._allow_dummies,
                 learning_rate=self._learning_rate(),
                 unscored=f"no selection before start_step={self.selector.start_step}" if before_start else None,
+                score_segments_alone=self._separated is True and attends_to_complete_lines(self._model()),
             )
         if not before_start:
             self._record(device)
@@ -228,27 +244,44 @@ class Attachment:
         """
         if not self._batches_checked:
             for batch in candidates:
-                check_batch(batch, self.trainer)
+                check_batch(batch, self.trainer, is_row=self.is_row)
         batches = [with_layout(_to_device(device, batch), packed=self._packed) for batch in candidates]
         if not self._packed and any(batch.layout.packed for batch in batches):
             self._packed = True
             batches = [with_layout(batch.original, packed=True) for batch in batches]
-        if not self._batches_checked and batches:
-            self._check_first_batches(batches)
-            self._batches_checked = True
+        if self._packed and batches:
+            if not self._batches_checked:
+                self._check_first_packed(batches)
+            self._check_separation(batches)
+        self._batches_checked = self._batches_checked or bool(batches)
         return batches
 
-    def _check_first_batches(self, batches: list[BatchWithLayout]) -> None:
-        """Checks that need the first batches: whether rows are packed, and whether the budget is at least one
-        segment."""
-        if not self._packed:
-            return
-        segments = [len(batch.layout) for batch in batches]
+    def _check_first_packed(self, batches: list[BatchWithLayout]) -> None:
+        """What only the first packed batches show: a budget below one segment, and what a step holds."""
         if self.selector.window != "step" and not self._across_ranks:
-            self.selector.check_keep(max(segments))
+            self.selector.check_keep(max(len(batch.layout) for batch in batches))
         if not self._quiet:
             processes = self.trainer.args.world_size if self._across_ranks else 1
-            say(describe_packed(self.selector, batches, self._model(), processes=processes), error=True)
+            say(describe_packed(self.selector, batches, processes=processes), error=True)
+
+    def _check_separation(self, batches: list[BatchWithLayout]) -> None:
+        """Whether the model separates packed rows, measured on the first batch that shows it; reported once."""
+        if self._separated is not None or not self.selector.needs_forward:
+            return
+        self._separated = separates(self._model(), batches)
+        if self._separated is False and not self._quiet:
+            say(describe_reading_across(self._model()), error=True)
+
+    def is_row(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a batch's only line is one row of the training set, and not several that a collator joined."""
+        _, index = self._row_index
+        if index is None:
+            if self._index_source is None:  # before training
+                dataloader = self.trainer.get_train_dataloader()
+                self._index_source = (dataloader.dataset, dataloader.collate_fn)
+            index = index_rows(*self._index_source)
+            self._row_index = (self._index_source[0], index)
+        return index is not None and index.row(token_ids(batch)[0]) is not None
 
     def _selecting_ranks(self, device: torch.device) -> Ranks:
         """The ranks that share one selection: all of them, or this one alone."""
@@ -325,11 +358,13 @@ class Attachment:
         self.selector.load_state_dict(saved.selector)
         self.metrics.restart(saved.totals)
         self._batches_checked, self._ranks, self._packed = False, None, packs(self.trainer)
+        self._separated = None
+        dataset = getattr(dataloader, "dataset", None) if self._numbered is None else self._numbered
+        self._index_source = None if dataset is None else (dataset, dataloader.collate_fn)
         if self.ledger is not None:
             self.ledger.drop_after(trainer_state.global_step)
-            dataset = getattr(dataloader, "dataset", None)
-            if dataset is not None and self._row_index[0] is not dataset:
-                self._row_index = (dataset, index_rows(dataset, dataloader.collate_fn))
+            if self._index_source is not None and self._row_index[0] is not dataset:
+                self._row_index = (dataset, index_rows(*self._index_source))
 
     def save(self) -> None:
         """A checkpoint was written: put the selection's state into it, `COMPLETE` last."""

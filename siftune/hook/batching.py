@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import UserError
 from ..models.hidden_states import real_tokens
-from ..models.layout import BatchWithLayout, Span, candidates_of, layout_of
+from ..models.layout import BatchWithLayout, Span, candidates_of, layout_of, with_layout
 from ..models.repack import join_segments
 from ..online.base import cut
 
@@ -153,6 +154,12 @@ def _widen(part: Batch, width: int, left: bool, padding: Padding) -> dict[str, A
     if columns == width:
         return dict(part)
 
+    if getattr(part.get("attention_mask"), "ndim", 2) == 4:
+        raise UserError(
+            f"micro-batches of {columns} and {width} columns with 4-D attention masks cannot be joined; pass window='micro' to "
+            "the selector, or return a 2-D mask from the collator"
+        )
+
     def widened(name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.ndim < 2 or tuple(value.shape[:2]) != (rows, columns):
             return value
@@ -183,8 +190,7 @@ def dummy_batch(batch: Batch, row: int) -> dict[str, Any]:
     if layout.packed:
         line, start, stop = layout.spans[row]
         packed = join_segments([(batch, Span(line, start, min(stop, start + 2)))], like=batch)
-        packed["labels"] = torch.full_like(packed["labels"], -100)
-        return packed
+        return with_layout({**packed, "labels": torch.full_like(packed["labels"], -100)}, packed.layout)
     width = batch["input_ids"].shape[1]
     start = max(0, width - 2) if pads_left(batch) else 0
     short = _slice_columns(cut(batch, torch.tensor([row])), 1, width, start, start + 2)

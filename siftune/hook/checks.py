@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -218,8 +218,11 @@ def allows_dummies(trainer: Trainer) -> bool:
     )
 
 
-def check_batch(batch: Any, trainer: Trainer) -> None:
-    """Checks that need a batch: token ids, no images, and boundaries where rows are joined."""
+def check_batch(batch: Any, trainer: Trainer, *, is_row: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Checks that need a batch: token ids, no images, and boundaries where rows are joined.
+
+    `is_row` answers whether the only line of a batch is one row of the training set.
+    """
     if not isinstance(batch, Mapping) or "input_ids" not in batch or getattr(batch["input_ids"], "ndim", 0) != 2:
         keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise UserError(f"a training batch holds {keys}, and selection needs input_ids of shape (rows, tokens); detach")
@@ -234,10 +237,10 @@ def check_batch(batch: Any, trainer: Trainer) -> None:
             "causal language model has them; train this task without siftune"
         )
     if not layout_of(batch).packed:
-        _check_rows(batch, trainer)
+        _check_rows(batch, trainer, is_row)
 
 
-def _check_rows(batch: Mapping[str, Any], trainer: Trainer) -> None:
+def _check_rows(batch: Mapping[str, Any], trainer: Trainer, is_row: Callable[[Mapping[str, Any]], bool]) -> None:
     """Refuse a batch whose lines hold several rows, or parts of rows, without boundaries."""
     lines, width = batch["input_ids"].shape
     size = trainer.state.train_batch_size or trainer.args.per_device_train_batch_size
@@ -250,11 +253,12 @@ def _check_rows(batch: Mapping[str, Any], trainer: Trainer) -> None:
             "complete lines would be chosen; make the collator return position_ids (return_position_ids=True for "
             f"DataCollatorWithFlattening), or set to false what joins rows: {_PACKING_KEYS}"
         )
-    if lines == 1 < size <= rows // max(1, trainer.args.world_size) and not split and not packs(trainer):
+    alone = lines == 1 < size <= rows // max(1, trainer.args.world_size) and not split and not packs(trainer)
+    if alone and not is_row(batch):  # a collator that drops rows may leave one
         raise UserError(
-            f"the first batch has one line of {width} tokens where per_device_train_batch_size is "
-            f"{size}, and nothing in it ({', '.join(map(str, batch))}) says where its rows begin; set to false what joins them: "
-            f"{_PACKING_KEYS}"
+            f"the first batch has one line of {width} tokens where per_device_train_batch_size is {size}; the line is no row of "
+            f"the training set, and nothing in it ({', '.join(map(str, batch))}) says where its rows begin; set to false what "
+            f"joins them: {_PACKING_KEYS}"
         )
     if any(mark in type(dataset).__name__ for mark in ("Pack", "ConstantLength")):
         raise UserError(
@@ -264,20 +268,24 @@ def _check_rows(batch: Mapping[str, Any], trainer: Trainer) -> None:
         )
     if _row_starts_inside_lines(batch, trainer):
         warnings.warn(
-            f"each of the {lines} lines of the first batch is full ({width} tokens) and has the token that begins a row in its "
-            "middle; if they are packed rows, siftune chooses complete lines, because no key says where rows begin",
+            f"each of the {lines} lines of the first batch is full ({width} tokens) and has the token that begins or ends a row "
+            "in its middle; if they are packed rows, siftune chooses complete lines, because no key says where rows begin",
             stacklevel=2,
         )
 
 
 def _row_starts_inside_lines(batch: Mapping[str, Any], trainer: Trainer) -> bool:
-    """Whether every line is full and has the token that begins a row in its middle."""
+    """Whether every line is full and has a token in its middle that begins a row or, where the tokenizer has no such token,
+    ends one.
+
+    A collator that packs without boundaries (LLaMA-Factory `packing`) marks its padding as tokens, too.
+    """
     tokenizer = getattr(trainer, "processing_class", None)
     begin, end = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    mask_BT = batch.get("attention_mask")
-    full = len(batch["input_ids"]) > 1 and (
-        not isinstance(mask_BT, torch.Tensor) or mask_BT.ndim != 2 or bool((mask_BT != 0).all())
-    )
-    if begin is None or begin == end or not full:
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    if len(ids) < 2 or (mask is not None and not bool((mask != 0).all())):
         return False
-    return bool((batch["input_ids"][:, 1:] == begin).any(dim=1).all())
+    if begin is not None and begin != end:
+        return bool((ids[:, 1:] == begin).any(dim=1).all())
+    return mask is not None and end is not None and bool((ids[:, :-1] == end).any(dim=1).all())

@@ -75,29 +75,25 @@ def _budget(selector: OnlineMethod) -> str:
     return f"the best of them that fit in {selector.keep_tokens:,} tokens per {choice}{limit}"
 
 
-def describe_packed(
-    selector: OnlineMethod, batches: Sequence[BatchWithLayout], model: torch.nn.Module, *, processes: int = 1
-) -> str:
-    """What the first packed step holds, in one line, and a second line where the model reads across its rows.
-
-    `processes` choose together. Raises `UserError` for a model that carries a state from row to row.
-    """
+def describe_packed(selector: OnlineMethod, batches: Sequence[BatchWithLayout], *, processes: int = 1) -> str:
+    """What the first packed step holds, in one line; `processes` share one selection."""
     tokens = [sum(span.tokens for span in batch.layout.spans) for batch in batches]
     segments = [len(batch.layout) for batch in batches]
     kept = window_count(selector, segments) if selector.window == "step" else sum(map(selector.count, segments))
     trained = f"{kept} rows" if processes == 1 and selector.keep_tokens is None else _budget(selector)
     place = f" on this process, one of {processes}," if processes > 1 else ""
-    line = (
-        f"siftune: packed batches (rows begin where {_boundary_source(batches)} says so): the first step holds {sum(segments)} rows of "
-        f"{sum(tokens):,} tokens in {len(batches)} micro-batch{'es' if len(batches) > 1 else ''}{place} and trains on {trained}"
+    return (
+        f"siftune: packed batches (rows begin where {_boundary_source(batches)} says so): the first step holds {sum(segments)} "
+        f"rows of {sum(tokens):,} tokens in {len(batches)} micro-batch{'es' if len(batches) > 1 else ''}{place} and trains on "
+        f"{trained}"
     )
-    if not selector.needs_forward or is_sharded(unwrap_model(model).called):  # a forward pass would need every rank
-        return line
-    if (separated := separates(model, batches)) is None or separated:
-        return line
+
+
+def describe_reading_across(model: torch.nn.Module) -> str:
+    """The line for a model that reads across the rows of a packed line."""
     attention = getattr(unwrap_model(model).config, "_attn_implementation", None)
     return (
-        f"{line}\nsiftune: this model reads across the rows of a packed line (attn_implementation={attention!r}), so a row is "
+        f"siftune: this model reads across the rows of a packed line (attn_implementation={attention!r}), so a row is "
         "scored, as it is trained, in the context of the rows before it; flash_attention_2 keeps them apart"
     )
 
@@ -107,12 +103,22 @@ def _boundary_source(batches: Sequence[BatchWithLayout]) -> str:
 
 
 def separates(model: torch.nn.Module, batches: Sequence[BatchWithLayout]) -> bool | None:
-    """Whether a segment's hidden states are those that it has alone; None where no line holds two segments to try.
+    """Whether a segment's hidden states are those that it has alone; None where no line holds two segments to try, and for
+    a sharded model, whose forward passes every process would have to make.
 
-    Raises `UserError` for a model with recurrent layers whose state crosses segments.
+    Raises `UserError` for a model with recurrent layers whose state crosses segments, or may cross them where it is sharded.
     """
+    parts = unwrap_model(model)
     pair = _neighbouring_segments(batches)
     if pair is None:
+        return None
+    recurrent = is_recurrent(parts.config)
+    if is_sharded(parts.called):
+        if recurrent:
+            raise UserError(
+                f"{type(parts.causal).__name__} has recurrent layers, and whether they separate packed rows cannot be measured "
+                "on a sharded model; set packing and padding_free to False"
+            )
         return None
     batch, first, second = pair
     after_neighbour_TD = _hidden_states(model, join_segments([(batch, first), (batch, second)], like=batch))[-1]
@@ -121,13 +127,18 @@ def separates(model: torch.nn.Module, batches: Sequence[BatchWithLayout]) -> boo
         (after_neighbour_TD.double() - alone_TD.double()).norm() / alone_TD.double().norm().clamp_min(1e-12)
     )
     separated = distance <= _TOLERANCE.get(alone_TD.dtype, 1e-3)
-    config = unwrap_model(model).config
-    if not separated and is_recurrent(config):
+    if not separated and recurrent:
         raise UserError(
-            f"{type(unwrap_model(model).causal).__name__} carries a state from one packed row to the next, so its rows cannot be "
-            "separated; set packing and padding_free to False"
+            f"{type(parts.causal).__name__} carries a state from one packed row to the next, so its rows cannot be separated; "
+            "set packing and padding_free to False"
         )
     return separated
+
+
+def attends_to_complete_lines(model: torch.nn.Module) -> bool:
+    """Whether attention computes every pair of tokens in a line and masks those of different segments: its cost grows with
+    the square of the line, so that segments are cheaper to score as rows."""
+    return getattr(unwrap_model(model).config, "_attn_implementation", None) in ("sdpa", "eager")
 
 
 def is_recurrent(config: Any) -> bool:

@@ -22,6 +22,8 @@ from ..models.layout import BatchWithLayout, with_layout
 from ..online.token_id import token_ids
 
 Batch = Mapping[str, Any]
+_ERRORS_OF_NO_ROWS = (ValueError, LookupError, TypeError, RuntimeError)
+"""What collators raise that are left without a row."""
 ROWS_PER_COLLATION = 64
 """Rows per call of the collator while the data set is indexed."""
 
@@ -88,7 +90,10 @@ def collate_rows(
         pass
     result = []
     for row, item in zip(rows, items, strict=True):
-        batch = with_layout(collate([item]))
+        try:
+            batch = with_layout(collate([item]))
+        except _ERRORS_OF_NO_ROWS:  # a collator that drops this row has nothing to return
+            continue
         result.append((batch, [row] * len(batch.layout)))
     return result
 

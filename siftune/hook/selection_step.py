@@ -25,6 +25,7 @@ import torch
 
 from ..budget import parse_keep
 from ..models.layout import candidates_of, layout_of, original_of, with_layout
+from ..models.repack import segments_as_rows
 from ..online.base import Measured, OnlineMethod, with_segment_tokens
 from ..records import RowScores
 from .batching import Padding, has_labels, token_counts
@@ -104,19 +105,21 @@ def select_step(
     learning_rate: float | None = None,
     unscored: str | None = None,
     packed: bool = False,
+    score_segments_alone: bool = False,
 ) -> Selection:
     """Score the candidates of all `ranks` with `model`, keep the selector's choice and commit it to its memory.
 
     All ranks have to call it, with batches or without; `ranks=None` is this process alone. `allow_dummies` permits
     micro-batches that train nothing where fewer rows are kept than micro-batches were read; without it at least one row
     per micro-batch is kept. `learning_rate` is that of the coming optimiser step. `unscored` keeps every row, without a
-    score, for that reason. `packed` takes lines without boundaries for segments, where the trainer packs. Raises
+    score, for that reason. `packed` takes lines without boundaries for segments, where the trainer packs;
+    `score_segments_alone` measures segments as rows of a padded batch, for a model that separates them. Raises
     `RuntimeError` where ranks disagree: their memories would diverge unnoticed.
     """
     ranks = ranks or Ranks.alone()
     selector.new_step(learning_rate=learning_rate)
     batches = [with_layout(batch, packed=packed) for batch in batches]
-    local = [_measure(selector, model, batch, scored=unscored is None) for batch in batches]
+    local = [_measure(selector, model, batch, scored=unscored is None, alone=score_segments_alone) for batch in batches]
     of_ranks = _gather_measurements(local, ranks)
     groups = _groups([len(parts) for parts in of_ranks], complete_step=selector.window == "step")
     plan: dict[Slot, list[Origin]] = {}
@@ -151,21 +154,28 @@ def select_step(
 # --- measure ----------------------------------------------------------------------------------------------------------
 
 
-def _measure(selector: OnlineMethod, model: torch.nn.Module, batch: Batch, *, scored: bool) -> Measurement:
-    measured = measure_in_chunks(selector, model, batch) if scored else Measured(candidates_of(batch))
+def _measure(
+    selector: OnlineMethod, model: torch.nn.Module, batch: Batch, *, scored: bool, alone: bool = False
+) -> Measurement:
+    measured = (
+        measure_in_chunks(selector, model, batch, alone=alone and layout_of(batch).packed)
+        if scored
+        else Measured(candidates_of(batch))
+    )
     return Measurement(measured, token_counts(batch), ~has_labels(batch), layout_of(batch).packed)
 
 
-def measure_in_chunks(selector: OnlineMethod, model: torch.nn.Module, batch: Batch) -> Measured:
-    """Measure in chunks of the size that the kept micro-batch will have, unless the user set `score_tokens`: scoring
-    then needs no more activation memory than training does."""
+def measure_in_chunks(selector: OnlineMethod, model: torch.nn.Module, batch: Batch, *, alone: bool = False) -> Measured:
+    """Measure in chunks of the size that the kept micro-batch will have, unless the user set `score_tokens`: scoring then
+    needs no more activation memory than training does. `alone` measures the segments of a packed batch as rows."""
+    rows = segments_as_rows(batch) if alone else batch
     if selector.score_tokens is not None:
-        return selector.measure(model, batch)
+        return selector.measure(model, rows)
     lines, width = batch["input_ids"].shape
     candidates = candidates_of(batch)
     selector.score_tokens = max(1, selector.count(candidates) * width * lines // max(1, candidates))
     try:
-        return selector.measure(model, batch)
+        return selector.measure(model, rows)
     finally:
         selector.score_tokens = None
 

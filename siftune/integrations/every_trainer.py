@@ -110,7 +110,7 @@ def _dry_run(trainer: Any, attachment: Any) -> None:
     from ..hook.checks import check_batch
 
     for batch in trainer.get_train_dataloader():
-        check_batch(batch, trainer)
+        check_batch(batch, trainer, is_row=attachment.is_row)
         break
     selector: Mapping[str, Any] = getattr(type(trainer), _INSTALLED).selector
     options = ", ".join(f"{name}={value!r}" for name, value in selector.items() if name != "method")

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .layout import CUMULATIVE, LENGTHS, layout_of, per_candidate
+from .layout import CUMULATIVE, LENGTHS, layout_of, per_candidate, real_columns
 
 Batch = Mapping[str, Any]
 Passes = Callable[[int], int]
@@ -115,26 +115,10 @@ def _unwrapped(module: Any) -> Any:
 def real_tokens(batch: Batch) -> torch.Tensor:
     """Which positions hold a real token of each candidate: bool `(C, T)`, on the CPU.
 
-    Without a mask, all do. A 2-D mask marks them; in a 4-D mask (boolean or additive) a real token is one that
-    may attend to itself. Raises `UserError` for any other mask.
+    As `siftune.models.layout.real_columns` reads them, each in the row of its candidate. Raises `UserError` for a mask of
+    another shape.
     """
-    return per_candidate(batch, _real_columns(batch))
-
-
-def _real_columns(batch: Batch) -> torch.Tensor:
-    """Bool `(B, T)`."""
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return torch.ones(ids.shape, dtype=torch.bool)
-    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
-        return mask.detach().cpu() != 0
-    if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[-1] == mask.shape[-2] == ids.shape[1]:
-        diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1).detach().cpu()
-        attends = diagonal == 0 if diagonal.is_floating_point() else diagonal != 0
-        return attends.expand(ids.shape).clone()
-    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-    raise UserError(f"attention_mask of {shape} does not match input_ids of {tuple(ids.shape)}; pass one 0/1 per token")
+    return per_candidate(batch, real_columns(batch))
 
 
 def predicting_tokens(batch: Batch) -> torch.Tensor:
@@ -259,7 +243,7 @@ def chunks(batch: Batch, positions_CT: torch.Tensor, score_tokens: int | None) -
     if trims and layout.packed:
         ends = torch.tensor([max((s.stop for s in layout.spans if s.line == line), default=0) for line in range(rows)])
     elif trims:
-        ends = torch.where(_real_columns(batch) | positions_CT, torch.arange(1, columns + 1), 0).amax(dim=1)
+        ends = torch.where(real_columns(batch) | positions_CT, torch.arange(1, columns + 1), 0).amax(dim=1)
     chunk: list[int] = []
     for row in scored_lines[torch.argsort(ends[scored_lines], stable=True)].tolist():
         if chunk and (len(chunk) + 1) * int(ends[row]) > score_tokens:

@@ -68,6 +68,9 @@ class BatchWithLayout(dict[str, Any]):
     original: Batch
     """The original batch."""
 
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError(f"the original batch would keep its {key!r}; build a new batch with its layout")
+
 
 def with_layout(batch: Batch, layout: Layout | None = None, *, packed: bool = False) -> BatchWithLayout:
     """The same batch (no copy of its tensors) that stores its layout. Raises `UserError` as `layout_of` does.
@@ -89,22 +92,48 @@ def original_of(batch: Batch) -> Batch:
     return batch.original if isinstance(batch, BatchWithLayout) else batch
 
 
+def real_columns(batch: Batch) -> torch.Tensor:
+    """Which columns of each line hold a real token: bool `(B, T)`, on the CPU.
+
+    Without a mask, all do. A 2-D mask marks them; in a 4-D mask (boolean or additive) a real token is one that may attend
+    to itself, padding with completely open rows left out. Raises `UserError` for any other mask.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None:
+        return torch.ones(ids.shape, dtype=torch.bool)
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        return mask.detach().cpu() != 0
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[-1] == mask.shape[-2] == ids.shape[1]:
+        return _real_of_block_mask(_allowed(mask, ids))
+    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    raise UserError(f"attention_mask of {shape} does not match input_ids of {tuple(ids.shape)}; pass one 0/1 per token")
+
+
+def _allowed(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """A 4-D mask as bool `(B, T, T)`: whether a token attends to another; of several heads the first."""
+    allowed_BTT = mask[:, 0].detach().cpu()
+    allowed_BTT = allowed_BTT == 0 if allowed_BTT.is_floating_point() else allowed_BTT != 0
+    return allowed_BTT.expand(len(ids), -1, -1)
+
+
+def _real_of_block_mask(allowed_BTT: torch.Tensor) -> torch.Tensor:
+    """Tokens that attend to themselves, without padding whose rows are completely open (a softmax over nothing is
+    undefined): tokens that attend to later ones, and that no other token attends to."""
+    open_BT = allowed_BTT.all(dim=2)
+    open_BT[:, -1] = False
+    attended_BT = (allowed_BTT & ~open_BT[:, :, None]).any(dim=1)
+    real_BT: torch.Tensor = allowed_BTT.diagonal(dim1=-2, dim2=-1) & ~(open_BT & ~attended_BT)
+    return real_BT
+
+
 def _real_lines(batch: Batch) -> list[Span]:
     """Every line as one segment, from its first real token to its last; lines of padding alone have none."""
     spans = []
-    for line, real_T in enumerate(_unmasked(batch)):
+    for line, real_T in enumerate(real_columns(batch) & ~_position_padding(batch)):
         columns = real_T.nonzero().flatten().tolist()
         if columns:
             spans.append(Span(line, columns[0], columns[-1] + 1))
     return spans
-
-
-def _unmasked(batch: Batch) -> torch.Tensor:
-    """Bool `(B, T)` on the CPU: the tokens that a mask of the shape of `input_ids` marks; all without such a mask."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
-        return mask.detach().cpu() != 0
-    return torch.ones(ids.shape, dtype=torch.bool)
 
 
 def layout_of(batch: Batch) -> Layout:
@@ -146,14 +175,12 @@ def _read(batch: Batch) -> Layout:
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         shape = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise UserError(f"input_ids of {shape} are not (rows, tokens); pass one line of token ids per row")
-    positions_BT = _positions(batch)
-    padding_BT = None if positions_BT is None else _trailing_zeros(positions_BT)
     readers: dict[str, Callable[[Batch], list[Span] | None]] = {
         **{name: _from_lengths(name) for name in LENGTHS},
         **{name: _from_cumulative(name) for name in CUMULATIVE},
         "seq_idx": _from_numbers("seq_idx"),
         "attention_mask": _from_mask,
-        "position_ids": lambda batch: _from_positions(batch, positions_BT, padding_BT),
+        "position_ids": _from_positions,
     }
     read = {name: spans for name, reader in readers.items() if (spans := reader(batch)) is not None}
     if not read:
@@ -166,9 +193,13 @@ def _read(batch: Batch) -> Layout:
                 f"{source} divides the batch into {len(spans)} segments and {name} divides it into {len(other_spans)}, at other "
                 "places; make the collator return boundaries that agree"
             )
-    if padding_BT is not None:  # a collator may make one-token segments of the padding
-        spans = [span for span in spans if not bool(padding_BT[span.line, span.start])]
-    return Layout(spans, packed=True, source=source)
+    return Layout(_before_padding(spans, batch), packed=True, source=source)
+
+
+def _before_padding(spans: Sequence[Span], batch: Batch) -> list[Span]:
+    """Without the one-token segments that a collator makes of padding: those in a trailing run of positions 0."""
+    padding_BT = _position_padding(batch)
+    return [span for span in spans if not bool(padding_BT[span.line, span.start])]
 
 
 def _positions(batch: Batch) -> torch.Tensor | None:
@@ -293,7 +324,7 @@ def _runs(numbers_BT: torch.Tensor, real_BT: torch.Tensor) -> list[Span]:
 
 
 def _from_mask(batch: Batch) -> list[Span] | None:
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    mask, ids = batch.get("attention_mask"), batch["input_ids"]
     if not isinstance(mask, torch.Tensor):
         return None
     if mask.ndim == 4:
@@ -309,10 +340,8 @@ def _from_mask(batch: Batch) -> list[Span] | None:
 def _from_block_mask(mask: torch.Tensor, ids: torch.Tensor) -> list[Span] | None:
     if mask.shape[-1] != mask.shape[-2] or mask.shape[-1] != ids.shape[1]:
         return None
-    allowed_BTT = mask[:, 0].detach().cpu()
-    allowed_BTT = allowed_BTT == 0 if allowed_BTT.is_floating_point() else allowed_BTT != 0
-    allowed_BTT = allowed_BTT.expand(len(ids), -1, -1)
-    real_BT = allowed_BTT.diagonal(dim1=-2, dim2=-1)
+    allowed_BTT = _allowed(mask, ids)
+    real_BT = _real_of_block_mask(allowed_BTT)
     starts_BT = real_BT.clone()
     starts_BT[:, 1:] &= ~(allowed_BTT.diagonal(offset=-1, dim1=-2, dim2=-1) & real_BT[:, :-1])
     if int(starts_BT.sum(dim=1).max()) <= 1:
@@ -327,12 +356,11 @@ def _from_block_mask(mask: torch.Tensor, ids: torch.Tensor) -> list[Span] | None
     return spans
 
 
-def _from_positions(
-    batch: Batch, positions_BT: torch.Tensor | None, padding_BT: torch.Tensor | None
-) -> list[Span] | None:
-    if positions_BT is None or padding_BT is None:
+def _from_positions(batch: Batch) -> list[Span] | None:
+    positions_BT = _positions(batch)
+    if positions_BT is None:
         return None
-    real_BT = _unmasked(batch) & ~padding_BT
+    real_BT = real_columns(batch) & ~_position_padding(batch)
     after_real_BT = torch.zeros_like(real_BT)
     after_real_BT[:, 1:] = real_BT[:, :-1]
     restarts_BT = real_BT & after_real_BT & (positions_BT == 0)
@@ -350,8 +378,16 @@ def _from_positions(
     return _runs(restarts_BT.cumsum(dim=1), real_BT)
 
 
-def _trailing_zeros(positions_BT: torch.Tensor) -> torch.Tensor:
-    """Bool `(B, T)`: the trailing run of positions 0, where it is two tokens or longer."""
-    nonzero_BT = (positions_BT != 0).flip(1).cumsum(dim=1).flip(1)
-    trailing_BT = nonzero_BT == 0
-    return trailing_BT & (trailing_BT.sum(dim=1, keepdim=True) > 1)
+def _position_padding(batch: Batch) -> torch.Tensor:
+    """Bool `(B, T)`: padding by its positions, a trailing run of 0 that is two tokens or longer. A mask that tells tokens from
+    padding, by a 0 or by numbers of segments, wins: the run may begin with a row of one token."""
+    ids, positions_BT, mask = batch["input_ids"], _positions(batch), batch.get("attention_mask")
+    if positions_BT is None:
+        return torch.zeros(ids.shape, dtype=torch.bool)
+    trailing_BT = (positions_BT != 0).flip(1).cumsum(dim=1).flip(1) == 0
+    trailing_BT &= trailing_BT.sum(dim=1, keepdim=True) > 1
+    if isinstance(mask, torch.Tensor) and bool(trailing_BT.any()):
+        real_BT = real_columns(batch)
+        if not bool(real_BT.all()) or (mask.ndim == 2 and int(mask.max()) > 1):
+            trailing_BT &= ~real_BT
+    return trailing_BT

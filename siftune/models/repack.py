@@ -56,6 +56,33 @@ def join_segments(
     return with_layout(result, Layout(spans, packed=True, source=layout_of(like).source))
 
 
+def segments_as_rows(batch: Batch) -> Batch:
+    """The segments of a packed batch as rows of a padded one, in order, for a model that separates them.
+
+    The same batch where no line holds two of them, where its mask is 4-D and may hide tokens inside a segment, or where it has
+    keys that a padded batch would not have.
+    """
+    spans = layout_of(batch).spans
+    keys = {name for name, value in batch.items() if value is not None}
+    if (
+        len({span.line for span in spans}) == len(spans)
+        or keys - {"input_ids", "labels", "position_ids", *_REBUILT}
+        or any(getattr(batch.get(name), "ndim", 2) != 2 for name in ("position_ids", "attention_mask"))
+    ):
+        return batch
+    shape = (len(spans), max(span.tokens for span in spans))
+    result = {"attention_mask": torch.zeros(shape, dtype=torch.int64, device=batch["input_ids"].device)}
+    for name, fill in (("input_ids", 0), ("labels", -100)):
+        if name in keys:
+            result[name] = batch[name].new_full(shape, fill)
+    for row, (line, start, stop) in enumerate(spans):
+        result["attention_mask"][row, : stop - start] = 1
+        for name in ("input_ids", "labels"):
+            if name in keys:
+                result[name][row, : stop - start] = batch[name][line, start:stop]
+    return with_layout(result, Layout([Span(row, 0, shape[1]) for row in range(shape[0])], packed=False))
+
+
 def _places(pieces: Sequence[Piece], like: Batch, *, one_line: bool) -> list[Span]:
     """Where each segment goes: one line of any length, or lines of at most the width of `like`, filled in order."""
     lines, width = like["input_ids"].shape

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 
 from ..models.hidden_states import exact_math, predicting_tokens
-from ..models.layout import layout_of
+from ..models.layout import layout_of, with_layout
 from ..records import RowScores
 from .base import Batch, Measured, ModelScored, check_choice
 from .logit_access import HeadInputs, LogitAccess
@@ -52,7 +52,8 @@ class MaxLoss(ModelScored):
         """Columns `loss` `(B,)` (float64) and `tokens` `(B,)` (int64, label tokens)."""
         positions_BT = predicting_tokens(batch)
         if self.compat == "paper":
-            batch = {name: value for name, value in batch.items() if name != "attention_mask"}
+            kept = {name: value for name, value in batch.items() if name != "attention_mask"}
+            batch = with_layout(kept, layout_of(batch))
         loss = reduce_over_labels(
             self._logit_access, model, batch, positions_BT, cross_entropy, torch.mean, score_tokens=self.score_tokens
         )

@@ -38,6 +38,7 @@ _REFUSED = {
     "dataset_text_field": f"{_TOKENS}; set columns:",
     "completion_only_loss": f"{_TOKENS}, and only answer tokens have labels",
     "assistant_only_loss": f"{_TOKENS}, and only answer tokens have labels",
+    "eval_packing": "held-out rows are never packed into lines",
     "truncation_mode": f"{_TOKENS}, cut on the right",
     "chat_template_path": "save the template with the model's tokenizer instead",
     "eos_token": "save it with the model's tokenizer",
@@ -47,7 +48,8 @@ _REFUSED = {
 
 
 def sft_config(recipe: Recipe, output_dir: str | Path) -> SFTConfig:
-    """The `trl.SFTConfig` of a recipe. Raises `UserError` for an unknown key, a value trl refuses, and packing.
+    """The `trl.SFTConfig` of a recipe. Raises `UserError` for an unknown key, a value trl refuses, and packing that
+    cuts rows.
 
     >>> sft_config(Recipe.read({"model": "m", "train": "t.jsonl", "sft": {"max_steps": 4}}), "out").max_steps
     4
@@ -60,11 +62,15 @@ def sft_config(recipe: Recipe, output_dir: str | Path) -> SFTConfig:
         if key in recipe.sft:
             raise UserError(f"sft.{key} is not allowed in a recipe: {way_out}")
     keywords = fitting(SFTConfig, _warm_up(SFTConfig, recipe.sft), section="sft")
-    for key in ("packing", "padding_free"):
-        if keywords.get(key):
-            raise UserError(f"sft.{key} joins rows, so that they can be neither counted nor chosen; remove it")
+    if keywords.get("packing") and keywords.get("packing_strategy") == "wrapped":
+        raise UserError(
+            "sft.packing_strategy: wrapped cuts rows at the end of a line, so that they can be neither counted nor chosen; use "
+            "bfd, or remove it"
+        )
     keywords = {"report_to": "none", "disable_tqdm": True, **_machine(keywords), **keywords}
     keywords |= {"output_dir": str(output_dir), "seed": recipe.seed, "max_length": recipe.max_length}
+    if keywords.get("padding_free") and not keywords.get("packing"):
+        keywords["max_length"] = None  # rows are cut already, and trl refuses a length that it would not enforce
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4 leaves an earlier trainer's type behind
     try:
         return SFTConfig(**keywords, dataset_kwargs={"skip_prepare_dataset": True})

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from ..files import atomic_path
 from ..hook.checkpoint import check, damaged, finish, folder_of, is_complete
-from ..models.layout import layout_of
+from ..models.layout import with_layout
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -212,7 +212,8 @@ def _sizes(batches: Any) -> tuple[int, int, int]:
     rows = tokens = labelled = 0
     for batch in batches:
         ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
-        if (layout := layout_of(batch)).packed and isinstance(labels, torch.Tensor):
+        joined = mask is None and batch.get("position_ids") is not None  # where each line may hold a single row
+        if (layout := with_layout(batch, packed=joined).layout).packed and isinstance(labels, torch.Tensor):
             per_segment = [
                 (span.tokens, int((labels[span.line, span.start : span.stop] != IGNORED).sum()))
                 for span in layout.spans

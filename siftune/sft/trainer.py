@@ -29,6 +29,7 @@ from ..redaction import shortened
 from .adapters import ADAPTER, is_adapter
 from .configs import lora_config, quantization_config, sft_config
 from .dataset import TrainingRows, tokenizer_key, training_rows
+from .packing import packed_lines, report_reading_across
 from .recipe import Recipe
 from .token_counts import TokenCounts
 
@@ -100,15 +101,18 @@ class Prepared:
         recipe, dataset = self.recipe, self.rows.dataset
         arguments = sft_config(recipe, output_dir)
         selector = checked_selector(recipe, arguments)
+        lines = packed_lines(dataset, arguments, self.length) if arguments.packing else dataset
         counting: tuple[Any, ...] = () if token_counts is None else token_counts.callbacks()
         with preserved_random_state():  # trl and transformers seed the global generators
-            trainer = self._build(arguments, dataset, counting[:1], network)
+            trainer = self._build(arguments, lines, counting[:1], network)
         if token_counts is not None:
             token_counts.below(trainer)
         if selector is not None:
             from ..hook.attach import attach
 
-            attach(trainer, selector, quiet=quiet)
+            attach(trainer, selector, quiet=quiet).number_rows_as(dataset)
+        elif arguments.packing or arguments.padding_free:
+            report_reading_across(trainer, quiet=quiet)
         if token_counts is not None:
             token_counts.above(trainer, selector)
             trainer.add_callback(counting[-1])
@@ -225,6 +229,9 @@ def checked_selector(recipe: Recipe, arguments: SFTConfig) -> OnlineMethod | Non
         selector.check_files()
     except UserError as error:
         raise UserError(f"online: {error}") from error
+    if arguments.packing:  # how many rows a line holds is known once they are packed
+        selector.check()
+        return selector
     size = int(arguments.per_device_train_batch_size)
     kept = parse_keep(selector.keep).count
     if kept is not None and kept > size:

@@ -384,9 +384,19 @@ def test_a_base_of_four_bits_is_scored_and_its_adapter_trained(said: Callable[..
         ({"sft": {"lr_scheduler_type": "cosin"}}, "sft: .*cosin.* is not a valid SchedulerType"),
         ({"sft": {"output_dir": "x"}}, "sft.output_dir is not allowed in a recipe: the run folder holds it"),
         ({"sft": {"save_only_model": True}}, "sft.save_only_model is not allowed in a recipe: a run resumes from its"),
-        ({"sft": {"assistant_only_loss": True}}, "sft.assistant_only_loss has no place"),
-        ({"sft": {"packing": True}, "online": {"method": "uds", "keep": 1}}, "sft.packing joins rows"),
-        ({"sft": {"padding_free": True}}, "sft.padding_free joins rows"),
+        ({"sft": {"assistant_only_loss": True}}, "sft.assistant_only_loss is not allowed"),
+        (
+            {"sft": {"packing": True, "packing_strategy": "wrapped"}},
+            "sft.packing_strategy: wrapped cuts rows at the end",
+        ),
+        (
+            {"sft": {"packing": True, "eval_packing": True}},
+            "sft.eval_packing is not allowed in a recipe: held-out rows are",
+        ),
+        (
+            {"sft": {"padding_free": True}, "online": {"method": "uds", "keep": 5}},
+            "online.keep=5 exceeds the 4 candidates of a micro-batch",
+        ),
         ({"peft": {"rank": 8}}, "peft.rank is no key of peft.LoraConfig; did you mean rank_pattern?"),
         ({"peft": {"r": 0}}, "peft.r must be >= 1, got 0"),
         ({"peft": {"r": "eight"}}, "peft.r: 'eight' is not a whole number"),

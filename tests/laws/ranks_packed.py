@@ -21,7 +21,7 @@ from tests.laws.test_resume import Stop
 from tests.packed import Row, rows_of
 from tests.trainers import losses, weights
 
-STEPS = 4
+STEPS = 3
 CANDIDATES = 8
 """Rows of a global micro-batch, whatever the number of processes."""
 LINES = 4
@@ -31,7 +31,7 @@ SCENARIOS: dict[str, tuple[str, Callable[[], OnlineMethod]]] = {
     "uds": ("trl", lambda: UDS(keep="1/4")),
     "maxloss-step": ("flattening", lambda: MaxLoss(keep="1/4", window="step")),
     "tokens-step": ("unsloth", lambda: MaxLoss(keep="all", keep_tokens=40, window="step")),
-    "random-step": ("neat", lambda: Random(keep="3/8", window="step")),
+    "random-step": ("swift", lambda: Random(keep="3/8", window="step")),
     "block-mask": ("block-mask", lambda: UDS(keep="1/4", window="step", memory=9)),
     "trl-padding-free": ("padding_free", lambda: MaxLoss(keep="1/4", window="step")),
     "trl-packing": ("packing", lambda: UDS(keep="1/4")),
@@ -60,7 +60,7 @@ def build(folder: Path, name: str, world: int, **more: Any) -> Any:
         **more,
     }
     if kind in ("packing", "padding_free"):
-        live = sft(folder, **{kind: True}, **settings)
+        live = sft(folder, **{kind: True}, bf16=False, **settings)
     else:
         live = packed_trainer(folder, kind, rows=scenario_rows(), **settings)
     attach(live, selector(), quiet=True)

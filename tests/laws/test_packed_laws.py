@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from siftune import MaxLoss, UserError, attach
+from siftune import MaxGrad, MaxLoss, UserError, attach
 from siftune.online.base import OnlineMethod
 from siftune.online.simple import Random, Regular
 from siftune.online.token_id import token_ids
@@ -24,6 +24,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import arguments, ledger, loss_by_hand, losses, weights
 
 LENGTHS = [9, 4, 12, 6, 5, 11, 3, 8] * 3
+SFT_ROWS = rows_of(LENGTHS * 9, seed=2)
 
 
 def packed_trainer(
@@ -96,16 +97,72 @@ def test_the_loss_is_that_of_the_kept_rows_by_the_naive_definition(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_keep_all_returns_every_batch_untouched(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("window", ["micro", "step"])
+def test_keep_all_returns_every_batch_untouched(tmp_path: Path, kind: str, window: str) -> None:
+    live = packed_trainer(tmp_path, kind, gradient_accumulation_steps=2, max_steps=1)
+    read: list[Any] = []
+    collate = live.data_collator
+    attach(live, MaxLoss(keep="all", window=window), quiet=True)
+    live.data_collator = lambda several: read.append(collate(several)) or read[-1]  # type: ignore[func-returns-value]
+    trained: list[Any] = []
+    batches_of = live.get_batch_samples
+    live.get_batch_samples = lambda *some: trained.append(batches_of(*some)) or trained[-1]  # type: ignore[func-returns-value]
+    live.train()
+    batches = trained[0][0]
+    assert len(batches) == 2
+    for batch in batches:
+        source = next(one for one in read if torch.equal(one["input_ids"], batch["input_ids"]))
+        assert batch.keys() == source.keys()
+        for name, value in source.items():
+            assert torch.equal(batch[name], value) if isinstance(value, torch.Tensor) else batch[name] == value, name
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_keep_all_trains_as_the_plain_trainer(tmp_path: Path, kind: str) -> None:
     plain, sifted = (packed_trainer(tmp_path / name, kind) for name in ("plain", "sifted"))
-    seen: list[Any] = []
-    collate = sifted.data_collator
-    sifted.data_collator = lambda several: seen.append(collate(several)) or seen[-1]  # type: ignore[func-returns-value]
     plain.train()
     attach(sifted, Regular(), quiet=True)
     sifted.train()
     assert losses(sifted) == losses(plain)
     assert all(torch.equal(value, weights(sifted)[name]) for name, value in weights(plain).items())
+
+
+def _mean_of_this_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A user's own loss, divided by the label tokens of its micro-batch."""
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(
+    "rule", ["sum over the step", "own loss", "label smoothing", "trl padding-free", "trl packing"]
+)
+def test_the_loss_is_the_trainers_own_on_the_kept_segments_bit_for_bit(tmp_path: Path, rule: str) -> None:
+    def build(folder: Path) -> Any:
+        more: dict[str, Any] = {"max_steps": 1, "max_grad_norm": 0.0}
+        if rule.startswith("trl"):
+            return sft(folder, **{"packing" if rule == "trl packing" else "padding_free": True}, bf16=False, **more)
+        live = packed_trainer(
+            folder, "trl", rows=SFT_ROWS, label_smoothing_factor=0.1 if rule == "label smoothing" else 0.0, **more
+        )
+        live.compute_loss_func = _mean_of_this_batch if rule == "own loss" else None
+        return live
+
+    sifted = build(tmp_path / "sifted")
+    attach(sifted, MaxLoss(keep=3), quiet=True)
+    ours = OnSteps(sifted)
+    sifted.train()
+    chosen = {line["token_id"] for line in ledger(tmp_path / "sifted") if line["kept"]}
+    order = [line["token_id"] for line in ledger(tmp_path / "sifted") if line["kept"]]
+    rows = {name.hex(): row for row in SFT_ROWS for name in token_ids(padded([row])) if name.hex() in chosen}
+    kept = [{name: rows[key][name] for name in ("input_ids", "labels")} for key in order]
+    plain = build(tmp_path / "plain")
+    collate = plain.data_collator
+    plain.data_collator = lambda several: collate(kept)
+    theirs = OnSteps(plain)
+    plain.train()
+    assert len(kept) == 3
+    assert losses(sifted) == losses(plain)
+    for name, gradient in theirs.gradients[0].items():
+        assert torch.equal(ours.gradients[0][name], gradient), name
 
 
 def test_the_ledger_names_segments_and_rows(tmp_path: Path) -> None:
@@ -146,6 +203,35 @@ def test_a_packed_data_sets_segments_have_its_rows(tmp_path: Path) -> None:
     for line in ledger(tmp_path):
         names[line["row"]] = names.get(line["row"], 0) + 1
     assert names == {0: 3, 1: 2, 2: 4, 3: 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "alone"), [("trl", True), ("flattening", True), ("neat", False), ("block-mask", False)]
+)
+@pytest.mark.parametrize("build", [lambda: UDS(keep="1/4"), lambda: MaxGrad(keep="1/4")], ids=["uds", "maxgrad"])
+def test_separated_segments_are_scored_as_rows_and_keep_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, alone: bool, build: Callable[[], OnlineMethod]
+) -> None:
+    """sdpa computes all pairs of tokens in a line, so rows are cheaper; flash attention scores the line."""
+    shapes: list[list[tuple[int, ...]]] = [[], []]
+    for at, separate in enumerate((True, False)):
+        selector = build()
+        measure = selector.measure
+        selector.measure = lambda model, batch, measure=measure, at=at: (  # type: ignore[method-assign]
+            shapes[at].append(tuple(batch["input_ids"].shape)) or measure(model, batch)
+        )
+        monkeypatch.setattr("siftune.hook.attach.attends_to_complete_lines", lambda _, separate=separate: separate)
+        live = packed_trainer(tmp_path / str(separate), kind, max_steps=3)
+        attach(live, selector, quiet=True)
+        live.train()
+    as_rows, as_lines = (ledger(tmp_path / name) for name in ("True", "False"))
+    assert {shape[0] for shape in shapes[0]} == {8 if alone else 1}
+    assert {shape[0] for shape in shapes[1]} == {1}
+    assert [(line["token_id"], line["kept"]) for line in as_rows] == [
+        (line["token_id"], line["kept"]) for line in as_lines
+    ]
+    totals = [[line["total"] for line in lines] for lines in (as_rows, as_lines)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-4)
 
 
 class TestMessages:
@@ -204,16 +290,14 @@ class TestRefusals:
         ):
             live.train()
 
-    def test_states_that_cross_segments(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("quiet", [False, True])
+    def test_states_that_cross_segments(self, tmp_path: Path, quiet: bool) -> None:
         model = tiny_model("llama", layers=2, width=16)
         model.config.layer_types = ["linear_attention", "full_attention"]
         live = packed_trainer(tmp_path, "neat", model=model)
-        attach(live, MaxLoss(keep=1))
+        attach(live, MaxLoss(keep=1), quiet=quiet)
         with pytest.raises(UserError, match="carries a state from one packed row to the next"):
             live.train()
-
-
-SFT_ROWS = rows_of(LENGTHS * 9, seed=2)
 
 
 def sft(folder: Path, **options: Any) -> Any:
@@ -223,7 +307,7 @@ def sft(folder: Path, **options: Any) -> Any:
         model=tiny_model("llama", layers=2, width=16),
         args=trl.SFTConfig(
             **arguments(
-                folder, **{"per_device_train_batch_size": 4, "max_steps": 10, "num_train_epochs": 9, **options}
+                folder, **{"per_device_train_batch_size": 4, "max_steps": 10, "num_train_epochs": 60, **options}
             ),
             max_length=64 if options.get("packing") else None,
             gradient_checkpointing=False,
@@ -269,18 +353,21 @@ def test_a_token_budget_gives_one_dense_line_of_trl_packing(tmp_path: Path) -> N
 def test_trl_packing_is_sifted_and_resumes(
     tmp_path: Path, options: dict[str, Any], make: Callable[[], OnlineMethod], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = {**options, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 5}
+    more = {**options, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 25, "max_steps": 50}
     complete = sft(tmp_path / "complete", **more)
     attach(complete, make())
     complete.train()
     assert "packed batches" in capsys.readouterr().err
     lines = ledger(tmp_path / "complete")
-    assert {line["step"] for line in lines} == set(range(1, 11))
-    shares = [sum(line["kept"] for line in lines if line["step"] == step) for step in range(1, 11)]
+    assert {line["step"] for line in lines} == set(range(1, 51))
+    shares = [sum(line["kept"] for line in lines if line["step"] == step) for step in range(1, 51)]
     assert all(kept > 0 for kept in shares)
     assert sum(shares) < 0.35 * len(lines)
+    lengths = {name.hex(): len(row["input_ids"]) for row in SFT_ROWS for name in token_ids(padded([row]))}
+    logged = [line["sift/tokens_trained"] for line in complete.state.log_history if "loss" in line]
+    assert logged[-1] == sum(lengths[line["token_id"]] for line in lines if line["kept"])
     resumed = sft(tmp_path / "complete", **more)
     attach(resumed, make(), quiet=True)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "complete" / "checkpoint-5"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "complete" / "checkpoint-25"))
     assert ledger(tmp_path / "complete") == lines
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(complete).items())

@@ -33,6 +33,8 @@ COMMON = {
     "gradient_checkpointing": False,
 }
 LORA = {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}
+PACKED = {**COMMON, "max_steps": 50, "max_length": 128}
+"""trl's own `packing` and `padding_free`."""
 RECIPES: dict[str, dict[str, Any]] = {
     "full": {"sft": COMMON},
     "full-uds": {"sft": COMMON, "online": {"method": "uds", "keep": "1/2"}},
@@ -43,6 +45,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "online": {"method": "uds", "keep": 2},
         "stop_at": {"trained_tokens": 700},
     },
+    "packing": {"sft": {**PACKED, "packing": True}},
+    "packing-uds": {"sft": {**PACKED, "packing": True}, "online": {"method": "uds", "keep": "1/4"}},
+    "padding-free": {"sft": {**PACKED, "padding_free": True}, "peft": LORA},
+    "padding-free-uds": {"sft": {**PACKED, "padding_free": True}, "online": {"method": "uds", "keep": "1/4"}},
 }
 
 

@@ -11,13 +11,13 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainerControl
 
 from siftune import UserError, attach, detach
 from siftune.online.greats import Greats
 from siftune.online.maxgrad import MaxGrad
 from siftune.online.simple import Random, Regular
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import Drifting, kept_rows, ledger, losses, rows, trainer
 
 
@@ -246,6 +246,49 @@ def test_candidates_reach_the_selector_as_the_collator_made_them(tmp_path: Path)
     assert row["attention_mask"][0, -1] == 1
 
 
+@pytest.mark.parametrize("with_ledger", [True, False])
+def test_a_collator_that_drops_rows_may_leave_one(tmp_path: Path, with_ledger: bool) -> None:
+    pad = DataCollatorForSeq2Seq(tiny_tokenizer())
+    long = [row for row in rows(200, longest=60) if len(row["input_ids"]) > 20][:16]
+    data = [{name: value[: 6 if at % 4 == 1 else 20] for name, value in row.items()} for at, row in enumerate(long)]
+    live = trainer(tmp_path, data=Dataset.from_list(data), per_device_train_batch_size=4)
+    live._get_train_sampler = lambda *some: torch.utils.data.SequentialSampler(data)
+    live.data_collator = lambda several: pad([row for row in several if len(row["input_ids"]) <= 6])
+    attach(live, Random(keep="1/2"), ledger=with_ledger, quiet=True)
+    live.train()
+    assert live.state.global_step == 4
+    if with_ledger:
+        assert [line["row"] for line in ledger(tmp_path)] == [1, 5, 9, 13]
+
+
+def test_full_lines_with_an_end_in_their_middle_are_reported(tmp_path: Path) -> None:
+    """LLaMA-Factory's `packing`: nothing says where rows begin, and the tokenizer has no token that does."""
+    ids = [[7, 8, 1, 9, 10, 11, 1, 12]] * 16
+    data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * 8, "labels": row} for row in ids])
+    live = trainer(tmp_path, data=data, max_steps=1)
+    live.processing_class.bos_token = None
+    attach(live, Random(keep="1/2"), quiet=True)
+    with pytest.warns(UserWarning, match="has the token that begins or ends a row in its middle"):
+        live.train()
+
+
+def test_block_masks_of_different_widths_are_not_joined(tmp_path: Path) -> None:
+    pad = DataCollatorForSeq2Seq(tiny_tokenizer())
+
+    def collate(several: list[Any]) -> Any:
+        batch = dict(pad(several))
+        width = batch["input_ids"].shape[1]
+        real = batch["attention_mask"].bool()
+        batch["attention_mask"] = (torch.ones(width, width, dtype=torch.bool).tril() & real[:, None, :])[:, None]
+        return batch
+
+    live = trainer(tmp_path, gradient_accumulation_steps=2, max_steps=4, per_device_train_batch_size=4)
+    live.data_collator = collate
+    attach(live, Random(keep="1/2", window="step", seed=1), quiet=True)
+    with pytest.raises(UserError, match="columns with 4-D attention masks cannot be joined; pass window='micro'"):
+        live.train()
+
+
 class TestRefusals:
     """Each refused at attach, in one sentence that holds the value and the way out."""
 
@@ -319,6 +362,32 @@ class TestRefusals:
     def test_images(self, tmp_path: Path) -> None:
         live = trainer(tmp_path, data=Dataset.from_list([{"input_ids": [1], "labels": [1], "images": [0]}]))
         self.refused(live, Random(keep=1), "images")
+
+    def test_columns_that_hold_nothing_are_no_images(self, tmp_path: Path) -> None:
+        """Every data set of LLaMA-Factory has the three columns, null where it has none."""
+        for empty in (None, []):
+            data = Dataset.from_list([{**row, "images": empty, "videos": None, "audios": None} for row in rows(8)])
+            live = trainer(tmp_path, data=data)
+            attach(live, Random(keep=1), quiet=True)
+            detach(live)
+
+    @pytest.mark.parametrize("name", ["DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer", "GRPOTrainer"])
+    def test_trainers_of_preferences(self, tmp_path: Path, name: str) -> None:
+        live = trainer(tmp_path, cls=type(name, (Trainer,), {}))
+        self.refused(live, Random(keep=1), f"{name} trains on pairs, rewards or generated answers")
+
+    def test_collators_of_preferences(self, tmp_path: Path) -> None:
+        live = trainer(tmp_path)
+        live.data_collator = type("DataCollatorForPreference", (), {})()
+        self.refused(live, Random(keep=1), "DataCollatorForPreference trains on pairs")
+
+    def test_classifiers(self, tmp_path: Path) -> None:
+        from transformers import AutoModelForSequenceClassification
+
+        from tests.tiny import tiny_config
+
+        model = AutoModelForSequenceClassification.from_config(tiny_config("llama", layers=1, width=16))
+        self.refused(trainer(tmp_path, model=model), Random(keep=1), "is a classifier")
 
     def test_encoder_decoders(self, tmp_path: Path) -> None:
         live = trainer(tmp_path)
