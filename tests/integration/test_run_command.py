@@ -97,7 +97,7 @@ def test_a_signal_reaches_the_command(name: str, capfd: pytest.CaptureFixture[st
             ["--online", "uds", "--keep", "1/4", "--window", "all", "--", "true"],
             "--window all is not one of micro, step",
         ),
-        (["--keep", "1/4", "--", "true"], "keep"),
+        (["--keep", "1/4", "--", "true"], "siftune run needs --online METHOD"),
         (["--", "true"], "siftune run needs --online METHOD"),
         (["--online", "uds", "--keep", "1/4"], "siftune run needs a command after --"),
         (["--online", "uds", "--keep", "1/4", "--"], "siftune run needs a command after --"),
