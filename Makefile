@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo check test test-oldest lint wheel docs bench gpu soak clean
+.PHONY: demo check test test-oldest lint wheel docs bench frameworks gpu soak clean
 
 demo: $(READY_DEMO)
 	$(BIN)/siftune demo
@@ -49,6 +49,10 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
+# LLaMA-Factory, Axolotl, ms-swift and Oumi for real on the CPU, one environment each; writes docs/frameworks.md. Not part of test.
+frameworks: $(READY)
+	$(BIN)/python scripts/frameworks.py
+
 # On a machine with a CUDA GPU and its own torch and transformers: no environment is made, so that nothing is downloaded.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
@@ -70,4 +74,4 @@ $(READY): $(READY_DEMO)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-frameworks build dist *.egg-info

@@ -37,7 +37,7 @@ OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fi
   siftune methods                       every method: one line, its paper, what it needs
   siftune version                       versions of siftune and of its dependencies
 
-Every command: --run DIR --out FILE --seed INT --quiet --json --config FILE --cache DIR
+Every command but run: --run DIR --out FILE --seed INT --quiet --json --config FILE --cache DIR
 Help: siftune COMMAND --help, and siftune select METHOD --help for a method's options.
 Exit codes: 0 done, 2 bad input or usage, 1 an internal error."""
 

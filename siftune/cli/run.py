@@ -42,6 +42,9 @@ EXAMPLES = (
 def run(words: list[str]) -> int:
     options, command = split_command(words)
     method = _method(options)
+    if method is None and not {"-h", "--help"} & set(options):
+        known = ", ".join(entry.name for entry in registry.methods("online"))
+        raise UserError(f"siftune run needs --online METHOD, one of {known}; see siftune run --help")
     own = method_options(method) if method else []
     reader = Command(
         "run",
@@ -55,9 +58,6 @@ def run(words: list[str]) -> int:
     if values is None:
         return 0
     chosen = RunOptions(**{item.name: values[item.name] for item in dataclasses.fields(RunOptions)})
-    if method is None:
-        known = ", ".join(entry.name for entry in registry.methods("online"))
-        raise UserError(f"siftune run needs --online METHOD, one of {known}; see siftune run --help")
     if not command:
         raise UserError(
             "siftune run needs a command after --, as in: siftune run --online uds --keep 1/8 -- torchrun train.py"

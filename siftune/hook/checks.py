@@ -41,6 +41,8 @@ _PREFERENCE_MARKS = (
     "SparseEncoder",
 )
 """Marks of trainers and collators whose batches hold pairs, prompts to answer or rewards, not rows to imitate."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of configurations that count the experts of a layer."""
 _OTHER_TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM")
 """Ends of the names of models whose labels are not the row's next tokens."""
 _PACKING_KEYS = (
@@ -174,9 +176,6 @@ def check_budget(trainer: Trainer, selector: OnlineMethod, size: int) -> None:
     ):  # a line holds an unknown number of rows: the first batch shows whether the budget is one of them
         selector.check()
         return
-    if not step_window and ranks == 1:
-        selector.check_keep(size)
-        return
     selector.check()
     slots = ranks * micro_batches if step_window else ranks
     candidates = (
@@ -185,37 +184,68 @@ def check_budget(trainer: Trainer, selector: OnlineMethod, size: int) -> None:
     candidates += f" of {ranks} processes each" if ranks > 1 else ""
     if parse_keep(selector.keep).rows(size * slots) < 1:
         raise UserError(
-            f"keep={selector.keep!r} is less than one row of {candidates}; raise keep, per_device_train_batch_size or "
-            "gradient_accumulation_steps"
+            f"keep={selector.keep!r} is less than one row of {candidates}; {_way_out(trainer, selector, size)}"
         )
     kept = window_count(selector, [size] * slots)
-    if kept < slots and not allows_dummies(trainer):
+    if kept < slots and (obstacle := _dummies_obstacle(trainer)):
         raise UserError(
-            f"keep={selector.keep!r} of {candidates} is {kept} rows for {slots} micro-batches, and this trainer's own loss "
-            "may not support an empty one; raise keep"
-            + (", or lower gradient_accumulation_steps" if step_window else "")
+            f"keep={selector.keep!r} of {candidates} is {kept} rows for {slots} micro-batches, and {obstacle}; "
+            f"{_way_out(trainer, selector, size)}"
         )
+
+
+def _way_out(trainer: Trainer, selector: OnlineMethod, size: int) -> str:
+    """What to change where a micro-batch would keep no row: the same candidates in one micro-batch, if that is enough."""
+    micro_batches = trainer.args.gradient_accumulation_steps
+    if micro_batches == 1 or parse_keep(selector.keep).rows(size * micro_batches) < 1:
+        return "raise keep, per_device_train_batch_size or gradient_accumulation_steps"
+    same = (
+        f"read the same candidates in one micro-batch, per_device_train_batch_size={size * micro_batches} (micro_batch_size in "
+        "Axolotl) and gradient_accumulation_steps=1: only the kept rows need the memory of training"
+    )
+    if selector.window == "micro" and _dummies_obstacle(trainer) is None:
+        same += ', or choose over the step with window="step"'
+    return f"{same}; or raise keep"
 
 
 def allows_dummies(trainer: Trainer) -> bool:
-    """Whether a fully masked micro-batch adds exactly nothing to this trainer's loss.
+    """Whether a fully masked micro-batch adds exactly nothing to this trainer's loss."""
+    return _dummies_obstacle(trainer) is None
 
-    So it is where the loss is the library's own sum over label tokens, divided by the step's token count. A loss of the
-    user's own, label smoothing or a model without that count may divide by the micro-batch's label tokens: 0 / 0; and
-    so may a process that counts its own tokens alone.
+
+def _dummies_obstacle(trainer: Trainer) -> str | None:
+    """Why a fully masked micro-batch may add something to this trainer's loss; None where it adds exactly nothing.
+
+    It adds nothing where the loss is the library's own sum over label tokens, divided by the step's token count. A loss of
+    the user's own, label smoothing or a model without that count may divide by the micro-batch's label tokens: 0 / 0; and so
+    may a process that counts its own tokens alone. The balancing loss of a mixture of experts counts masked tokens too.
     """
+    if _has_balancing_loss(trainer.model):
+        return "the balancing loss of the model's experts would train on an empty one"
     library_loss = getattr(trainer.compute_loss, "__module__", "").split(".")[0] in ("transformers", "trl")
     label_smoothing = getattr(trainer.args, "label_smoothing_factor", 0.0)
     default_loss = getattr(trainer, "compute_loss_func", None) is None and not label_smoothing
     counts_local_tokens = trainer.args.world_size > 1 and not getattr(
         trainer.args, "average_tokens_across_devices", True
     )
-    return (
-        library_loss
-        and default_loss
-        and not counts_local_tokens
-        and bool(getattr(trainer, "model_accepts_loss_kwargs", False))
-    )
+    accepts_count = bool(getattr(trainer, "model_accepts_loss_kwargs", False))
+    if library_loss and default_loss and not counts_local_tokens and accepts_count:
+        return None
+    return "this trainer's own loss may not support an empty one"
+
+
+def _has_balancing_loss(model: Any) -> bool:
+    """Whether the model adds a loss over its routers' choices: where transformers' models return their router logits, and
+    perhaps where a mixture of experts is code of its own."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return False
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if any(getattr(one, "output_router_logits", False) for one in (config, text)):
+        return True
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own_code = not type(causal).__module__.startswith("transformers.models.")
+    return own_code and any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS)
 
 
 def check_batch(batch: Any, trainer: Trainer, *, is_row: Callable[[Mapping[str, Any]], bool]) -> None:

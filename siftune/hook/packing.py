@@ -41,8 +41,10 @@ def packs(trainer: Trainer) -> bool:
     args, collator = trainer.args, trainer.data_collator
     options = any(getattr(args, name, False) is True for name in ("packing", "sample_packing", "padding_free"))
     kinds = {cls.__name__ for cls in type(collator).__mro__}
-    flattens = "DataCollatorWithFlattening" in kinds or getattr(collator, "padding_free", False) is True
-    return options or flattens
+    joins = any(
+        getattr(collator, name, False) is True for name in ("padding_free", "neat_packing")
+    )  # trl, LLaMA-Factory
+    return options or joins or "DataCollatorWithFlattening" in kinds
 
 
 def packed_lines(trainer: Trainer) -> int | None:

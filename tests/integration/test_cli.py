@@ -226,7 +226,7 @@ def test_options_take_words_anywhere_and_pairs() -> None:
 
 
 def test_every_option_of_everywhere_is_on_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in COMMANDS:
+    for name in set(COMMANDS) - {"run"}:  # the options of siftune run are its method's
         _, out, _ = said(capsys, name, "--help")
         for option in options_of(Everywhere):
             assert option.flag in out or (name, option.name) in (("keep", "run"), ("report", "run")), (

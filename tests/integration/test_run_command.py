@@ -97,7 +97,7 @@ def test_a_signal_reaches_the_command(name: str, capfd: pytest.CaptureFixture[st
             ["--online", "uds", "--keep", "1/4", "--window", "all", "--", "true"],
             "--window all is not one of micro, step",
         ),
-        (["--keep", "1/4", "--", "true"], "keep"),
+        (["--keep", "1/4", "--", "true"], "siftune run needs --online METHOD"),
         (["--", "true"], "siftune run needs --online METHOD"),
         (["--online", "uds", "--keep", "1/4"], "siftune run needs a command after --"),
         (["--online", "uds", "--keep", "1/4", "--"], "siftune run needs a command after --"),
@@ -197,7 +197,7 @@ def test_a_child_of_the_command_is_sifted_and_a_dry_run_trains_nothing(
 
 @pytest.mark.slow
 def test_torchrun_with_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     assert main([*UDS, "--", *torchrun, script(tmp_path), str(tmp_path / "out"), "--gloo"]) == 0
     printed = capfd.readouterr().err
     for rank in (0, 1):
@@ -211,7 +211,7 @@ def test_torchrun_with_two_processes(tmp_path: Path, capfd: pytest.CaptureFixtur
 def test_what_cannot_be_sifted_is_one_sentence_also_under_a_launcher(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--standalone"]
     words = ["run", "--online", "maxloss", "--keep", "1/80", "--", *torchrun, script(tmp_path), str(tmp_path / "out")]
     assert main(words) == 2
     assert capfd.readouterr().err.strip().splitlines()[-1].startswith("siftune: keep='1/80' is less than one row")

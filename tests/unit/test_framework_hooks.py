@@ -8,12 +8,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from siftune import UserError
+from siftune.hook.packing import packs
 from siftune.integrations import every_trainer, llamafactory, oumi, swift
 from siftune.integrations.request import Request
 
@@ -172,6 +173,14 @@ def test_without_llamafactory_it_is_one_sentence(tmp_path: Path, capsys: pytest.
     assert "LLaMA-Factory cannot be imported" in capsys.readouterr().err
     assert llamafactory.main([]) == 2
     assert "as its first word, got 'nothing'" in capsys.readouterr().err
+
+
+def test_neat_packing_is_seen_before_the_first_batch() -> None:
+    """One line a micro-batch is then no single candidate; LLaMA-Factory's collator alone holds the setting."""
+    collator = SimpleNamespace(neat_packing=True)
+    assert packs(SimpleNamespace(args=SimpleNamespace(), data_collator=collator))
+    collator.neat_packing = False
+    assert not packs(SimpleNamespace(args=SimpleNamespace(), data_collator=collator))
 
 
 # --- Axolotl --------------------------------------------------------------------------------------------------------------
