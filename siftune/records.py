@@ -8,6 +8,7 @@ Shapes: `n` rows of the pool (bad ones included), `K` domains, `B` candidates of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,8 @@ class Scores:
     """Shape `(n, K)`: p(domain | row), NaN rows where there is none."""
     pseudo_labels: NDArray[np.int16] | None = None
     """Shape `(n,)`: index into `domains`, -1 where there is none."""
+    target_rows: NDArray[np.int32] | None = None
+    """Shape `(n,)`: the target row, 0-based, that brought the row in or is most similar to it, -1 where there is none."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """Plain facts of the fit (accuracies, correlations, counts), JSON-able, for the manifest and the report."""
 
@@ -221,7 +224,18 @@ class Scores:
         else:
             rows = budget.top(values, self._rows_for(fraction, count))
         rule = {named[0]: budgets[named[0]]} | ({"target_mix": dict(target_mix)} if target_mix else {})
+        self._warn_of_small_budget(len(rows))
         return Subset(self, rows, rule)
+
+    def _warn_of_small_budget(self, kept: int) -> None:
+        """Warn where the target has more rows than the budget keeps: some target rows then bring in nothing."""
+        target_rows = self.info.get("target", {}).get("rows", 0)
+        if 0 < kept < target_rows:
+            warnings.warn(
+                f"the target has {target_rows} rows and the budget keeps {kept}, so some target rows bring in nothing; "
+                "raise the budget, or use fewer target rows",
+                stacklevel=3,
+            )
 
     def _rows_for(self, fraction: float | str | None, count: int | None) -> int:
         eligible = len(self.pool) - len(self.pool.reasons)

@@ -219,6 +219,22 @@ register(
     paper=f"{_DAAR}, section 3",
     needs="domain labels; a model's embedding layer",
 )
+register(
+    "offline",
+    "bm25",
+    "siftune.offline.bm25:BM25",
+    summary="rows that share rare words with the rows of a target",
+    paper="Robertson et al., TREC-3 1994",
+    needs="target rows",
+)
+register(
+    "offline",
+    "rds",
+    "siftune.offline.rds:RDS",
+    summary="rows whose last hidden states are near those of a target's rows",
+    paper="RDS+, arXiv 2503.01807",
+    needs="target rows; a causal LM",
+)
 register("online", "regular", "siftune.online.simple:Regular", summary="keeps every row, the full-data reference")
 register(
     "online", "random", "siftune.online.simple:Random", summary="a seeded uniform draw, the reference at equal budget"

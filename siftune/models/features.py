@@ -82,7 +82,7 @@ def extract_tokens(
 ) -> Features:
     """As `extract`, for texts already tokenised."""
     lengths = np.fromiter((len(row.ids) for row in rows), dtype=np.int32, count=len(rows))
-    _check_ids(backbone, rows)
+    check_ids(backbone, rows)
     budget = token_budget or TOKEN_BUDGET.get(backbone.torch_device.type, TOKEN_BUDGET["cuda"])
     order: list[int] = []
     means = []
@@ -104,7 +104,7 @@ def extract_tokens(
     return Features(features_2BD[0], features_2BD[1], lengths, truncated, reasons)
 
 
-def _check_ids(backbone: Backbone, rows: Sequence[Tokenised]) -> None:
+def check_ids(backbone: Backbone, rows: Sequence[Tokenised]) -> None:
     largest = max((int(row.ids.max()) for row in rows if len(row.ids)), default=-1)
     if largest >= int(backbone.config.vocab_size):
         raise UserError(
@@ -134,15 +134,8 @@ def batches(lengths: NDArray[np.int32], token_budget: int) -> Iterator[list[int]
 @torch.no_grad()
 def pooled(backbone: Backbone, ids: Sequence[NDArray[np.int32]]) -> torch.Tensor:
     """Embedding and hidden means of one batch, float32 `(2, B, D)`, on the backbone's device, asynchronously."""
-    network, device = backbone.network, backbone.torch_device
-    longest = max(len(row) for row in ids)
-    # The padding repeats a row's last token: any real id works, since no real token attends to it.
-    ids_BT = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in ids]).astype(np.int64)
-    length_B1 = torch.tensor([[len(row)] for row in ids])
-    input_BT, length_B1 = _to(torch.from_numpy(ids_BT), device), _to(length_B1, device)
-    padding_BT1 = None
-    if any(len(row) < longest for row in ids):
-        padding_BT1 = (torch.arange(longest, device=device)[None, :] >= length_B1)[:, :, None]
+    network = backbone.network
+    input_BT, length_B1, padding_BT1 = padded(ids, backbone.torch_device)
 
     def mean(states_BTD: torch.Tensor) -> torch.Tensor:
         if padding_BT1 is not None:
@@ -158,6 +151,22 @@ def pooled(backbone: Backbone, ids: Sequence[NDArray[np.int32]]) -> torch.Tensor
         hook.remove()
     assert len(means) == 1, "the embedding layer runs once per forward"
     return torch.stack([means[0], mean(hidden_BTD)])
+
+
+def padded(
+    ids: Sequence[NDArray[np.int32]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Rows of token ids as one batch on a device: ids `(B, T)`, lengths `(B, 1)`, and where padding is `(B, T, 1)`,
+    None where there is none."""
+    longest = max(len(row) for row in ids)
+    # The padding repeats a row's last token: any real id works, since no real token attends to it.
+    ids_BT = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in ids]).astype(np.int64)
+    length_B1 = torch.tensor([[len(row)] for row in ids])
+    input_BT, length_B1 = _to(torch.from_numpy(ids_BT), device), _to(length_B1, device)
+    padding_BT1 = None
+    if any(len(row) < longest for row in ids):
+        padding_BT1 = (torch.arange(longest, device=device)[None, :] >= length_B1)[:, :, None]
+    return input_BT, length_B1, padding_BT1
 
 
 def _to(values: torch.Tensor, device: torch.device) -> torch.Tensor:

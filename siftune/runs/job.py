@@ -143,6 +143,8 @@ def plain(value: Any) -> Any:
         return {str(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
+    if isinstance(value, Pool):
+        return f"pool {value.fingerprint}"
     return str(value) if isinstance(value, Path) else value
 
 

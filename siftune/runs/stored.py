@@ -32,6 +32,7 @@ def write_scores(path: Path, scores: Scores) -> None:
         "tokens": scores.tokens,
         "probabilities": scores.probabilities,
         "pseudo_labels": scores.pseudo_labels,
+        "target_rows": scores.target_rows,
     }
     arrays = {"values": scores.values} | {name: array for name, array in optional.items() if array is not None}
     reasons = {str(row): reason for row, reason in sorted(scores.reasons.items()) if row not in scores.pool.reasons}
@@ -58,6 +59,7 @@ def read_scores(path: Path, pool: Pool, info: Mapping[str, Any]) -> Scores:
         domains=tuple(facts["domains"]),
         probabilities=arrays.get("probabilities"),
         pseudo_labels=arrays.get("pseudo_labels"),
+        target_rows=arrays.get("target_rows"),
         info=info,
     )
 
@@ -65,7 +67,8 @@ def read_scores(path: Path, pool: Pool, info: Mapping[str, Any]) -> Scores:
 def write_rows(path: Path, scores: Scores, kept: np.ndarray[Any, np.dtype[np.int64]]) -> None:
     """`rows.parquet`: every row of the pool exactly once, bad ones included, in the pool's order. Streamed.
 
-    Columns: row, id, file, line, tokens, score, kept, reason, pseudo_label, and p_<domain> for each domain.
+    Columns: row, id, file, line, tokens, score, kept, reason, pseudo_label, p_<domain> for each domain, and target_row
+    (0-based, in the target) for a method with a target.
     """
     from ..data.checked_parquet import open_writer
 
@@ -104,6 +107,9 @@ def _rows_table(scores: Scores, mask: np.ndarray[Any, np.dtype[np.bool_]], start
         assert scores.probabilities is not None
         share = np.ascontiguousarray(scores.probabilities[start:stop, index])
         columns[f"p_{domain}"] = pa.array(share, pa.float32(), mask=np.isnan(share))
+    if scores.target_rows is not None:
+        targets = scores.target_rows[start:stop]
+        columns["target_row"] = pa.array(targets, pa.int32(), mask=targets < 0)
     return pa.table(columns)
 
 

@@ -53,6 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 QUICK = ProbeTraining(epochs=3)
+TARGET = [row for domain in WORDS for row in rows_of(domain, 2, start=2000)]
 
 RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
     "daar": lambda model: {"model": model, "seeds": SEEDS, "max_length": 64, "device": "cpu", "training": QUICK},
@@ -64,6 +65,8 @@ RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
     "deita-q": lambda model: {"scorer": model, "device": "cpu"},
     "deita-d": lambda model: {"complexity_scorer": model, "quality_scorer": model, "model": model, "device": "cpu"},
     "inter-diversity": lambda model: {"model": model, "label_column": "source", "device": "cpu"},
+    "bm25": lambda _: {"target": TARGET},
+    "rds": lambda model: {"target": TARGET, "model": model, "device": "cpu"},
     "intra-diversity": lambda model: {"model": model, "label_column": "source", "device": "cpu"},
 }
 
