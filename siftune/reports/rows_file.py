@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.load import load_pool
+from ..data.messages import plain_text
 from ..errors import UserError
 from ..files import cache_folder, read_json
 from ..records import Pool, Row
@@ -175,8 +176,8 @@ class Texts:
 
 def _parts(row: Row) -> tuple[str, str]:
     if row.messages:
-        turns = "\n\n".join(f"{role}: {content}" for role, content in row.messages[:-1])
-        return turns, row.output or row.messages[-1][1]
+        turns = "\n\n".join(f"{message['role']}: {plain_text(message)}" for message in row.messages[:-1])
+        return turns, row.output
     return row.question, row.output
 
 

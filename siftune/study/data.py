@@ -315,7 +315,11 @@ def _part(total: int | None, index: int, parts: int) -> int | None:
 def _columns(row: Row) -> dict[str, Any]:
     """A row in siftune's own columns, which every method reads without `columns:`."""
     if row.messages:
-        return {"messages": [{"role": role, "content": content} for role, content in row.messages]}
+        messages = [
+            {**message, **({} if not row.learnt or row.learnt[number] else {"weight": 0})}
+            for number, message in enumerate(row.messages)
+        ]
+        return {"messages": messages, **({"tools": list(row.tools)} if row.tools else {})}
     return {"instruction": row.instruction, "input": row.input, "output": row.output}
 
 
