@@ -29,6 +29,8 @@ ROLES: dict[str, str] = {
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 FLAGS = ("weight", "train", "loss")
 """Keys of a message that say whether it is learnt; 0 and false: it is not."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold its reasoning, read as the first of them."""
 SYSTEM_ROLES = ("system", "developer")
 
 
@@ -103,8 +105,11 @@ def _message(message: dict[str, Any], where: str, roles: Mapping[str, str]) -> d
         if not isinstance(content, str):
             raise BadRow(f"wrong type: {where} is a function_call without a text")
         calls, content, role = _written_calls(content, where), "", "assistant"
-    text = _content(content, where, may_be_absent=bool(calls) or "reasoning_content" in kept)
+    text = _content(content, where, may_be_absent=bool(calls) or any(key in kept for key in THOUGHTS))
     kept.pop("function_call", None)
+    for key in THOUGHTS[1:]:
+        if isinstance(kept.get(key), str):
+            kept["reasoning_content"] = kept.get("reasoning_content") or kept.pop(key)
     return {"role": role, "content": text, **kept, **({"tool_calls": calls} if calls else {})}
 
 

@@ -59,7 +59,7 @@ def render(
     >>> render(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]).text
     '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n'
     """
-    first: BadRow | None = None
+    failures: list[BadRow] = []
     passed = {"tools": list(tools)} if tools else {}
     for turns in _forms(messages, merge_system):
         try:
@@ -68,11 +68,17 @@ def render(
         except Overrun:
             raise
         except BadRow as bad:
-            first = first or bad
+            failures.append(bad)
             continue
         return Rendered(text, turns, tuple(tools))
-    assert first is not None
-    raise first
+    raise _reason(failures)
+
+
+def _reason(failures: Sequence[BadRow]) -> BadRow:
+    """Of what every form failed with, the reason that says most: a refusal, else what the last form lacks."""
+    refusals = [bad for bad in failures if isinstance(bad, Refusal)]
+    dropped = [bad for bad in failures if isinstance(bad, Dropped)]
+    return (refusals or dropped[-1:] or list(failures))[0]
 
 
 # --- the forms in which a template may take a chat --------------------------------------------------------------------
@@ -92,6 +98,8 @@ def _forms(messages: Sequence[Message], merge_system: bool) -> Iterator[Turns]:
         contents.append(_arguments_as_text)
         if not all(turn["content"] for turn in calls):
             contents += [_without_content, lambda turns: _without_content(_arguments_as_text(turns))]
+    if any(turn.get("reasoning_content") for turn in turns):
+        contents.append(_reasoning_by_other_names)
     contents.append(_as_parts)
     for role, content in itertools.product(roles, contents):
         yield content(role(turns))
@@ -123,6 +131,14 @@ def _without_content(turns: Turns) -> Turns:
     return [{**turn, "content": None} if turn.get("tool_calls") and not turn["content"] else turn for turn in turns]
 
 
+def _reasoning_by_other_names(turns: Turns) -> Turns:
+    names = ("reasoning", "thinking")
+    return [
+        {**turn, **dict.fromkeys(names, turn["reasoning_content"])} if turn.get("reasoning_content") else turn
+        for turn in turns
+    ]
+
+
 def _as_parts(turns: Turns) -> Turns:
     return [{**turn, "content": [{"type": "text", "text": turn["content"] or ""}]} for turn in turns]
 
@@ -131,7 +147,8 @@ def _as_parts(turns: Turns) -> Turns:
 
 
 def check_holds(text: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Raise `Dropped` with the first part of the row that the text lacks. White space around a content may differ."""
+    """Raise `Dropped` with the first part of the row that the text lacks, read from front to back; a system text may be
+    anywhere. White space around a content may differ."""
     _check_tools(text, tools)
     position = 0
     for number, message in enumerate(messages, 1):
@@ -141,19 +158,32 @@ def check_holds(text: str, messages: Sequence[Message], tools: Sequence[Mapping[
             if _find(text, message["content"], 0) < 0:
                 raise SystemDropped("chat template drops the system message")
             continue
-        if last and (thoughts := message.get("reasoning_content")) and _find(text, str(thoughts), 0) < 0:
+        if last and (thoughts := message.get("reasoning_content")) and _find(text, str(thoughts), position) < 0:
             raise Dropped("chat template drops the reasoning of the answer")
-        for call in message.get("tool_calls", ()):
-            if not _holds_call(text, call["function"]):
+        begin, position = position, _after(text, message, position, name, last=last)
+        if message.get("tool_calls"):
+            window = text[begin : _start_of_next(text, messages[number:], position)]
+            if not all(_holds_call(window, call["function"]) for call in message["tool_calls"]):
                 raise Dropped(f"chat template drops a tool call of {name}")
-        found = _find_content(text, message, position, last=last)
-        if found < 0 and message["role"] == "tool":  # results of parallel calls may be in another order
-            found = max(position, _find(text, message["content"], 0))
-            if _find(text, message["content"], 0) < 0:
-                found = -1
-        if found < 0:
-            raise Dropped(f"chat template drops or rewrites {name}")
-        position = max(position, found)
+
+
+def _after(text: str, message: Message, position: int, name: str, *, last: bool) -> int:
+    """One past a message's content in the text. Raises `Dropped` where it is nowhere after `position`."""
+    place = _find_content(text, message, position, last=last)
+    if place < 0 and message["role"] == "tool" and _find(text, message["content"], 0) >= 0:
+        return position  # results of parallel calls may be in another order
+    if place < 0:
+        raise Dropped(f"chat template drops or rewrites {name}")
+    return place
+
+
+def _start_of_next(text: str, messages: Sequence[Message], position: int) -> int:
+    """Where the content of the next message with one begins; the text's end where there is none."""
+    for message in messages:
+        if content := message["content"].strip():
+            place = text.find(content, position)
+            return place if place >= 0 else len(text)
+    return len(text)
 
 
 def _find_content(text: str, message: Message, start: int, *, last: bool) -> int:

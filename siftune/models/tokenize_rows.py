@@ -172,8 +172,9 @@ class Encoder:
         )
         answer = messages[-1]
         reasons = any(message.get("reasoning_content") for message in messages) or "</think>" in answer["content"]
-        # Models that reason by default are trained to answer at once; other templates ignore the option.
-        options = {} if reasons else {"enable_thinking": False}
+        # Models that reason by default are trained to answer at once, unless the row has reasoning; other templates
+        # ignore the option.
+        options: dict[str, Any] = {"enable_thinking": reasons}
         chat = render(self.tokenizer, messages, row.tools, merge_system=True, **options)
         options |= chat.options()
         if self._marks:
