@@ -53,8 +53,8 @@ class Row:
     """The messages of a chat row, as a chat template is given them; else empty."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """The tools that the row offers, as a chat template is given them."""
-    learnt: tuple[bool, ...] = ()
-    """Of each message whether it is learnt; empty where the row does not say so."""
+    supervised: tuple[bool, ...] = ()
+    """Of each message whether it is supervised; empty where the row does not say so."""
     weight: Any = None
     """The row's `weight` column as it is; read by training alone."""
 

@@ -126,7 +126,7 @@ class Reading:
         )
         if parts.chat is None:
             return row
-        return replace(row, messages=parts.chat.messages, tools=parts.chat.tools, learnt=parts.chat.learnt)
+        return replace(row, messages=parts.chat.messages, tools=parts.chat.tools, supervised=parts.chat.supervised)
 
     def column(self, field: str) -> str:
         """The user's column that holds a field."""
@@ -140,7 +140,9 @@ def _chat_notes(chat: Chat | None) -> list[str]:
     if chat.opening:
         notes.append("messages before the first question, which are left out of the text (written rows keep them)")
     if chat.closing:
-        notes.append("messages after the last answer to learn, which are left out of the text (written rows keep them)")
+        notes.append(
+            "messages after the last supervised answer, which are left out of the text (written rows keep them)"
+        )
     return notes
 
 

@@ -28,7 +28,7 @@ ROLES: dict[str, str] = {
 
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 FLAGS = ("weight", "train", "loss")
-"""Keys of a message that say whether it is learnt; 0 and false: it is not."""
+"""Keys of a message that say whether it is supervised; 0 and false: it is not."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold its reasoning, read as the first of them."""
 SYSTEM_ROLES = ("system", "developer")
@@ -36,16 +36,16 @@ SYSTEM_ROLES = ("system", "developer")
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat that can be learnt from, and what of the row's own list is not part of it."""
+    """A chat to train on, and what of the row's own list is not part of it."""
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] = ()
-    learnt: tuple[bool, ...] = ()
-    """Of each message whether it is learnt; empty where no message has a flag."""
+    supervised: tuple[bool, ...] = ()
+    """Of each message whether it is supervised; empty where no message has a flag."""
     opening: int = 0
     """Messages of the assistant (or tools) before the first question, left out."""
     closing: int = 0
-    """Messages after the last answer that can be learnt, left out."""
+    """Messages after the last supervised answer, left out."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -196,13 +196,13 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": tool} if "function" not in tool and "name" in tool else tool
 
 
-# --- what can be learnt -----------------------------------------------------------------------------------------------
+# --- what is supervised ---------------------------------------------------------------------------------------------
 
 
 def chat_of(
     messages: Sequence[dict[str, Any]], flags: Sequence[bool | None], column: str, tools: tuple[Any, ...] = ()
 ) -> Chat:
-    """A chat from the first question to the last answer that is learnt. Raises `BadRow` where there is none."""
+    """A chat from the first question to the last supervised answer. Raises `BadRow` where there is none."""
     name = shown(column)
     if not messages:
         raise BadRow(f"missing field: {name} holds no message")
@@ -213,14 +213,14 @@ def chat_of(
     begin = next((index for index in range(head, len(roles)) if roles[index] == "user"), None)
     if begin is None:
         raise BadRow(f"wrong roles: {name} starts with {roles[head] if head < len(roles) else 'system'}, not with user")
-    learnt = [role == "assistant" and flag is not False for role, flag in zip(roles, flags, strict=True)]
+    supervised = [role == "assistant" and flag is not False for role, flag in zip(roles, flags, strict=True)]
     answers = [index for index in range(begin, len(roles)) if roles[index] == "assistant"]
     if not answers:
         raise BadRow(f"wrong roles: {name} ends with {roles[-1]}, not with assistant")
-    supervised = [index for index in answers if learnt[index]]
-    if not supervised:
-        raise BadRow(f"not to imitate: no answer of {name} is to be learnt (weight, train or loss is 0 in all of them)")
-    end = supervised[-1] + 1
+    endings = [index for index in answers if supervised[index]]
+    if not endings:
+        raise BadRow(f"not to imitate: no answer of {name} is supervised (weight, train or loss is 0 in all of them)")
+    end = endings[-1] + 1
     kept = [*range(head), *range(begin, end)]
     answer = messages[end - 1]
     if not (answer["content"].strip() or answer.get("tool_calls")):
@@ -229,7 +229,7 @@ def chat_of(
     return Chat(
         messages=tuple(messages[index] for index in kept),
         tools=tools,
-        learnt=tuple(learnt[index] for index in kept) if flagged else (),
+        supervised=tuple(supervised[index] for index in kept) if flagged else (),
         opening=begin - head,
         closing=len(roles) - end,
     )

@@ -178,7 +178,7 @@ class Encoder:
         chat = render(self.tokenizer, messages, row.tools, merge_system=True, **options)
         options |= chat.options()
         if self._marks:
-            return self._marked(chat, options, row.learnt)
+            return self._marked(chat, options, row.supervised)
         before = str(
             apply_template(self.tokenizer, chat.turns[:-1], tokenize=False, add_generation_prompt=True, **options)
         )
@@ -188,15 +188,17 @@ class Encoder:
             before = chat.text[: _place(chat.text, answer["content"])]
         return self._joined(before, self._ended(chat.text[len(before) :]))
 
-    def _marked(self, chat: Rendered, options: dict[str, Any], learnt: Sequence[bool]) -> tuple[list[int], list[bool]]:
-        """By the template's own marks; an answer whose flag says so is not learnt."""
+    def _marked(
+        self, chat: Rendered, options: dict[str, Any], supervised: Sequence[bool]
+    ) -> tuple[list[int], list[bool]]:
+        """By the template's own marks; an answer whose flag is false has no label tokens."""
         how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         tokens = apply_template(self.tokenizer, chat.turns, **how, **options)
         ids, marks = list(tokens["input_ids"]), [bool(mark) for mark in tokens["assistant_masks"]]
-        if not all(learnt):
+        if not all(supervised):
             flags = [
                 flag
-                for turn, flag in zip(chat.turns, learnt[-len(chat.turns) :], strict=True)
+                for turn, flag in zip(chat.turns, supervised[-len(chat.turns) :], strict=True)
                 if turn["role"] == "assistant"
             ]
             runs = _runs(marks)

@@ -26,7 +26,7 @@ from .untrusted import visible
 ROWS, MANIFEST, SELECTED = "rows.parquet", "manifest.json", "selected.jsonl"
 COLUMNS = ("file", "line", "tokens", "score", "kept", "reason", "pseudo_label")
 """The columns of `rows.parquet` that are read here."""
-READING = ("columns", "format", "on_bad_row", "duplicates")
+READING = ("columns", "roles", "format", "on_bad_row", "duplicates")
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +195,7 @@ def texts_of(selection: Selection, *, cache: str | Path | None = None) -> Texts:
         why = (
             "The pool is no longer at its path, so only the chosen rows, which the run folder holds, can be read here."
         )
-    columns = {"columns": config["columns"]} if config.get("columns") else {}
+    columns = {name: config[name] for name in ("columns", "roles") if config.get(name)}
     try:
         chosen = load_pool(str(selection.folder / SELECTED), on_bad_row="skip", cache=cache, **columns)
     except UserError:

@@ -30,6 +30,7 @@ from .adapters import ADAPTER, is_adapter
 from .configs import lora_config, quantization_config, sft_config
 from .dataset import TrainingRows, tokenizer_key, training_rows
 from .recipe import Recipe
+from .row_weights import check_weights, honour_weights
 from .token_counts import TokenCounts
 
 
@@ -93,12 +94,17 @@ class Prepared:
     ) -> Any:
         """The trainer. `token_counts` counts on it; `network` is used instead of loading the recipe's weights; without
         `quiet` the line of `siftune.attach` is printed."""
-        recipe, dataset = self.recipe, self.rows.dataset
+        recipe, weighted = self.recipe, self.rows.has_weights
+        dataset = self.rows.weighted if weighted else self.rows.dataset
         arguments = sft_config(recipe, output_dir)
         selector = checked_selector(recipe, arguments)
+        if weighted:
+            check_weights(arguments, online=selector is not None)
         counting: tuple[Any, ...] = () if token_counts is None else token_counts.callbacks()
         with preserved_random_state():  # trl and transformers seed the global generators
             trainer = self._build(arguments, dataset, counting[:1], network)
+        if weighted:
+            honour_weights(trainer)
         if token_counts is not None:
             token_counts.below(trainer)
         if selector is not None:
@@ -156,6 +162,7 @@ def prepare(recipe: Recipe, *, cache: str | Path | None = None) -> Prepared:
         pool = load_pool(
             files[0] if len(files) == 1 else list(files),
             columns=recipe.columns,
+            roles=recipe.roles,
             on_bad_row=recipe.on_bad_row,  # type: ignore[arg-type]
             duplicates=recipe.duplicates,  # type: ignore[arg-type]
             format=recipe.format,

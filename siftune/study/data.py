@@ -114,7 +114,13 @@ def _same(path: Path, digest: str) -> bool:
 
 def _load(study: Study, source: str, key: str) -> Pool:
     try:
-        return load_pool(source, columns=dict(study.columns or {}), on_bad_row=study.on_bad_row, format=study.format)
+        return load_pool(
+            source,
+            columns=dict(study.columns or {}),
+            roles=study.roles,
+            on_bad_row=study.on_bad_row,
+            format=study.format,
+        )
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 
@@ -316,7 +322,7 @@ def _columns(row: Row) -> dict[str, Any]:
     """A row in siftune's own columns, which every method reads without `columns:`."""
     if row.messages:
         messages = [
-            {**message, **({} if not row.learnt or row.learnt[number] else {"weight": 0})}
+            {**message, **({} if not row.supervised or row.supervised[number] else {"weight": 0})}
             for number, message in enumerate(row.messages)
         ]
         return {"messages": messages, **({"tools": list(row.tools)} if row.tools else {})}

@@ -156,7 +156,7 @@ def test_chats_are_trimmed_to_what_can_be_learnt_and_counted(tmp_path: Path) -> 
     assert [row.messages for row in pool.read([0, 1])] == [(system, ASK, ANSWER), (ASK, ANSWER)]
     notes = " ".join(str(warning.message) for warning in shown)
     assert "1 row with messages before the first question" in notes
-    assert "1 row with messages after the last answer" in notes
+    assert "1 row with messages after the last supervised answer" in notes
     pool.source.write([0, 1, 2], tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == path.read_bytes(), "written rows are the user's own"
 

@@ -76,7 +76,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": [USER, {"role": "assistant", "tool_calls": 7}]}, "wrong type: the tool_calls of message 2 of messages are a number, not a list"),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]}, "not text alone: the content of message 1 of messages has a part of the type image_url"),
     ("messages", {"messages": [USER, ANSWER | {"weight": 0.5}]}, "wrong type: weight of message 2 of messages is 0.5; set it to 0 or 1, false or true"),
-    ("messages", {"messages": [USER, ANSWER | {"train": False}]}, "not to imitate: no answer of messages is to be learnt (weight, train or loss is 0 in all of them)"),
+    ("messages", {"messages": [USER, ANSWER | {"train": False}]}, "not to imitate: no answer of messages is supervised (weight, train or loss is 0 in all of them)"),
     ("messages", {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "f(1)"}]}, "wrong type: message 2 of conversations is a function_call that is no JSON object with name and arguments"),
     ("alpaca", ALPACA | {"history": [["a"]]}, "wrong type: entry 1 of history is not a question and its answer"),
     ("alpaca", ALPACA | {"history": "x"}, "wrong type: history is a string, not a list of pairs"),
