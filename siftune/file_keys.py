@@ -51,7 +51,20 @@ JSON_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 COMMANDS = {"tune": "pass --tune on the command line"}
 """Options that run a command of the user."""
 CHOSEN_NAMES = (
-    *("pool", "eval", "held_out", "tasks", "fields", "columns", "quota", "target_mix", "price", "hub_rows", "shots"),
+    *(
+        "pool",
+        "eval",
+        "held_out",
+        "tasks",
+        "fields",
+        "columns",
+        "roles",
+        "quota",
+        "target_mix",
+        "price",
+        "hub_rows",
+        "shots",
+    ),
 )
 """Sections whose keys are names that the file's author chose: domains, tasks, the columns of rows."""
 PROSE = (

@@ -27,6 +27,10 @@ SHARD_ROWS = 4096
 """Rows of a shard. Lengths are sorted and batches cut inside one, so where a shard runs never changes a number."""
 
 
+Message = Mapping[str, Any]
+"""One message of a chat: `role`, `content` (a text), and, where it has them, `tool_calls`, `tool_call_id`, `name`,
+`reasoning_content` and any further key of the user's."""
+
 # --- offline: rows, scores, subsets ---------------------------------------------------------------------------------
 
 
@@ -36,7 +40,7 @@ class Row:
 
     Alpaca rows fill `instruction`, `input`, `output`; prompt/completion rows `instruction` and `output`; plain text
     only `output`; chat rows fill `messages`, with `instruction` the turns before the last answer and `output` the
-    last answer, so that methods which ask for a question and an answer work on them too.
+    last answer in plain text, so that methods which ask for a question and an answer work on them too.
     """
 
     row: int
@@ -46,8 +50,14 @@ class Row:
     instruction: str
     input: str
     output: str
-    messages: tuple[tuple[str, str], ...] = ()
-    """(role, content) turns of a chat row, else empty."""
+    messages: tuple[Message, ...] = ()
+    """The messages of a chat row, as a chat template is given them; else empty."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """The tools that the row offers, as a chat template is given them."""
+    supervised: tuple[bool, ...] = ()
+    """Of each message whether it is supervised; empty where the row does not say so."""
+    weight: Any = None
+    """The row's `weight` column as it is; read by training alone."""
 
     @property
     def question(self) -> str:

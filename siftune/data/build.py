@@ -67,11 +67,11 @@ def _surrogate(value: Any) -> bool:
     return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def identify(chunk: Chunk, reading: Reading) -> Iterator[tuple[bytes, str | None, str | None]]:
-    """(id, reason, note) of every row of a chunk; a note marks a good row that may not be of the kind the user
-    expects."""
+def identify(chunk: Chunk, reading: Reading) -> Iterator[tuple[bytes, str | None, tuple[str, ...]]]:
+    """(id, reason, notes) of every row of a chunk; a note marks a good row that may not be of the kind the user
+    expects, or is used in part."""
     for index, (row, reason) in enumerate(zip(chunk.rows, chunk.reasons, strict=True)):
-        note = None
+        notes: tuple[str, ...] = ()
         if row is None:
             data = chunk.raws[index] if chunk.batch is None else _ipc_bytes(chunk.batch.slice(index, 1))
         else:
@@ -84,10 +84,10 @@ def identify(chunk: Chunk, reading: Reading) -> Iterator[tuple[bytes, str | None
                 reason = reason or f"lone surrogate: {_first_column(row, _surrogate)}"
             if reason is None:
                 try:
-                    note = reading.check(row)
+                    notes = reading.check(row)
                 except BadRow as bad:
                     reason = str(bad)
-        yield hashlib.blake2b(data, digest_size=_ID_BYTES).digest(), reason, note
+        yield hashlib.blake2b(data, digest_size=_ID_BYTES).digest(), reason, notes
 
 
 def _ipc_bytes(batch: pa.RecordBatch) -> bytes:
@@ -140,10 +140,9 @@ class Writer:
     def add(self, chunk: Chunk) -> None:
         """Store a chunk's rows."""
         start = len(self.lines)
-        for row, (identity, reason, note) in enumerate(identify(chunk, self.reading), start):
+        for row, (identity, reason, notes) in enumerate(identify(chunk, self.reading), start):
             self.ids += identity
-            if note is not None:
-                self.notes[note] += 1
+            self.notes.update(notes)
             if reason is not None:
                 self.reasons[row] = reason
         self.lines.extend(chunk.lines)
@@ -202,6 +201,7 @@ class Writer:
             "rows": len(self.lines),
             "format": self.reading.format,
             "columns": dict(self.reading.columns),
+            "roles": dict(self.reading.roles),
             "starts": self.starts,
             "tables": self.tables,
             "notes": dict(self.notes),

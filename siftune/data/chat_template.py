@@ -14,12 +14,12 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import UserError
-from .formats import BadRow, row_failures
+from .bad_row import BadRow, row_failures
 
 SECONDS, SECONDS_PER_CHARACTER = 2.0, 1e-5
 """Processor time of one render: a constant, and some for every character of the messages (usual templates: 1e-4 s)."""
@@ -48,7 +48,7 @@ class Overrun(BadRow):
     """A render that exceeded a limit."""
 
 
-def apply_template(tokenizer: Any, turns: Sequence[dict[str, str]], **options: Any) -> Any:
+def apply_template(tokenizer: Any, turns: Sequence[Mapping[str, Any]], **options: Any) -> Any:
     """`tokenizer.apply_chat_template(turns, **options)` under the limits above.
 
     Raises `Refusal` where the template refuses the row, another `BadRow` with the reason where it fails, and
@@ -58,7 +58,7 @@ def apply_template(tokenizer: Any, turns: Sequence[dict[str, str]], **options: A
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
-    characters = sum(len(turn["content"]) for turn in turns)
+    characters = _characters([list(turns), options.get("tools")])
     with row_failures("chat template fails"):
         try:
             result = limited(lambda: tokenizer.apply_chat_template(turns, **options), characters=characters)
@@ -77,6 +77,15 @@ def apply_template(tokenizer: Any, turns: Sequence[dict[str, str]], **options: A
                 raise UserError(f"{_name(tokenizer)} exceeded its limits {count} times ({error}); {_FIX}") from error
             raise
     return result
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_characters(item) for key, item in value.items() if key != "role")
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
 
 
 _FIX = "fix it in the model's folder (chat_template.jinja, or chat_template in tokenizer_config.json)"

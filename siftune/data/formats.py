@@ -7,13 +7,26 @@ does not fit it is bad, with a reason of the form `kind: detail`. Cost: a few di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ..errors import UserError, is_failure, one_line
-from ..records import Row
+from ..errors import UserError, did_you_mean
+from ..records import Message, Row
+from .bad_row import BadRow as BadRow
+from .bad_row import kind_of, shown
+from .bad_row import row_failures as row_failures
+from .messages import (
+    KNOWN_ROLES,
+    SYSTEM_ROLES,
+    Chat,
+    chat_of,
+    joined,
+    parsed,
+    plain_text,
+    read_messages,
+    read_tools,
+)
 
 TEXT_FORM = "siftune-text-1"
 """Name of the text form that `text_of` gives: a part of every feature's cache key, changed whenever the form is."""
@@ -27,37 +40,24 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """Fields of every format, in the order in which formats are tried."""
 
 _OPTIONAL = frozenset({"input"})
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"} | {
-    "tool": "tool"
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "messages": ("tools", "system", "weight"),
+    "alpaca": ("system", "history", "weight"),
+    "prompt-completion": ("tools", "system", "weight"),
+    "text": ("weight",),
 }
-_KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-
-Turns = tuple[tuple[str, str], ...]
-Parts = tuple[str, str, str, Turns]
-"""instruction, input, output, messages: what a `Row` holds."""
+"""Further columns that are read where a row has them."""
 
 
-class BadRow(Exception):
-    """A row that is excluded; its text is the reason, `kind: detail`."""
+@dataclass(frozen=True)
+class Parts:
+    """What a `Row` holds."""
 
-
-@contextmanager
-def row_failures(what: str) -> Iterator[None]:
-    """Turn any failure inside into a `BadRow` whose reason starts with `what`.
-
-    `BadRow` and `UserError` pass as they are, and so does an interruption.
-
-    >>> with row_failures("tokenizer fails"):
-    ...     tokenizer(text)
-    """
-    try:
-        yield
-    except (BadRow, UserError):
-        raise
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        raise BadRow(f"{what}: {one_line(error)}") from error
+    instruction: str
+    input: str
+    output: str
+    chat: Chat | None = None
+    """Of rows with several turns, tools or a system text."""
 
 
 class ChatTokenizer(Protocol):
@@ -73,50 +73,89 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of one pool are read: its format, and the user's column for a field where it differs."""
+    """How the rows of one pool are read: its format, the user's column for a field where it differs, and the roles
+    of further names."""
 
     format: str
     columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self, original: Mapping[str, Any]) -> Parts:
         """The row's parts, as every method reads them. Raises `BadRow` with the reason when it does not fit the
         format."""
         try:
-            return _READERS[self.format](original, self.columns)
+            return _READERS[self.format](original, self)
         except BadRow as bad:
             actual = recognise(original, self.columns)
             if actual is not None and actual != self.format:
                 raise BadRow(f"another format: {actual} in a pool of {self.format} rows") from bad
             raise
 
-    def check(self, original: Mapping[str, Any]) -> str | None:
-        """None for a row of the format's usual kind; a note for one that may be of another kind.
+    def check(self, original: Mapping[str, Any]) -> tuple[str, ...]:
+        """Notes for a row that may be of another kind, or is used in part; none for a row of the format's usual kind.
 
         Raises `BadRow` as `parts` does, and for a row that must not be imitated, or whose answer is about more than
         text.
         """
         parts = self.parts(original)
-        used = {self.columns.get(field, field) for field in FIELDS[self.format]}
+        used = {self.column(field) for field in FIELDS[self.format]}
         for column in _MEDIA:
             if column in original and column not in used and _has_content(original[column]):
                 raise BadRow(f"not text alone: the column {column} is not empty")
+        notes = list(_chat_notes(parts.chat))
         if self.format == "prompt-completion" and (label := _kto_label(original.get("label"))) is not None:
             if not label:
                 raise BadRow("not to imitate: label is false (KTO)")
-            return "label: true (KTO), kept as rows to imitate"
+            notes.append("label: true (KTO), kept as rows to imitate")
         if self.format == "text" and "message_id" in original and "parent_id" in original:
             if original.get("role") == "prompter":
                 raise BadRow("no answer: role is prompter, a question of a conversation tree")
             if original.get("role") == "assistant":
-                return "role: assistant (single turns of conversation trees), kept as texts without their questions"
-        if "<image>" in parts[0] or "<image>" in parts[1] or "<image>" in parts[2]:
-            return "the placeholder <image> and no image, kept as text"
-        return None
+                notes.append(
+                    "role: assistant (single turns of conversation trees), kept as texts without their questions"
+                )
+        if any("<image>" in part for part in (parts.instruction, parts.input, parts.output)):
+            notes.append("the placeholder <image> and no image, kept as text")
+        return tuple(notes)
 
     def row(self, position: int, id: str, original: Mapping[str, Any]) -> Row:
         """A good row as a `Row`."""
-        instruction, input, output, messages = self.parts(original)
-        return Row(position, id, instruction, input, output, messages)
+        parts = self.parts(original)
+        row = Row(
+            position, id, parts.instruction, parts.input, parts.output, weight=original.get(self.column("weight"))
+        )
+        if parts.chat is None:
+            return row
+        return replace(row, messages=parts.chat.messages, tools=parts.chat.tools, supervised=parts.chat.supervised)
+
+    def column(self, field: str) -> str:
+        """The user's column that holds a field."""
+        return self.columns.get(field, field)
+
+
+def _chat_notes(chat: Chat | None) -> list[str]:
+    if chat is None:
+        return []
+    notes = []
+    if chat.opening:
+        notes.append("messages before the first question, which are left out of the text (written rows keep them)")
+    if chat.closing:
+        notes.append(
+            "messages after the last supervised answer, which are left out of the text (written rows keep them)"
+        )
+    return notes
+
+
+def check_roles(roles: Mapping[str, str]) -> None:
+    """Raise `UserError` for a role that siftune does not know.
+
+    >>> check_roles({"teacher": "assistant"})
+    """
+    for name, role in roles.items():
+        if role not in KNOWN_ROLES:
+            raise UserError(
+                f"roles maps {name!r} to {role!r}, which is no role; {did_you_mean(str(role), KNOWN_ROLES)}"
+            )
 
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -150,11 +189,11 @@ def recognise(original: Mapping[str, Any], columns: Mapping[str, str]) -> str | 
 def candidates(columns: Mapping[str, str]) -> list[str]:
     """Formats that have every field of `columns`. Raises `UserError` for a field that no format has, or fields that no
     single format has."""
-    known = [name for fields in FIELDS.values() for name in fields]
+    known = list(dict.fromkeys(name for fields in (*FIELDS.values(), *EXTRAS.values()) for name in fields))
     unknown = [name for name in columns if name not in known]
     if unknown:
         raise UserError(f"columns maps the field {unknown[0]!r}, which is not one of {', '.join(known)}")
-    fitting = [name for name, fields in FIELDS.items() if set(columns) <= set(fields)]
+    fitting = [name for name, fields in FIELDS.items() if set(columns) <= {*fields, *EXTRAS[name]}]
     if not fitting:
         shapes = "; ".join(", ".join(fields) for fields in FIELDS.values())
         raise UserError(f"columns maps {', '.join(columns)}, which no single format has; the formats are: {shapes}")
@@ -180,38 +219,51 @@ def _column(original: Mapping[str, Any], field: str, columns: Mapping[str, str])
 # --- one reader per format ------------------------------------------------------------------------------------------
 
 
-def _alpaca(original: Mapping[str, Any], columns: Mapping[str, str]) -> Parts:
-    instruction = _text(original, "instruction", columns)
-    input = _text(original, "input", columns)
-    return instruction, input, _answer(_text(original, "output", columns), "output", columns), ()
+def _alpaca(original: Mapping[str, Any], reading: Reading) -> Parts:
+    instruction = _text(original, "instruction", reading)
+    input = _text(original, "input", reading)
+    output = _answer(_text(original, "output", reading), "output", reading)
+    system, history = _system(original, reading), _history(original, reading)
+    if not system and not history:
+        return Parts(instruction, input, output)
+    turns = [{"role": "user", "content": joined((instruction, input))}, {"role": "assistant", "content": output}]
+    return _of_chat(_chat([*history, *turns], [], reading.column("output"), system))
 
 
-def _prompt_completion(original: Mapping[str, Any], columns: Mapping[str, str]) -> Parts:
-    prompt, completion = (_column(original, field, columns) for field in ("prompt", "completion"))
+def _prompt_completion(original: Mapping[str, Any], reading: Reading) -> Parts:
+    prompt, completion = (parsed(_column(original, field, reading.columns), list) for field in ("prompt", "completion"))
+    system = _system(original, reading)
+    where = reading.column("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        where = columns.get("completion", "completion")
         if not completion:
-            raise BadRow(f"missing field: {_shown(where)} holds no message")
-        return _chat(_turns(prompt, columns.get("prompt", "prompt")) + _turns(completion, where), where)
-    question = _text(original, "prompt", columns)
-    return question, "", _answer(_text(original, "completion", columns), "completion", columns), ()
+            raise BadRow(f"missing field: {shown(where)} holds no message")
+        before, flags = read_messages(prompt, reading.column("prompt"), reading.roles)
+        after, more = read_messages(completion, where, reading.roles)
+        return _of_chat(_chat([*before, *after], [*flags, *more], where, system, _tools(original, reading)))
+    question = _text(original, "prompt", reading)
+    output = _answer(_text(original, "completion", reading), "completion", reading)
+    if not system:
+        return Parts(question, "", output)
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    return _of_chat(_chat(turns, [], where, system))
 
 
-def _messages(original: Mapping[str, Any], columns: Mapping[str, str]) -> Parts:
-    where = columns.get("messages", "messages")
-    if original.get(where) is None and "messages" not in columns and original.get("conversations") is not None:
+def _messages(original: Mapping[str, Any], reading: Reading) -> Parts:
+    where = reading.column("messages")
+    if original.get(where) is None and "messages" not in reading.columns and original.get("conversations") is not None:
         where = "conversations"
     value = original.get(where)
     if value is None:
-        raise BadRow(f"missing field: {_shown(where)}")
-    return _chat(_turns(value, where), where)
+        raise BadRow(f"missing field: {shown(where)}")
+    messages, flags = read_messages(value, where, reading.roles)
+    return _of_chat(_chat(messages, flags, where, _system(original, reading), _tools(original, reading)))
 
 
-def _plain_text(original: Mapping[str, Any], columns: Mapping[str, str]) -> Parts:
-    return "", "", _answer(_text(original, "text", columns), "text", columns), ()
+def _plain_text(original: Mapping[str, Any], reading: Reading) -> Parts:
+    return Parts("", "", _answer(_text(original, "text", reading), "text", reading))
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, str]], Parts]] = {
+_READERS: dict[str, Callable[[Mapping[str, Any], Reading], Parts]] = {
     "messages": _messages,
     "alpaca": _alpaca,
     "prompt-completion": _prompt_completion,
@@ -219,72 +271,70 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, str]], Parts]] = {
 }
 
 
-def _text(original: Mapping[str, Any], field: str, columns: Mapping[str, str]) -> str:
-    column = columns.get(field, field)
+def _text(original: Mapping[str, Any], field: str, reading: Reading) -> str:
+    column = reading.column(field)
     value = original.get(column)
     if isinstance(value, str):
         return value
     if value is None:
         if field in _OPTIONAL:
             return ""
-        raise BadRow(f"missing field: {_shown(column)}")
-    raise BadRow(f"wrong type: {_shown(column)} is {_kind(value)}, not a string")
+        raise BadRow(f"missing field: {shown(column)}")
+    raise BadRow(f"wrong type: {shown(column)} is {kind_of(value)}, not a string")
 
 
-def _answer(value: str, field: str, columns: Mapping[str, str]) -> str:
+def _answer(value: str, field: str, reading: Reading) -> str:
     if not value or value.isspace():
-        raise BadRow(f"empty answer: {_shown(columns.get(field, field))}")
+        raise BadRow(f"empty answer: {shown(reading.column(field))}")
     return value
 
 
-def _turns(value: Any, column: str) -> Turns:
-    """(role, content) of a message list; both the role/content and the from/value spelling."""
-    shown = _shown(column)
-    if not isinstance(value, list):
-        raise BadRow(f"wrong type: {shown} is {_kind(value)}, not a list of messages")
-    turns = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise BadRow(f"wrong type: message {number} of {shown} is {_kind(message)}, not an object")
-        role_name = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        role = _ROLES.get(role_name) if isinstance(role_name, str) else None
-        if role is None:
-            raise BadRow(f"wrong roles: message {number} of {shown} has the role {_shown(role_name)}")
-        if not isinstance(content, str):
-            raise BadRow(f"wrong type: the content of message {number} of {shown} is {_kind(content)}, not a string")
-        turns.append((role, content))
-    return tuple(turns)
+def _system(original: Mapping[str, Any], reading: Reading) -> str:
+    """The text of the `system` column; empty where there is none."""
+    value = original.get(reading.column("system"))
+    if value is not None and not isinstance(value, str):
+        raise BadRow(f"wrong type: {shown(reading.column('system'))} is {kind_of(value)}, not a string")
+    return value if value and not value.isspace() else ""
 
 
-def _chat(turns: Turns, column: str) -> Parts:
-    """Check the order of the roles; the question is every turn before the last answer."""
-    shown = _shown(column)
-    if not turns:
-        raise BadRow(f"missing field: {shown} holds no message")
-    roles = [role for role, _ in turns]
-    first = next((role for role in roles if role != "system"), None)
-    if first != "user":
-        raise BadRow(f"wrong roles: {shown} starts with {first or 'system'}, not with user")
-    if "system" in roles[1:]:
-        raise BadRow(f"wrong roles: {shown} has a system message that is not the first")
-    if roles[-1] != "assistant":
-        raise BadRow(f"wrong roles: {shown} ends with {roles[-1]}, not with assistant")
-    answer = turns[-1][1]
-    if not answer or answer.isspace():
-        raise BadRow(f"empty answer: the last message of {shown}")
-    return _joined(content for _, content in turns[:-1]), "", answer, turns
+def _tools(original: Mapping[str, Any], reading: Reading) -> tuple[Any, ...]:
+    return read_tools(original.get(reading.column("tools")), reading.column("tools"))
 
 
-def _kind(value: Any) -> str:
-    return "null" if value is None else _KINDS.get(type(value), f"a {type(value).__name__}")
+def _history(original: Mapping[str, Any], reading: Reading) -> list[dict[str, Any]]:
+    """Earlier turns of an Alpaca row: pairs of a question and its answer."""
+    column = reading.column("history")
+    pairs = parsed(original.get(column), list)
+    if pairs is None or pairs == [] or pairs == "":
+        return []
+    if not isinstance(pairs, list):
+        raise BadRow(f"wrong type: {shown(column)} is {kind_of(pairs)}, not a list of pairs")
+    messages: list[dict[str, Any]] = []
+    for number, pair in enumerate(pairs, 1):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRow(f"wrong type: entry {number} of {shown(column)} is not a question and its answer")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages
 
 
-def _shown(name: Any) -> str:
-    """A name from the data, short and printable whatever it holds."""
-    text = name if isinstance(name, str) else repr(name)
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 60 else text[:57] + "..."
+def _chat(
+    messages: list[dict[str, Any]],
+    flags: list[bool | None],
+    column: str,
+    system: str,
+    tools: tuple[Any, ...] = (),
+) -> Chat:
+    """The chat to learn from, with the text of the `system` column in front, unless the messages begin with one."""
+    flags = flags or [None] * len(messages)
+    if system and not (messages and messages[0]["role"] in SYSTEM_ROLES):
+        messages, flags = [{"role": "system", "content": system}, *messages], [None, *flags]
+    return chat_of(messages, flags, column, tools)
+
+
+def _of_chat(chat: Chat) -> Parts:
+    """The question is every turn before the last answer, in plain text."""
+    *before, answer = chat.messages
+    return Parts(joined(map(plain_text, before)), "", plain_text(answer), chat)
 
 
 # --- the one text form ----------------------------------------------------------------------------------------------
@@ -294,24 +344,29 @@ def text_of(row: Row, tokenizer: ChatTokenizer | None = None) -> str:
     """The text of a row, the same for every feature: instruction, input and output, the non-empty ones, on lines.
 
     A chat row goes through the tokenizer's chat template where it has one; without one, or where the template refuses
-    the row (some know no system role), its contents are put on separate lines. Raises `BadRow` where the template
-    fails.
+    a row without tools (some know no system role), its contents are put on separate lines. Raises `BadRow` where the
+    template fails, or cannot hold the row.
 
     >>> text_of(Row(0, "", "Add.", "1 + 1", "2"))
     'Add.\\n1 + 1\\n2'
     """
     if not row.messages:
-        return _joined((row.instruction, row.input, row.output))
+        return joined((row.instruction, row.input, row.output))
     if tokenizer is not None and getattr(tokenizer, "chat_template", None):
-        from .chat_template import Refusal, apply_template
+        from .chat_template import Refusal
+        from .render import render
 
-        turns = [{"role": role, "content": content} for role, content in row.messages]
         try:
-            return str(apply_template(tokenizer, turns, tokenize=False))
+            return render(tokenizer, row.messages, row.tools).text
         except Refusal:
-            pass
-    return _joined(content for _, content in row.messages)
+            if has_tools(row):
+                raise
+    return joined(map(plain_text, row.messages))
 
 
-def _joined(parts: Iterable[str]) -> str:
-    return "\n".join(part for part in parts if part)
+def has_tools(row: Row) -> bool:
+    """Whether a row is about tools: it lists some, or calls one, or holds a result."""
+    return bool(row.tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in row.messages)
+
+
+__all__ = ["BadRow", "Message", "row_failures"]

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from ..progress import Activity, doing
 from ..records import Pool
 from .build import Writer
 from .exports import refill
-from .formats import FIELDS, Reading, candidates, check_format, recognise
+from .formats import FIELDS, Reading, candidates, check_format, check_roles, recognise
 from .parse import Chunk, counted
 from .protect import places
 from .sources import Part, resolve
@@ -46,6 +47,7 @@ def load_pool(
     source: Any,
     *,
     columns: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     duplicates: Literal["keep", "drop"] = "keep",
     format: str | None = None,
@@ -53,9 +55,11 @@ def load_pool(
 ) -> Pool:
     """Read a pool of rows: every row is checked, none is lost, and the user's columns are kept for writing.
 
-    `source` is a path (`.jsonl`, `.json`, `.csv`, each also `.gz` or `.zst`, or `.parquet`), a folder or glob of them,
-    a hub id (`owner/name` or `owner/name:split`), a `datasets.Dataset`, or a list of these. `columns` says which of
-    the user's columns holds a field (`{"instruction": "question", "output": "answer"}`). `format` is detected when it
+    `source` is a path (`.jsonl`, `.json`, `.csv`, `.tsv`, each also compressed, `.parquet` or `.arrow`), a folder or
+    glob of them, a hub id (`owner/name` or `owner/name:split`), a `datasets.Dataset` or `IterableDataset` (read once),
+    a pandas or Polars frame, a list of objects, or a list of these. `columns` says which of
+    the user's columns holds a field (`{"instruction": "question", "output": "answer"}`), `roles` the role of a name that
+    is not known (`{"teacher": "assistant"}`). `format` is detected when it
     is not set: `messages`, `alpaca`, `prompt-completion` or `text`. `on_bad_row="skip"` keeps bad rows as positions
     with a reason; `duplicates="drop"` gives a reason to each later row with the same content. `cache` is the folder for
     the checked rows (else `SIFTUNE_CACHE`, else `~/.cache/siftune`).
@@ -66,7 +70,8 @@ def load_pool(
     >>> pool = siftune.load_pool("pool.jsonl", on_bad_row="skip")
     >>> len(pool), pool.format, pool.duplicates, pool.reasons
     """
-    columns = dict(columns or {})
+    columns, roles = dict(columns or {}), dict(roles or {})
+    check_roles(roles)
     if on_bad_row not in ("error", "skip"):
         raise UserError(f"on_bad_row={on_bad_row!r} is not known; use error or skip")
     if duplicates not in ("keep", "drop"):
@@ -76,7 +81,7 @@ def load_pool(
         check_format(format, columns)
     parts = resolve(source)
     with doing(f"reading {parts[0].name}" + (f" and {len(parts) - 1} more" if len(parts) > 1 else "")) as reading:
-        stored = _stored(parts, columns, format, cache, reading)
+        stored = _stored(parts, columns, roles, format, cache, reading)
     rows = StoredRows(stored, tuple(part.name for part in parts), _read_from(source, parts))
     _check(rows, on_bad_row)
     for note, count in rows.meta.get("notes", {}).items():
@@ -94,6 +99,7 @@ def load_pool(
             "format": rows.reading.format,
             "columns": columns,
         }
+        | ({"roles": roles} if roles else {})
     )
     return Pool(rows, rows.reading.format, fingerprint, reasons, len(rows.duplicates))
 
@@ -102,14 +108,19 @@ def load_pool(
 
 
 def _stored(
-    parts: list[Part], columns: dict[str, str], format: str | None, cache: str | Path | None, reading: Activity
+    parts: list[Part],
+    columns: dict[str, str],
+    roles: dict[str, str],
+    format: str | None,
+    cache: str | Path | None,
+    reading: Activity,
 ) -> Path:
     """The folder that holds these parts' rows, written now unless an earlier load wrote it."""
     pools = cache_folder(cache) / "pools"
     with plain_errors(pools):
         pools.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(pools)
-    options = {"version": VERSION, "columns": columns, "format": format}
+    options = {"version": VERSION, "columns": columns, "roles": roles, "format": format}
     key: str | None = None
     before = _stamps(parts)
     if all(part.path is not None for part in parts):
@@ -121,7 +132,7 @@ def _stored(
     with plain_errors(pools):
         temporary.mkdir()
         try:
-            digest = _build(temporary, parts, columns, format, reading)
+            digest = _build(temporary, parts, Reading(format or "", columns, roles), reading)
             if _stamps(parts) != before:
                 raise UserError(f"{parts[0].name} (or a file beside it) changed while it was read; load it again")
             return _publish(temporary, pools / (key or hash_json(options | {"content": digest})))
@@ -160,12 +171,13 @@ def _publish(temporary: Path, folder: Path) -> Path:
     return folder
 
 
-def _build(folder: Path, parts: list[Part], columns: dict[str, str], format: str | None, reading: Activity) -> str:
+def _build(folder: Path, parts: list[Part], how: Reading, reading: Activity) -> str:
+    """Store the rows; a reading without a format takes that of the first row that has one."""
     chunks = ((index, chunk) for index, part in enumerate(parts) for chunk in part.chunks())
     head: list[tuple[int, Chunk]] = []
-    if format is None:
-        format = _find_format(chunks, head, parts, columns)
-    writer = Writer(folder, Reading(format, columns))
+    if not how.format:
+        how = replace(how, format=_find_format(chunks, head, parts, dict(how.columns)))
+    writer = Writer(folder, how)
     try:
         for index, chunk in chain(head, chunks):
             while len(writer.starts) <= index:

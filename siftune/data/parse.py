@@ -12,18 +12,20 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
 import pyarrow as pa
 
+from ..errors import one_line
+from ..files import json_value
+from .arrow_values import DEEPEST, deeper_than
+
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1024
 LONGEST_ROW = 256 * CHUNK_BYTES
 """Bytes (of CSV and of an array: characters) of one row; a longer one is bad, and is skipped without being held."""
-DEEPEST = 60
-"""Levels of lists and objects in a row, itself included; Arrow's own files stop at 64."""
 
 Parsed = tuple[dict[str, Any] | None, str | None]
 """The row's object where it is one, and why the row is bad (None: no fault so far)."""
@@ -79,23 +81,9 @@ def parse_object(text: str) -> Parsed:
     if type(value) is not dict:
         kinds = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
         return None, f"not an object: {kinds.get(type(value), 'a number')}"
-    if text.count("{") + text.count("[") > DEEPEST and _deeper_than(value, DEEPEST):
+    if text.count("{") + text.count("[") > DEEPEST and deeper_than(value, DEEPEST):
         return None, f"nested too deeply: more than {DEEPEST} levels"
     return value, None
-
-
-def _deeper_than(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [
-            item
-            for container in level
-            for item in (container.values() if isinstance(container, dict) else container)
-            if isinstance(item, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
 
 
 def counted(number: int, noun: str) -> str:
@@ -241,7 +229,8 @@ class _ArrayText:
         return start, characters, lines
 
 
-def _json_array(stream: IO[bytes]) -> Iterator[Entry]:
+def _json_array(stream: IO[bytes], *, wrapped: bool = False) -> Iterator[Entry]:
+    """The elements of an array; `wrapped`: it is the value of `data` in an object, whose other keys are passed over."""
     array = _ArrayText(stream)
     for line, text in array.elements():
         raw = _LINE_BREAK.sub(" ", text).encode("utf-8", "surrogateescape")
@@ -252,6 +241,8 @@ def _json_array(stream: IO[bytes]) -> Iterator[Entry]:
             continue
         yield line, raw, parse_object(text)
     start, characters, lines = array.rest()
+    if wrapped and array.closed and _closes_object(start):
+        return
     if start or not array.closed:
         why = "text after the end of the array" if array.closed else "the array is not closed"
         if not array.closed and characters > LONGEST_ROW:
@@ -261,8 +252,62 @@ def _json_array(stream: IO[bytes]) -> Iterator[Entry]:
         yield array.line, raw, (None, f"unparsable line: {why}{passed_over}")
 
 
+def _closes_object(rest: str) -> bool:
+    """Whether this text ends the object in which an array is the last value so far."""
+    try:
+        return isinstance(json.loads('{"data": []' + rest), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+_WRAPPER = re.compile(rb'\s*\{(?:\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.\w]+)\s*,)*\s*"data"\s*:\s*(?=\[)')
+"""The start of one object whose key `data` holds the rows, after keys with single values."""
+
+
+def is_json_array(stream: io.BufferedReader) -> bool:
+    """Whether the text is an array of objects; a first line that is a list by itself is a (bad) row of JSON lines."""
+    start = stream.peek(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    if not start.startswith(b"["):
+        return False
+    first, rest = start.split(b"\n", 1)[0], start[1:].lstrip()
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        return rest.startswith((b"{", b"]")) or not rest
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+
+
 def json_rows(stream: IO[bytes]) -> Iterator[Entry]:
-    """An array where the first character is `[`, else JSON lines."""
-    buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(Any, stream))
-    start = buffered.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()
-    return _json_array(buffered) if start.startswith(b"[") else json_lines(buffered)
+    """An array where the first character is `[`, the array of an object `{"data": [...]}`, else JSON lines."""
+    buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(Any, stream), CHUNK_BYTES)
+    start = buffered.peek(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        return _json_array(buffered)
+    if _WRAPPER.match(start) and not _is_lines(start):
+        return _json_array(buffered, wrapped=True)
+    return json_lines(buffered)
+
+
+def _is_lines(start: bytes) -> bool:
+    """Whether a text that begins like `{"data": [...]}` has further objects after its first line."""
+    first, _, rest = start.partition(b"\n")
+    try:
+        return isinstance(json.loads(first), dict) and bool(rest.strip())
+    except (ValueError, RecursionError):
+        return False
+
+
+def object_rows(rows: Iterable[Any]) -> Iterator[Entry]:
+    """Rows of Python objects; values that JSON lacks become the texts of `siftune.files.json_value`."""
+    for number, row in enumerate(rows, 1):
+        try:
+            text = json.dumps(dict(row), ensure_ascii=False, default=json_value)
+        except MemoryError:
+            yield number, b"", (None, "too large: memory ran out over its values")
+            continue
+        except Exception as error:
+            kind = type(row).__name__
+            why = f"not an object: {kind}" if not isinstance(row, Mapping) else f"wrong type: {one_line(error)}"
+            yield number, repr(row)[:CHUNK_BYTES].encode("utf-8", "replace"), (None, why)
+            continue
+        yield number, text.encode("utf-8", "surrogatepass"), parse_object(text)

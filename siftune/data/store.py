@@ -29,11 +29,12 @@ from ..errors import UserError
 from ..files import json_value, plain_errors, read_json, without_nan
 from ..records import Row
 from . import write
+from .arrow_values import python_rows
 from .formats import Reading
 from .protect import refuse_overlap
 from .sums import are_intact, read_checked_json
 
-VERSION = 3
+VERSION = 4
 """Increased whenever the files below, or what counts as a bad row, change."""
 
 
@@ -103,8 +104,8 @@ class StoredRows:
         for batch, positions in self._by_batch(rows):
             taken = batch.take(pa.array([index for _, index in positions]))
             try:
-                objects = taken.to_pylist()
-            except (ValueError, OverflowError, pa.ArrowException):
+                objects = python_rows(taken)
+            except Exception:  # a value that Python cannot hold, in a row that has a reason
                 objects = [_table_object(taken.slice(index, 1)) for index in range(len(taken))]
             by_row.update(zip((row for row, _ in positions), objects, strict=True))
         return by_row
@@ -140,8 +141,8 @@ class StoredRows:
 
     @cached_property
     def reading(self) -> Reading:
-        """The pool's format and columns."""
-        return Reading(self.meta["format"], self.meta["columns"])
+        """The pool's format, columns and roles."""
+        return Reading(self.meta["format"], self.meta["columns"], self.meta["roles"])
 
     @cached_property
     def reasons(self) -> dict[int, str]:
@@ -249,8 +250,8 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 def _table_object(single: pa.RecordBatch) -> dict[str, Any]:
     try:
-        return cast("dict[str, Any]", single.to_pylist()[0])
-    except (ValueError, OverflowError, pa.ArrowException):
+        return python_rows(single)[0]
+    except Exception:
         return {}
 
 

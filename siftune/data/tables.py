@@ -1,7 +1,8 @@
-"""Parquet files and `datasets.Dataset`s as chunks of rows, in their own types.
+"""Parquet files, Arrow files and `datasets.Dataset`s as chunks of rows, in their own types.
 
 A chunk holds the Arrow batch itself, which is stored and written back, and its rows as objects, which are
-checked. Categorical (dictionary) columns become their values. Cost: about 4 microseconds per field.
+checked. `siftune.data.arrow_values` says which types are stored as another one, and which are refused. Cost: about 4
+microseconds per field.
 """
 
 from __future__ import annotations
@@ -13,26 +14,43 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from ..errors import UserError, is_failure, one_line
+from .arrow_values import NotJson, failing_column, plain_columns, python_rows
 from .parse import CHUNK_BYTES, CHUNK_ROWS, Chunk, Parsed
 
 
-def read_parquet(path: Path) -> Iterator[Chunk]:
-    """The rows of a Parquet file, streamed page by page."""
+def read_parquet(path: Path, name: str) -> Iterator[Chunk]:
+    """The rows of a Parquet file, streamed page by page. Raises `UserError` for a column that cannot be read."""
     with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
-        yield from _tables(file.iter_batches(batch_size=CHUNK_ROWS))
+        yield from tables(file.iter_batches(batch_size=CHUNK_ROWS), name)
 
 
-def read_dataset(dataset: Any) -> Iterator[Chunk]:
+def read_arrow(path: Path, name: str) -> Iterator[Chunk]:
+    """The rows of an Arrow file, in the file or the stream form (as `datasets` caches them)."""
+    with pa.OSFile(str(path), "rb") as source:
+        start = source.read(6)
+        source.seek(0)
+        if start == b"ARROW1":
+            file = pa.ipc.open_file(source)
+            yield from tables((file.get_batch(index) for index in range(file.num_record_batches)), name)
+        else:
+            yield from tables(iter(pa.ipc.open_stream(source)), name)
+
+
+def read_dataset(dataset: Any, name: str) -> Iterator[Chunk]:
     """The rows of a `datasets.Dataset`, its selection and order respected."""
-    tables = dataset.with_format("arrow").iter(batch_size=CHUNK_ROWS)
-    yield from _tables(batch for table in tables for batch in table.combine_chunks().to_batches())
+    pieces = dataset.with_format("arrow").iter(batch_size=CHUNK_ROWS)
+    yield from tables((batch for table in pieces for batch in table.combine_chunks().to_batches()), name)
 
 
-def _tables(batches: Iterator[pa.RecordBatch]) -> Iterator[Chunk]:
+def tables(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[Chunk]:
+    """The rows of Arrow batches as chunks of limited size; `name` is used in messages."""
     number = 1
     for table_batch in batches:
-        table_batch = _plain_columns(table_batch)
-        step = max(1, min(len(table_batch), CHUNK_BYTES * len(table_batch) // max(1, table_batch.nbytes)))
+        if not len(table_batch):
+            continue
+        table_batch = plain_columns(table_batch, name)
+        step = max(1, min(len(table_batch), CHUNK_ROWS, CHUNK_BYTES * len(table_batch) // max(1, table_batch.nbytes)))
         for start in range(0, len(table_batch), step):
             batch = table_batch.slice(start, step)
             parsed = _table_rows(batch)
@@ -45,28 +63,18 @@ def _tables(batches: Iterator[pa.RecordBatch]) -> Iterator[Chunk]:
             number += len(batch)
 
 
-def _plain_columns(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Dictionary-encoded (categorical) columns as their values: an Arrow file cannot hold changing dictionaries."""
-    if not any(pa.types.is_dictionary(kind) for kind in batch.schema.types):
-        return batch
-    arrays, fields = [], []
-    for column, schema_field in zip(batch.columns, batch.schema, strict=True):
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-            schema_field = schema_field.with_type(column.type)
-        arrays.append(column)
-        fields.append(schema_field)
-    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields, metadata=batch.schema.metadata))
-
-
 def _table_rows(batch: pa.RecordBatch) -> list[Parsed]:
+    """Every row as an object; one with a value that Python cannot hold (a date beyond its calendar) has a reason."""
     try:
-        return [(row, None) for row in batch.to_pylist()]
-    except UnicodeDecodeError:
+        return [(row, None) for row in python_rows(batch)]
+    except UserError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         if len(batch) > 1:
             return [parsed for index in range(len(batch)) for parsed in _table_rows(batch.slice(index, 1))]
-        return [(None, "invalid UTF-8: in a value")]
-    except (ValueError, OverflowError, pa.ArrowException) as error:  # such as a date beyond Python's calendar
-        if len(batch) > 1:
-            return [parsed for index in range(len(batch)) for parsed in _table_rows(batch.slice(index, 1))]
-        return [(None, f"wrong type: {' '.join(str(error).split())[:120]}")]
+        if isinstance(error, UnicodeDecodeError):
+            return [(None, f"invalid UTF-8: in a value of {failing_column(batch)}")]
+        why = str(error) if isinstance(error, NotJson) else one_line(error)
+        return [(None, f"wrong type: {failing_column(batch)}: {why}")]

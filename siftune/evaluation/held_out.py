@@ -86,6 +86,7 @@ def held_out(
     max_rows: int | None = None,
     token_budget: int = 8192,
     columns: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
     format: Literal["alpaca", "prompt-completion", "messages", "text"] | None = None,
 ) -> dict[str, HeldOut]:
     """Loss and token accuracy of every domain's rows, in the order of `files` (name -> anything `load_pool` reads).
@@ -98,7 +99,9 @@ def held_out(
     >>> held_out(model, tokenizer, {"mathematics": "held.jsonl"})["mathematics"].loss
     """
     length = min(max_length, positions(model))
-    domains = encode(tokenizer, files, text=text, max_length=length, max_rows=max_rows, columns=columns, format=format)
+    domains = encode(
+        tokenizer, files, text=text, max_length=length, max_rows=max_rows, columns=columns, roles=roles, format=format
+    )
     return {name: measure(model, encoded, token_budget=token_budget) for name, encoded in domains.items()}
 
 
@@ -110,6 +113,7 @@ def encode(
     max_length: int = 512,
     max_rows: int | None = None,
     columns: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
     format: Literal["alpaca", "prompt-completion", "messages", "text"] | None = None,
 ) -> dict[str, Encoded]:
     """The rows of every domain as tokens: all that can go wrong before a model is loaded. Raises `UserError`."""
@@ -120,7 +124,7 @@ def encode(
     if max_length < 2:
         raise UserError(f"max_length must be >= 2, so that a token can be predicted, got {max_length}")
     return {
-        name: _encode(name, source, tokenizer, text, max_length, max_rows, columns, format)
+        name: _encode(name, source, tokenizer, text, max_length, max_rows, columns, roles, format)
         for name, source in files.items()
     }
 
@@ -133,10 +137,11 @@ def _encode(
     max_length: int,
     max_rows: int | None,
     columns: Mapping[str, str] | None,
+    roles: Mapping[str, str] | None,
     format: Literal["alpaca", "prompt-completion", "messages", "text"] | None,
 ) -> Encoded:
     paths = str(source) if isinstance(source, (str, Path)) else [str(path) for path in source]
-    pool: Pool = load_pool(paths, columns=columns, on_bad_row="skip", format=format)
+    pool: Pool = load_pool(paths, columns=columns, roles=roles, on_bad_row="skip", format=format)
     check_text(text, tokenizer, model=str(getattr(tokenizer, "name_or_path", "")), format=pool.format)
     skipped: dict[str, int] = {}
     for reason in pool.reasons.values():

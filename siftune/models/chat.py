@@ -12,6 +12,7 @@ import torch
 
 from ..data.chat_template import Refusal, apply_template
 from ..data.formats import BadRow
+from ..data.render import merged
 from ..errors import UserError
 from ..files import cache_folder, hash_file, hash_json
 from .backbone import Backbone
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 SENTINEL = "siftune-end"
 
 
-def templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+def templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> str:
     """The conversation in the model's own form; a system turn is joined to the user's where the template has none.
 
     Raises `BadRow` where the template refuses the conversation, or fails.
     """
 
-    def render(conversation: list[dict[str, str]]) -> str:
+    def render(conversation: list[dict[str, Any]]) -> str:
         # Models that reason by default answer at once; other templates ignore the option.
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         return str(apply_template(tokenizer, conversation, **options))
@@ -40,8 +41,7 @@ def templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -
     except Refusal:
         if turns[0]["role"] != "system" or len(turns) < 2:
             raise
-        joined = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-        return render([joined, *turns[2:]])
+        return render(merged(turns))
 
 
 def end_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -33,7 +33,9 @@ def chat_texts(rows: Sequence[Row], tokenizer: Any) -> list[str | BadRow]:
     def as_chat(row: Row) -> Row:
         if row.messages or not row.question:
             return row
-        return replace(row, messages=(("user", row.question), ("assistant", row.output)))
+        return replace(
+            row, messages=({"role": "user", "content": row.question}, {"role": "assistant", "content": row.output})
+        )
 
     template = bool(getattr(tokenizer, "chat_template", None))
     return texts_of([as_chat(row) if template else row for row in rows], tokenizer)

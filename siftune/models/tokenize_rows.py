@@ -17,11 +17,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..data.chat_template import Refusal, apply_template
+from ..data.chat_template import apply_template
 from ..data.formats import BadRow, row_failures
+from ..data.render import Rendered, render
 from ..errors import UserError
 from ..records import Pool, Row
 
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
 
 Text = Literal["auto", "chat", "prompt"]
 FORMS = ("auto", "chat", "prompt")
-VERSION = 1
+VERSION = 2
 """Part of a tokenised data set's cache key: increased whenever the tokens of any row change."""
 IGNORED = -100
 ROWS_AT_ONCE = 256
+_SENTINEL = "siftune-end"
 
 
 @dataclass(frozen=True)
@@ -169,33 +171,89 @@ class Encoder:
     def _chat(self, row: Row) -> tuple[list[int], list[bool]]:
         if not row.messages and not row.question:
             raise BadRow("no question: plain text has no turns to put into the chat template")
-        messages = row.messages or (("user", row.question), ("assistant", row.output))
-        turns = [{"role": role, "content": content} for role, content in messages]
-        try:
-            return self._templated(turns, row.output)
-        except Refusal:
-            if turns[0]["role"] != "system" or len(turns) < 3:
-                raise
-        # some templates have no system turn: its text is put before the user's
-        joined = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-        return self._templated([joined, *turns[2:]], row.output)
-
-    def _templated(self, turns: Sequence[dict[str, str]], answer: str) -> tuple[list[int], list[bool]]:
-        # Models that reason by default are trained to answer at once; other templates ignore the option.
-        apply, thinking = partial(apply_template, self.tokenizer), {"enable_thinking": False}
+        messages = row.messages or (
+            {"role": "user", "content": row.question},
+            {"role": "assistant", "content": row.output},
+        )
+        answer = messages[-1]
+        reasons = any(message.get("reasoning_content") for message in messages) or "</think>" in answer["content"]
+        # Models that reason by default are trained to answer at once, unless the row has reasoning; other templates
+        # ignore the option.
+        options: dict[str, Any] = {"enable_thinking": reasons}
+        chat = render(self.tokenizer, messages, row.tools, merge_system=True, **options)
+        options |= chat.options()
         if self._marks:
-            tokens = apply(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **thinking)
-            return list(tokens["input_ids"]), [bool(mark) for mark in tokens["assistant_masks"]]
-        text = str(apply(turns, tokenize=False, **thinking))
-        before = str(apply(turns[:-1], tokenize=False, add_generation_prompt=True, **thinking))
-        if not text.startswith(before):  # a template that rewrites the conversation at every turn
-            before = text[: _place(text, answer)]
-        return self._joined(before, self._without_tail(text[len(before) :]))
+            return self._marked(chat, options, row.supervised)
+        before = str(
+            apply_template(self.tokenizer, chat.turns[:-1], tokenize=False, add_generation_prompt=True, **options)
+        )
+        if not chat.text.startswith(before):  # a template that rewrites the conversation at every turn
+            if reasons or answer.get("tool_calls"):
+                raise BadRow("chat template rewrites the answer, so its tokens cannot be located")
+            before = chat.text[: _place(chat.text, answer["content"])]
+        return self._joined(before, self._ended(chat.text[len(before) :]))
 
-    def _without_tail(self, answer: str) -> str:
-        """The assistant's text up to its end token, without the white space that a template writes after it."""
+    def _marked(
+        self, chat: Rendered, options: dict[str, Any], supervised: Sequence[bool]
+    ) -> tuple[list[int], list[bool]]:
+        """By the template's own marks; an answer whose flag is false has no label tokens."""
+        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        tokens = apply_template(self.tokenizer, chat.turns, **how, **options)
+        ids, marks = list(tokens["input_ids"]), [bool(mark) for mark in tokens["assistant_masks"]]
+        if not all(supervised):
+            flags = [
+                flag
+                for turn, flag in zip(chat.turns, supervised[-len(chat.turns) :], strict=True)
+                if turn["role"] == "assistant"
+            ]
+            runs = _runs(marks)
+            if len(runs) != len(flags):
+                raise BadRow("chat template marks no separate text for each answer, so their flags cannot be honoured")
+            for (begin, end), flag in zip(runs, flags, strict=True):
+                if not flag:
+                    marks[begin:end] = [False] * (end - begin)
+        return self._ended_ids(ids, marks)
+
+    def _ended_ids(self, ids: list[int], marks: list[bool]) -> tuple[list[int], list[bool]]:
+        """The last answer's mark, extended to the token that ends it."""
+        end = max((index for index, mark in enumerate(marks) if mark), default=-1) + 1
+        special = {self.tokenizer.convert_tokens_to_ids(token) for token in self._special}
+        if (
+            not end
+            or ids[end - 1] in special
+            or (str(self.tokenizer.decode(ids[end - 1])).strip() == "" and (end > 1 and ids[end - 2] in special))
+        ):
+            return ids, marks
+        if end < len(ids) and ids[end] in special:
+            return ids, [*marks[:end], True, *marks[end + 1 :]]
+        ending = self._ids(self._ending)
+        return [*ids[:end], *ending], [*marks[:end], *(True for _ in ending)]
+
+    def _ended(self, answer: str) -> str:
+        """The assistant's text up to its end token, without the white space that a template writes after it.
+
+        Where the template writes none (GLM-4 ends an answer by the next turn's mark), that mark is put there, else the
+        end-of-text token: without it the model never learns to stop.
+        """
         stripped = answer.rstrip()
-        return stripped if any(stripped.endswith(token) for token in self._special) else answer
+        if any(stripped.endswith(token) for token in self._special):
+            return stripped
+        return answer + self._ending
+
+    @cached_property
+    def _ending(self) -> str:
+        """What ends an answer that the template leaves open."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
+        try:
+            text = str(apply_template(self.tokenizer, [*turns, turns[0]], tokenize=False))
+        except BadRow:
+            text = ""
+        after = text.partition(_SENTINEL)[2].lstrip()
+        fitting = [token for token in self._special if after.startswith(token)]
+        ending = max(fitting, key=len, default=self.tokenizer.eos_token)
+        if not ending:
+            raise BadRow("chat template does not end an answer, and the tokenizer has no end-of-text token")
+        return str(ending)
 
     @cached_property
     def _template(self) -> str:
@@ -212,6 +270,16 @@ class Encoder:
     def _special(self) -> set[str]:
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         return {token for token in (*added, *self.tokenizer.all_special_tokens) if token}
+
+
+def _runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
+    """(first, one past the last) of every run of true marks."""
+    edges = [
+        index
+        for index in range(len(marks) + 1)
+        if (index > 0 and marks[index - 1]) != (index < len(marks) and marks[index])
+    ]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _place(rendered: str, answer: str) -> int:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..data.chat_template import Refusal, apply_template
-from ..data.formats import text_of
+from ..data.formats import BadRow, has_tools, text_of
+from ..data.render import Rendered, render
 from ..records import Row
 from .prompts import Prompt
 
@@ -36,22 +37,35 @@ def answer_text(row: Row, tokenizer: PreTrainedTokenizerBase, prompt: Prompt | N
     if prompt is not None:
         before = prompt.fill(instruction=row.instruction, input=row.input)
         return AnswerText(before + row.output, len(before), len(before) + len(row.output))
-    text = text_of(row, tokenizer)
-    if row.messages and getattr(tokenizer, "chat_template", None) and (located := _in_chat(row, tokenizer, text)):
-        return located
-    if not text.endswith(row.output):  # a template that rewrites the answer: the contents on separate lines
-        text = text_of(row)
+    text = text_of(row)
+    if row.messages and getattr(tokenizer, "chat_template", None):
+        try:
+            chat = render(tokenizer, row.messages, row.tools)
+        except Refusal:
+            if has_tools(row):
+                raise
+        else:
+            if located := _in_chat(row, tokenizer, chat):
+                return located
+            if chat.text.endswith(row.output):
+                text = chat.text
     return AnswerText(text, len(text) - len(row.output), len(text))
 
 
-def _in_chat(row: Row, tokenizer: PreTrainedTokenizerBase, text: str) -> AnswerText | None:
+def _in_chat(row: Row, tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> AnswerText | None:
     """The answer in the template's text: after all that the template writes before an answer, as it was or trimmed."""
-    turns = [{"role": role, "content": content} for role, content in row.messages[:-1]]
+    text, content = chat.text, row.messages[-1]["content"]
     try:
-        before = str(apply_template(tokenizer, turns, tokenize=False, add_generation_prompt=True))
+        before = str(
+            apply_template(tokenizer, chat.turns[:-1], tokenize=False, add_generation_prompt=True, **chat.options())
+        )
     except Refusal:
         return None
-    for answer in (row.output, row.output.strip()):
+    if row.messages[-1].get("tool_calls"):  # a call's text is the template's own
+        if not text.startswith(before):
+            raise BadRow("chat template rewrites the answer, so its tokens cannot be located")
+        return AnswerText(text, len(before), len(text.rstrip()))
+    for answer in (content, content.strip()):
         begin = text.find(answer, len(before)) if text.startswith(before) else text.rfind(answer)
         if begin >= 0:
             return AnswerText(text, begin, begin + len(answer))

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..data.formats import TEXT_FORM
+from ..data.messages import plain_text
 from ..errors import UserError
 from ..files import hash_json
 from ..models.causal_lm import CausalLM, Ids, logits
@@ -43,15 +44,16 @@ class Turn:
 def turns_of(row: Row) -> list[Turn]:
     """A row's question-answer turns: one, or in a chat one per answer, with all messages since the answer before.
 
-    >>> turns_of(Row(0, "", "", "", "", (("user", "Hi"), ("assistant", "Ho"), ("user", "And?"), ("assistant", "No"))))
-    [Turn(instruction='Hi', input='', output='Ho'), Turn(instruction='And?', input='', output='No')]
+    >>> turns_of(Row(0, "", "", "", "", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})))
+    [Turn(instruction='Hi', input='', output='Ho')]
     """
     if not row.messages:
         return [Turn(row.instruction, row.input, row.output)]
     turns: list[Turn] = []
     unanswered: list[str] = []
-    for role, content in row.messages:
-        if role != "assistant":
+    for message in row.messages:
+        content = plain_text(message)
+        if message["role"] != "assistant":
             unanswered.append(content)
         elif unanswered:
             turns.append(Turn("\n".join(part for part in unanswered if part), "", content))

@@ -49,7 +49,9 @@ def similarity_result(
     if tokens is not None:
         columns["tokens"] = np.full(len(shard), -1, dtype=np.int32)
         columns["tokens"][positions] = tokens
-    failed = {int(rows[index]): "the similarity to the target is NaN or infinite" for index in np.flatnonzero(~finite)}
+    failed = {
+        int(rows[int(index)]): "the similarity to the target is NaN or infinite" for index in np.flatnonzero(~finite)
+    }
     return ShardResult(columns, {**failed, **reasons})
 
 

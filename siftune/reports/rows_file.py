@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.load import load_pool
+from ..data.messages import plain_text
 from ..errors import UserError
 from ..files import cache_folder, read_json
 from ..records import Pool, Row
@@ -25,7 +26,7 @@ from .untrusted import visible
 ROWS, MANIFEST, SELECTED = "rows.parquet", "manifest.json", "selected.jsonl"
 COLUMNS = ("file", "line", "tokens", "score", "kept", "reason", "pseudo_label")
 """The columns of `rows.parquet` that are read here."""
-READING = ("columns", "format", "on_bad_row", "duplicates")
+READING = ("columns", "roles", "format", "on_bad_row", "duplicates")
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +176,8 @@ class Texts:
 
 def _parts(row: Row) -> tuple[str, str]:
     if row.messages:
-        turns = "\n\n".join(f"{role}: {content}" for role, content in row.messages[:-1])
-        return turns, row.output or row.messages[-1][1]
+        turns = "\n\n".join(f"{message['role']}: {plain_text(message)}" for message in row.messages[:-1])
+        return turns, row.output
     return row.question, row.output
 
 
@@ -194,7 +195,7 @@ def texts_of(selection: Selection, *, cache: str | Path | None = None) -> Texts:
         why = (
             "The pool is no longer at its path, so only the chosen rows, which the run folder holds, can be read here."
         )
-    columns = {"columns": config["columns"]} if config.get("columns") else {}
+    columns = {name: config[name] for name in ("columns", "roles") if config.get(name)}
     try:
         chosen = load_pool(str(selection.folder / SELECTED), on_bad_row="skip", cache=cache, **columns)
     except UserError:

@@ -193,7 +193,9 @@ def read_training_rows(
     train = rows if rows is not None else config.get("train")
     if not train:
         return None
-    reading = {name: config[name] for name in ("columns", "format") if rows is None and config.get(name) is not None}
+    reading = {
+        name: config[name] for name in ("columns", "roles", "format") if rows is None and config.get(name) is not None
+    }
     sources = [train] if isinstance(train, str) else [str(path) for path in train]
     pool = load_pool(sources[0] if len(sources) == 1 else sources, on_bad_row="skip", cache=cache, **reading)
     at, tokens = _positions(folder, pool) if rows is None else (None, None)

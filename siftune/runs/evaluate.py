@@ -61,6 +61,8 @@ class EvaluateOptions(Everywhere):
     """Maximum number of tokens of a held-out row."""
     columns: dict[str, str] | None = None
     """Column names of the held-out files, as field=column: instruction=question,output=answer."""
+    roles: dict[str, str] | None = None
+    """The role of each further role name in the held-out chats, as name=role: teacher=assistant,pupil=user."""
     format: Literal["alpaca", "prompt-completion", "messages", "text"] | None = None
     """Format of the held-out rows; default: detected."""
     chat: bool = False
@@ -140,6 +142,7 @@ class Job:
                 max_length=min(options.max_length, self.target.length),
                 max_rows=options.held_out_rows,
                 columns=options.columns,
+                roles=options.roles,
                 format=options.format,
             )
             if self.files

@@ -77,6 +77,7 @@ def read_pool(options: Reading) -> Pool:
     return load_pool(
         options.pool[0] if len(options.pool) == 1 else list(options.pool),
         columns=options.columns,
+        roles=options.roles,
         on_bad_row=options.on_bad_row,
         duplicates=options.duplicates,
         format=options.format,
@@ -128,7 +129,18 @@ def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[s
     for item in dataclasses.fields(method):  # type: ignore[arg-type]
         if item.init and item.name not in (*PARTS, *ONE_RUN, "seed"):
             config[item.name] = plain(getattr(method, item.name))
-    for setting in ("keep", "tokens", "quota", "target_mix", "order", "columns", "format", "on_bad_row", "duplicates"):
+    for setting in (
+        "keep",
+        "tokens",
+        "quota",
+        "target_mix",
+        "order",
+        "columns",
+        "roles",
+        "format",
+        "on_bad_row",
+        "duplicates",
+    ):
         config[setting] = plain(getattr(options, setting))
     if all(config[budget] is None for budget in ("keep", "tokens", "quota")):
         config["keep"] = DEFAULT_KEEP

@@ -59,6 +59,8 @@ class Reading:
     """Files (.jsonl, .json, .parquet, .csv, .gz, .zst), folders, globs or hub ids."""
     columns: dict[str, str] | None = None
     """Column names of your files, as field=column: instruction=question,output=answer."""
+    roles: dict[str, str] | None = None
+    """The role of each further role name in your chats, as name=role: teacher=assistant,pupil=user."""
     format: Literal["alpaca", "prompt-completion", "messages", "text"] | None = None
     """Format of the rows; default: detected."""
     on_bad_row: Literal["error", "skip"] = "error"

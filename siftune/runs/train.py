@@ -335,6 +335,7 @@ class _Job:
             text=recipe.text,
             max_length=self.prepared.length,
             columns=recipe.columns,
+            roles=recipe.roles,
             format=recipe.format,  # type: ignore[arg-type]
         )
         return {name: dict(result.facts) for name, result in results.items()}

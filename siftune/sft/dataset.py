@@ -39,6 +39,8 @@ from ..models.load import TOKENIZER_FILES, quiet
 from ..models.tokenize_rows import VERSION, Encoder, Text
 from ..progress import counted
 from ..records import Pool
+from .row_weights import COLUMN as WEIGHT
+from .row_weights import weight_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,7 +50,13 @@ ROWS_AT_ONCE = 512
 LINES_AT_ONCE = 65_536
 TOKENS, META, REASONS = "tokens.arrow", "meta.json", "reasons.json"
 _SCHEMA = pa.schema(
-    [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("row", pa.int64()), ("cut", pa.bool_())]
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("row", pa.int64()),
+        ("cut", pa.bool_()),
+        (WEIGHT, pa.float32()),
+    ]
 )
 
 
@@ -59,16 +67,29 @@ class TrainingRows:
     folder: Path
     meta: Mapping[str, Any]
     """`key`, `rows`, `cut` (rows that were truncated), `tokens`, `label_tokens`, `beyond` (rows of the pool after
-    `max_rows`)."""
+    `max_rows`), `weights` (rows with a weight other than 1)."""
     reasons: Mapping[int, str]
     """Why a readable row of the pool was left out, by its row in the pool."""
 
     @property
     def dataset(self) -> Dataset:
         """A `datasets.Dataset` of `input_ids` and `labels`, memory-mapped from disk."""
+        return self._dataset("input_ids", "labels")
+
+    @property
+    def weighted(self) -> Any:
+        """The same, with the rows' weights as `row_weight`."""
+        return self._dataset("input_ids", "labels", WEIGHT)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether some row has a weight other than 1."""
+        return bool(self.meta["weights"])
+
+    def _dataset(self, *columns: str) -> Any:
         from datasets import Dataset
 
-        return Dataset.from_file(str(self.folder / TOKENS)).select_columns(["input_ids", "labels"])
+        return Dataset.from_file(str(self.folder / TOKENS)).select_columns(list(columns))
 
     @property
     def positions(self) -> NDArray[np.int64]:
@@ -152,7 +173,7 @@ def _make(folder: Path, pool: Pool, encode: Encoder, max_rows: int | None, key: 
         folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(folder)
     reasons: dict[int, str] = {}
-    meta = {"key": key, "rows": 0, "cut": 0, "tokens": 0, "label_tokens": 0, "beyond": 0}
+    meta = {"key": key, "rows": 0, "cut": 0, "tokens": 0, "label_tokens": 0, "beyond": 0, "weights": 0}
     with plain_errors(folder.parent):
         temporary.mkdir()
         try:
@@ -188,15 +209,19 @@ def _batches(
                     meta["beyond"] = len(eligible) - start - at
                     break
                 try:
+                    weight = weight_of(row.weight)
                     encoded = encode(row)
                 except BadRow as bad:
                     reasons[row.row] = str(bad)
                     continue
                 for name, value in zip(
-                    _SCHEMA.names, (encoded.input_ids, encoded.labels, row.row, encoded.cut), strict=True
+                    _SCHEMA.names,
+                    (encoded.input_ids, encoded.labels, row.row, encoded.cut, weight),
+                    strict=True,
                 ):
                     columns[name].append(value)
                 meta["rows"] += 1
+                meta["weights"] += weight != 1
                 meta["cut"] += encoded.cut
                 meta["tokens"] += len(encoded.input_ids)
                 meta["label_tokens"] += encoded.label_tokens

@@ -22,12 +22,12 @@ from ..yaml_io import parse_yaml, read_yaml
 from .config_values import nearest
 
 STOPS = ("trained_tokens", "trained_label_tokens")
-READING = ("format", "columns", "on_bad_row", "duplicates")
+READING = ("format", "columns", "roles", "on_bad_row", "duplicates")
 """Keys that mean what they mean for `siftune select`."""
 PASSED_OVER = ("command",)
 """Keys that a run folder's config.yaml holds beside the recipe's."""
 
-_SECTIONS = ("sft", "peft", "quantization", "online", "model_kwargs", "stop_at", "columns")
+_SECTIONS = ("sft", "peft", "quantization", "online", "model_kwargs", "stop_at", "columns", "roles")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class Recipe:
     """Form of the rows; detected when left out."""
     columns: Mapping[str, str] | None = None
     """The user's column for each column of siftune."""
+    roles: Mapping[str, str] | None = None
+    """The role of each further role name that the chats use."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error` or `skip`, with its reason in rows.parquet."""
     duplicates: Literal["keep", "drop"] = "keep"

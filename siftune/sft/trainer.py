@@ -31,6 +31,7 @@ from .configs import lora_config, quantization_config, sft_config
 from .dataset import TrainingRows, tokenizer_key, training_rows
 from .packing import packed_lines, report_reading_across
 from .recipe import Recipe
+from .row_weights import check_weights, honour_weights
 from .token_counts import TokenCounts
 
 if TYPE_CHECKING:
@@ -98,13 +99,18 @@ class Prepared:
     ) -> SFTTrainer:
         """The trainer. `token_counts` counts on it; `network` is used instead of loading the recipe's weights; without
         `quiet` the line of `siftune.attach` is printed."""
-        recipe, dataset = self.recipe, self.rows.dataset
+        recipe, weighted = self.recipe, self.rows.has_weights
+        dataset = self.rows.weighted if weighted else self.rows.dataset
         arguments = sft_config(recipe, output_dir)
         selector = checked_selector(recipe, arguments)
+        if weighted:
+            check_weights(arguments, online=selector is not None)
         lines = packed_lines(dataset, arguments, self.length) if arguments.packing else dataset
         counting: tuple[Any, ...] = () if token_counts is None else token_counts.callbacks()
         with preserved_random_state():  # trl and transformers seed the global generators
             trainer = self._build(arguments, lines, counting[:1], network)
+        if weighted:
+            honour_weights(trainer)
         if token_counts is not None:
             token_counts.below(trainer)
         if selector is not None:
@@ -166,6 +172,7 @@ def prepare(recipe: Recipe, *, cache: str | Path | None = None) -> Prepared:
         pool = load_pool(
             files[0] if len(files) == 1 else list(files),
             columns=recipe.columns,
+            roles=recipe.roles,
             on_bad_row=recipe.on_bad_row,
             duplicates=recipe.duplicates,
             format=recipe.format,

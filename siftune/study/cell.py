@@ -70,6 +70,7 @@ def choose(work: Work, cell: Cell, run: Path) -> Mapping[str, Any]:
         run=str(run),
         seed=seed,
         columns=dict(study.columns) if study.columns else None,
+        roles=dict(study.roles) if study.roles else None,
         format=study.format,  # type: ignore[arg-type]
         cache=work.cache,
         quiet=True,
@@ -185,7 +186,7 @@ def recipe_of(work: Work, seed: int, *, train: Path, cell: Cell | None = None) -
     """The study's recipe, filled in for one run."""
     study = work.study
     recipe: dict[str, Any] = {**study.recipe, "model": str(model_folder(study)), "train": str(train), "seed": seed}
-    for key in ("format", "columns"):
+    for key in ("format", "columns", "roles"):
         if getattr(study, key):
             recipe[key] = getattr(study, key)
     sft = dict(recipe.get("sft", {}))

@@ -125,6 +125,7 @@ SHARED = [
     "equal",
     "threads",
     "columns",
+    "roles",
     "format",
     "on_bad_row",
     "label",

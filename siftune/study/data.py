@@ -114,7 +114,13 @@ def _same(path: Path, digest: str) -> bool:
 
 def _load(study: Study, source: str, key: str) -> Pool:
     try:
-        return load_pool(source, columns=dict(study.columns or {}), on_bad_row=study.on_bad_row, format=study.format)
+        return load_pool(
+            source,
+            columns=dict(study.columns or {}),
+            roles=study.roles,
+            on_bad_row=study.on_bad_row,
+            format=study.format,
+        )
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 
@@ -315,7 +321,11 @@ def _part(total: int | None, index: int, parts: int) -> int | None:
 def _columns(row: Row) -> dict[str, Any]:
     """A row in siftune's own columns, which every method reads without `columns:`."""
     if row.messages:
-        return {"messages": [{"role": role, "content": content} for role, content in row.messages]}
+        messages = [
+            {**message, **({} if not row.supervised or row.supervised[number] else {"weight": 0})}
+            for number, message in enumerate(row.messages)
+        ]
+        return {"messages": messages, **({"tools": list(row.tools)} if row.tools else {})}
     return {"instruction": row.instruction, "input": row.input, "output": row.output}
 
 

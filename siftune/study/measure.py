@@ -48,6 +48,7 @@ def _held_out(study: Study, data: Data, model: Path) -> dict[str, float]:
         text=study.text,
         max_length=study.max_length,
         columns=dict(study.columns) if study.columns else None,
+        roles=dict(study.roles) if study.roles else None,
         format=study.format,  # type: ignore[arg-type]
     )
     values = {f"loss/{name}": result.loss for name, result in results.items()}

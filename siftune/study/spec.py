@@ -24,7 +24,19 @@ from .entries import NONE, Entry, check_name, fill, read_entries, texts
 
 DEMO = "demo"
 """As `model`, `pool` or `held_out`: the embedded model and corpus."""
-OWN_KEYS = ("model", "train", "eval", "seed", "online", "stop_at", "max_rows", "format", "columns", "on_bad_row")
+OWN_KEYS = (
+    "model",
+    "train",
+    "eval",
+    "seed",
+    "online",
+    "stop_at",
+    "max_rows",
+    "format",
+    "columns",
+    "roles",
+    "on_bad_row",
+)
 """Keys of a recipe that the study fills in itself."""
 LEAST = "write model:, pool:, recipe: and held_out: at least"
 """What to do with a file that has none of these keys."""
@@ -73,6 +85,8 @@ class Study:
     threads: int = 1
     """Threads of each."""
     columns: Mapping[str, str] | None = None
+    """As in `siftune select`, for pool and held-out files."""
+    roles: Mapping[str, str] | None = None
     """As in `siftune select`, for pool and held-out files."""
     format: str | None = None
     """As in `siftune select`."""

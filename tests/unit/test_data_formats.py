@@ -26,7 +26,7 @@ GOOD: list[tuple[dict[str, Any], str, tuple[str, str, str], int]] = [
     ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, "prompt-completion", ("Be kind.\nHi", "", "Hello"), 3),
     ({"messages": [USER, ANSWER]}, "messages", ("Hi", "", "Hello"), 2),
     ({"messages": [SYSTEM, USER, ANSWER, USER, ANSWER]}, "messages", ("Be kind.\nHi\nHello\nHi", "", "Hello"), 5),
-    ({"messages": [USER, {"role": "tool", "content": "7"}, ANSWER], "prompt": "Hi"}, "messages", ("Hi\n7", "", "Hello"), 3),
+    ({"messages": [USER, {"role": "tool", "content": "7"}, ANSWER], "prompt": "Hi"}, "messages", ("Hi\ntool result: 7", "", "Hello"), 3),
     ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, "messages", ("Hi", "", "Hello"), 2),
     ({"text": "Once."}, "text", ("", "", "Once."), 0),
 ]  # fmt: skip
@@ -64,12 +64,22 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": [ANSWER]}, "wrong roles: messages starts with assistant, not with user"),
     ("messages", {"messages": [SYSTEM]}, "wrong roles: messages starts with system, not with user"),
     ("messages", {"messages": [USER, SYSTEM, ANSWER]}, "wrong roles: messages has a system message that is not the first"),
-    ("messages", {"messages": [USER, {"role": "robot", "content": "x"}]}, "wrong roles: message 2 of messages has the role robot"),
+    ("messages", {"messages": [USER, {"role": "robot", "content": "x"}]}, "wrong roles: message 2 of messages has the role robot; map it with --roles"),
     ("messages", {"messages": [USER, {"role": ["user"], "content": "x"}]}, "wrong roles: message 2 of messages has the role ['user']"),
     ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "wrong type: the content of message 2 of messages is null, not a string"),
     ("messages", {"messages": [USER, {"role": "assistant", "content": " "}]}, "empty answer: the last message of messages"),
     ("messages", {"conversations": [{"from": "gpt", "value": "x"}]}, "wrong roles: conversations starts with assistant, not with user"),
     ("messages", {"a": 1}, "missing field: messages"),
+    ("messages", {"messages": [USER, ANSWER], "system": 3}, "wrong type: system is a number, not a string"),
+    ("messages", {"messages": [USER, ANSWER], "tools": "search"}, "wrong type: tools is a string, not a list of tools"),
+    ("messages", {"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "wrong type: a tool call of message 2 of messages has no function name"),
+    ("messages", {"messages": [USER, {"role": "assistant", "tool_calls": 7}]}, "wrong type: the tool_calls of message 2 of messages are a number, not a list"),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]}, "not text alone: the content of message 1 of messages has a part of the type image_url"),
+    ("messages", {"messages": [USER, ANSWER | {"weight": 0.5}]}, "wrong type: weight of message 2 of messages is 0.5; set it to 0 or 1, false or true"),
+    ("messages", {"messages": [USER, ANSWER | {"train": False}]}, "not to imitate: no answer of messages is supervised (weight, train or loss is 0 in all of them)"),
+    ("messages", {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "f(1)"}]}, "wrong type: message 2 of conversations is a function_call that is no JSON object with name and arguments"),
+    ("alpaca", ALPACA | {"history": [["a"]]}, "wrong type: entry 1 of history is not a question and its answer"),
+    ("alpaca", ALPACA | {"history": "x"}, "wrong type: history is a string, not a list of pairs"),
 ]  # fmt: skip
 
 
@@ -85,7 +95,7 @@ def test_names_from_the_data_are_shown_short_and_printable() -> None:
         Reading("messages").parts({"messages": [{"role": "\ud800\n" + "x" * 1000, "content": ""}]})
     assert str(told.value).isprintable()
     assert str(told.value).isascii()
-    assert len(str(told.value)) < 120
+    assert len(str(told.value)) < 140
 
 
 # --- mapped columns -------------------------------------------------------------------------------------------------
@@ -153,11 +163,9 @@ def test_chat_rows_go_through_the_template_where_there_is_one() -> None:
 
 def test_a_template_that_refuses_a_row_leaves_its_contents() -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}chat"
-    )
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% for m in messages %}{{ m.content }};{% endfor %}"
     assert (
         text_of(Reading("messages").row(0, "", {"messages": [SYSTEM, USER, ANSWER]}), tokenizer)
         == "Be kind.\nHi\nHello"
     )
-    assert text_of(Reading("messages").row(0, "", {"messages": [USER, ANSWER]}), tokenizer) == "chat"
+    assert text_of(Reading("messages").row(0, "", {"messages": [USER, ANSWER]}), tokenizer) == "Hi;Hello;"

@@ -22,11 +22,11 @@ UPPER = (
 
 ALPACA = Row(0, "", "Add the numbers.", "1 + 1", "It is 2.")
 TURNS = (
-    ("system", "Be brief."),
-    ("user", "1 + 1?"),
-    ("assistant", "2"),
-    ("user", "And 2 + 2?"),
-    ("assistant", "4 it is"),
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "And 2 + 2?"},
+    {"role": "assistant", "content": "4 it is"},
 )
 CHAT = Row(1, "", "…", "", "4 it is", TURNS)
 PLAIN = Row(2, "", "", "", "Once upon a time.")
@@ -93,7 +93,17 @@ def test_a_template_without_a_system_turn_gets_it_in_the_users() -> None:
 
 
 def test_messages_as_a_prompt_are_their_turns_and_the_last_answer() -> None:
-    row = Row(4, "", "Be brief.\n1 + 1?", "", "2", (("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2")))
+    row = Row(
+        4,
+        "",
+        "Be brief.\n1 + 1?",
+        "",
+        "2",
+        tuple(
+            {"role": role, "content": text}
+            for role, text in (("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2"))
+        ),
+    )
     assert split_by_label(tiny_tokenizer(template=False), row, "prompt") == ("Be brief.\n1 + 1?\n", "2<eos>")
 
 
@@ -157,7 +167,7 @@ def test_rows_are_cut_on_the_right_and_say_so() -> None:
 def test_an_answer_that_the_template_rewrites_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = UPPER
-    with pytest.raises(BadRow, match="rewrites the answer"):
+    with pytest.raises(BadRow, match="drops or rewrites"):
         answer_tokens(ALPACA, tokenizer, text="chat", max_length=99)
     tokenizer.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(BadRow, match="chat template refuses the row: never"):

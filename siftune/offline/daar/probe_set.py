@@ -10,7 +10,7 @@ Axes: `B` rows of the probe set, `D` width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,7 @@ class PickedRows:
         """The rows at these positions; a row's number is its position here, so that no key depends on the larger
         pool."""
         read = self.source.read(self._outer(rows))
-        return [
-            Row(place, row.id, row.instruction, row.input, row.output, row.messages)
-            for place, row in zip(rows, read, strict=True)
-        ]
+        return [replace(row, row=int(place)) for place, row in zip(rows, read, strict=True)]
 
     def originals(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         return self.source.originals(self._outer(rows))
