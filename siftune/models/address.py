@@ -41,11 +41,11 @@ def read_address(spec: str) -> Address:
     Address(base='http://127.0.0.1:8000/v1', model='my-model', api_version=None)
     """
     address, _, model = spec.partition("#")
-    parts = urlsplit(address)
     try:
+        parts = urlsplit(address)
         host, _ = parts.hostname, parts.port
-    except ValueError:
-        host = None
+    except ValueError:  # brackets without an IPv6 address, a port that is no number
+        parts, host = urlsplit(address.replace("[", "").replace("]", "")), None
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     version = query.pop(API_VERSION, None)
     if "@" in parts.netloc or query or (version is not None and not re.fullmatch(r"[\w.-]+", version)):
