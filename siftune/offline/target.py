@@ -125,6 +125,14 @@ def _subtasks(pool: Pool, rows: NDArray[np.int64], names: Sequence[Any]) -> tupl
     return subtasks, np.array([index[str(name)] for name in names], dtype=np.int64)
 
 
+def refuse_unusable(target: Target, reasons: Mapping[int, str]) -> None:
+    """Raise `UserError`, by file and line, where a target row (`0 .. M - 1`) cannot be used."""
+    if reasons:
+        place, reason = min(reasons.items())
+        ((file, line),) = target.pool.source.locations([int(target.rows[place])])
+        raise UserError(f"target {file} line {line}: {reason}; fix or remove the row")
+
+
 # --- rows of the pool that are also in the target ---------------------------------------------------------------------
 
 IN_TARGET = "in the target"
