@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.load import load_pool
+from ..data.messages import plain_text
 from ..errors import UserError
 from ..files import hash_json
 from ..records import Pool, Row
@@ -145,7 +146,7 @@ def normalised_text(row: Row) -> str:
     >>> normalised_text(Row(0, "", "Add.", "1 + 1", "Two"))
     'add. 1 + 1 two'
     """
-    parts: Iterable[str] = (content for _, content in row.messages) if row.messages else (row.question, row.output)
+    parts: Iterable[str] = map(plain_text, row.messages) if row.messages else (row.question, row.output)
     return " ".join(unicodedata.normalize("NFKC", "\n".join(parts)).casefold().split())
 
 

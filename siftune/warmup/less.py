@@ -54,16 +54,16 @@ class GradientTask:
     warmup: str
     """Folder of the warm-up run: its name is the content of everything that determined it."""
     checkpoints: int
-    width: int | None
-    """Numbers of a projected weight for each row of the rank; None: no projection."""
+    dimension: int | None
+    """Numbers of a projected gradient; None: no projection."""
     seed: int
     preconditioner: Preconditioner
     text: Text
 
     @property
     def key(self) -> str:
-        facts = [Path(self.warmup).name, self.checkpoints, self.width, self.seed, self.preconditioner, self.text]
-        return hash_json(["row gradients", 1, TOKENS_VERSION, self.lm.key, *facts])
+        facts = [Path(self.warmup).name, self.checkpoints, self.dimension, self.seed, self.preconditioner, self.text]
+        return hash_json(["row gradients", 2, TOKENS_VERSION, self.lm.key, *facts])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_network"}
@@ -109,7 +109,7 @@ class GradientTask:
         """Features `(R, F)` of rows under a checkpoint, of any length, and why a row has none."""
         features: RowFeatures | None = self.__dict__.get("_network")
         if features is None:
-            features = RowFeatures(self._adapted(), Projection(self.width, self.seed), self.lm.token_budget)
+            features = RowFeatures(self._adapted(), Projection(self.dimension, self.seed), self.lm.token_budget)
             self.__dict__["_network"] = features
         stored = load_file(str(checkpoint_file(Path(self.warmup), checkpoint)))
         weights = {name: weight for name, weight in features.model.named_parameters() if weight.requires_grad}
@@ -230,7 +230,7 @@ class Less(SimilarityMethod):
     subspace: Literal["gist"] | None = None
     """`gist`: compare only inside the span of the target's gradients."""
     dimension: int | None = 8192
-    """Numbers of a row's projected gradient, a multiple of `rank` (paper: 8192); None: not projected, for tiny models."""
+    """Numbers of a row's projected gradient (paper: 8192); None: not projected, for tiny models."""
     keep_features: bool = False
     """Keep every row's features in the cache, 2 bytes for each number and checkpoint: another target then costs no pass over the pool."""
     text: Text = "auto"
@@ -262,8 +262,8 @@ class Less(SimilarityMethod):
             raise UserError(f"subspace={self.subspace!r} is not known; use gist, or leave it out")
         settings = self._settings()
         settings.check()
-        if self.dimension is not None and (self.dimension < self.rank or self.dimension % self.rank):
-            raise UserError(f"dimension={self.dimension} must be a multiple of rank={self.rank}; the paper's is 8192")
+        if self.dimension is not None and self.dimension < 1:
+            raise UserError(f"dimension={self.dimension} must be at least 1; the paper's is 8192")
         lm = self._lm()
         lm.check()
         check_text(self.text, lm.tokenizer, model=str(self.model), format=self.read_target().pool.format)
@@ -326,10 +326,9 @@ class Less(SimilarityMethod):
     def _gradient_task(self) -> GradientTask:
         if self.warmed is None:
             raise UserError("less is not fitted; call fit(pool) first")
-        width = None if self.dimension is None else self.dimension // self.rank
         count = len(self.warmed.facts["learning_rates"])
         folder = str(self.warmed.folder)
-        key = (folder, count, width, self.seed, self.preconditioner, self.text)
+        key = (folder, count, self.dimension, self.seed, self.preconditioner, self.text)
         cached: dict[Any, GradientTask] = self.__dict__.setdefault("_tasks", {})
         if key not in cached:
             cached[key] = GradientTask(self._lm(), *key)

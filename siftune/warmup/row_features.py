@@ -4,14 +4,14 @@ A row's gradient of a LoRA weight is the product of two thin factors (see `onlin
 on one side, so one weight's gradients of a group of rows are formed, preconditioned, projected and dropped before the
 next weight's. A complete gradient of a row never exists.
 
-    f(x) = sum over the weights of  G_w(x) D_w P_d       G_w: (rank, d) the gradient with its rank on the left,
-                                                         D_w: random signs of the weight, P_d: Gaussian (d, p), N(0, 1/p)
+    f_j(x) = sum over the elements e of all weights with bucket(e) = j of  sign(e) g_e(x)
 
-Inner products are kept on average, with a relative error of the order of sqrt(2/p) (Johnson-Lindenstrauss): weights of
-one width share P_d, and their signs make the cross terms vanish on average. Without a projection f is G itself.
-Cost per group of rows: one forward and backward pass without weight gradients, and `rank * d * p` products a weight.
+Buckets and signs are random and fixed (count sketch, Charikar et al. 2002: the sparsest Johnson-Lindenstrauss projection):
+inner products are kept on average, and the mean square error of that of two unit vectors is at most 2 / F, as for a dense
+random matrix, which would have as many numbers as F complete gradients. Without a projection f is g itself.
+Cost per group of rows: one forward and backward pass without weight gradients, and one addition per element.
 
-Axes: `R` rows of a group, `d` the long side of a weight, `F` numbers of a feature.
+Axes: `R` rows of a group, `E` elements of a weight, `F` numbers of a feature.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..models.features import TOKEN_BUDGET, batches
 from ..models.hidden_states import exact_math
 from ..models.tokenize_rows import IGNORED, Tokens
 from ..offline.daar.fitting import seeded
-from ..online.per_example.backward import Gradients, trained
-from ..online.per_example.ghost import form
+from ..online.per_example.backward import PerExampleGradients, trained_weights
+from ..online.per_example.ghost import form_gradients
 
 Preconditioner = Literal["none", "adam"]
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -56,45 +56,39 @@ def adam_direction(gradient: torch.Tensor, moments: Moments) -> torch.Tensor:
     v = BETAS[1] * second + (1 - BETAS[1]) * gradient.square()
     step = moments.step + 1
     m, v = m / (1 - BETAS[0] ** step), v / (1 - BETAS[1] ** step)
-    return m / (v.sqrt() + EPSILON)
+    direction: torch.Tensor = m / (v.sqrt() + EPSILON)
+    return direction
 
 
 @dataclass(eq=False)
 class Projection:
-    """Projects one weight's gradients; `width` p numbers for each of the rank's rows, or nothing with None."""
+    """Adds one weight's gradients to the features: to `dimension` numbers a row, or to none with None (not projected)."""
 
-    width: int | None
+    dimension: int | None
     seed: int
-    _matrices: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False)
+    _drawn: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
-    def __call__(self, name: str, gradient_RKD: torch.Tensor) -> torch.Tensor:
-        """`(R, rank, d)` to `(R, rank, p)`."""
-        assert self.width is not None
-        length, like = gradient_RKD.shape[2], gradient_RKD
-        signs = self._once(("signs", name, length, like.dtype), lambda: self._signs(name, length, like))
-        matrix = self._once(("matrix", length, like.dtype), lambda: self._matrix(length, like))
-        return (gradient_RKD * signs) @ matrix
+    def add(self, total_RF: torch.Tensor, name: str, gradient_RE: torch.Tensor) -> None:
+        """Add the gradients of the weight `name` to the features of their rows, in place."""
+        if name not in self._drawn:
+            self._drawn[name] = self._draw(name, gradient_RE.shape[1], total_RF.device)
+        bucket_E, sign_E = self._drawn[name]
+        total_RF.index_add_(1, bucket_E, gradient_RE * sign_E)
 
-    def _signs(self, name: str, length: int, like: torch.Tensor) -> torch.Tensor:
-        bits = torch.randint(0, 2, (length,), generator=seeded(self.seed, f"signs of {name}"))
-        return (2 * bits - 1).to(like)
-
-    def _matrix(self, length: int, like: torch.Tensor) -> torch.Tensor:
-        assert self.width is not None
-        drawn = torch.randn(length, self.width, generator=seeded(self.seed, f"projection of {length}"))
-        return (drawn / self.width**0.5).to(like)
-
-    def _once(self, key: Any, make: Any) -> torch.Tensor:
-        if key not in self._matrices:
-            self._matrices[key] = make()
-        return self._matrices[key]
+    def _draw(self, name: str, elements: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Buckets and signs of a weight's elements."""
+        assert self.dimension is not None
+        generator = seeded(self.seed, f"projection of {name}")
+        bucket_E = torch.randint(0, self.dimension, (elements,), generator=generator, dtype=torch.int32)
+        sign_E = 2 * torch.randint(0, 2, (elements,), generator=generator, dtype=torch.int8) - 1
+        return bucket_E.to(device), sign_E.to(device)
 
 
 @dataclass(eq=False)
 class RowFeatures:
     """Features of rows under one model with trained LoRA weights.
 
-    >>> features = RowFeatures(peft_model, Projection(1024, seed=0))
+    >>> features = RowFeatures(peft_model, Projection(8192, seed=0))
     >>> vectors, failed = features.of(tokens, moments=None)
     """
 
@@ -102,7 +96,7 @@ class RowFeatures:
     projection: Projection
     token_budget: int | None = None
     """Tokens of a batch, padding counted; None is the device's default."""
-    gradients: Gradients = field(default_factory=Gradients, repr=False)
+    gradients: PerExampleGradients = field(default_factory=PerExampleGradients, repr=False)
 
     def of(
         self, rows: Sequence[Tokens], *, moments: Mapping[str, Moments] | None
@@ -115,8 +109,8 @@ class RowFeatures:
         for members in batches(lengths, budget):
             batch = collate([rows[index] for index in members])
             for group, width in self.gradients.plan(self.model, batch):
-                for part in self.gradients.of(self.model, batch, group, width):
-                    vectors = self._features(part.uses, len(part.rows), moments)
+                for part in self.gradients.compute(self.model, batch, group, width):
+                    vectors = self._features(part.factors, len(part.rows), moments)
                     done.update({members[row]: vector for row, vector in zip(part.rows, vectors, strict=True)})
         size = len(next(iter(done.values()))) if done else 0
         reasons = dict.fromkeys(range(len(rows)), "the row's gradient is NaN or infinite")
@@ -129,27 +123,30 @@ class RowFeatures:
 
     @property
     def _wide(self) -> bool:
-        return bool(trained(self.model)[0].dtype == torch.float64)
+        return bool(trained_weights(self.model)[0].dtype == torch.float64)
 
-    def _features(self, uses: Mapping[int, Any], rows: int, moments: Mapping[str, Moments] | None) -> torch.Tensor:
+    def _features(self, factors: Mapping[int, Any], rows: int, moments: Mapping[str, Moments] | None) -> torch.Tensor:
         """`(R, F)`: the weights one after the other, each dropped before the next."""
         named = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
-        total: torch.Tensor | None = None
         parts: list[torch.Tensor] = []
-        with exact_math(named[0][1].device):
+        first = named[0][1]
+        total_RF = None
+        if self.projection.dimension is not None:
+            dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+            total_RF = torch.zeros(rows, self.projection.dimension, dtype=dtype, device=first.device)
+        with exact_math(first.device):
             for index, (name, weight) in enumerate(named):
-                if index in uses:
-                    gradient = form(uses[index]).right[:, 0].reshape(rows, *weight.shape)
+                if index in factors:
+                    gradient = form_gradients(factors[index]).right[:, 0].reshape(rows, *weight.shape)
                 else:
                     gradient = weight.new_zeros(rows, *weight.shape)
                 if moments is not None:
                     gradient = adam_direction(gradient, moments[name])
-                if self.projection.width is None:
+                if total_RF is None:
                     parts.append(gradient.flatten(1))
-                    continue
-                projected = self.projection(name, gradient.mT if "lora_B" in name else gradient)
-                total = projected if total is None else total + projected
-        return torch.cat(parts, dim=1) if total is None else total.flatten(1)
+                else:
+                    self.projection.add(total_RF, name, gradient.flatten(1).to(total_RF))
+        return torch.cat(parts, dim=1) if total_RF is None else total_RF
 
 
 def collate(rows: Sequence[Tokens]) -> dict[str, torch.Tensor]:

@@ -154,7 +154,7 @@ def _run(
     try:
         with preserved_random_state():
             prepared = prepare(settings.recipe(files, watched=bool(watched)), cache=cache, pool=train, held_out=watched)
-            trainer = prepared.trainer(temporary / "work")
+            trainer: Any = prepared.trainer(temporary / "work")
             recorder = Recorder(temporary if moments else None)
             trainer.add_callback(recorder)
             trainer.train()

@@ -164,7 +164,8 @@ def test_features_in_float64_are_the_explicit_gradients_exactly(
                 for name, g in gradients.items()
             }
         expected = torch.cat([g.flatten() for g in gradients.values()]).numpy()
-        np.testing.assert_allclose(found[index], expected, rtol=1e-8, atol=1e-10 * abs(expected).max())
+        # the model's own norms round to float32 inside, whatever the dtype, and differently in a batch
+        np.testing.assert_allclose(found[index], expected, rtol=0, atol=1e-6 * abs(expected).max())
 
 
 def test_the_adam_direction_is_the_optimisers_own_step() -> None:
@@ -176,34 +177,42 @@ def test_the_adam_direction_is_the_optimisers_own_step() -> None:
         torch.testing.assert_close(adam_direction(gradient, Moments(first, second, step)), expected, rtol=1e-10, atol=0)
 
 
+def sketched(projection: Projection, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros(1, projection.dimension or 0, dtype=torch.float64)
+    for name, gradient in gradients.items():
+        projection.add(total, name, gradient.flatten(1))
+    return total[0]
+
+
 def test_projected_inner_products_are_within_the_bound() -> None:
-    """Mean square error of a normalised inner product over 40 projections: at most 2 / p (Johnson-Lindenstrauss)."""
+    """Mean square error of the inner product of unit vectors over 200 projections: at most 2 / F (Johnson-Lindenstrauss)."""
     generator = torch.Generator().manual_seed(1)
-    shapes = {"a.lora_A": (4, 30), "b.lora_A": (4, 30), "c.lora_A": (4, 50)}
-    first, second = (
-        {name: torch.randn(1, *shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
-        for _ in range(2)
+    shapes = {"a.lora_A": (4, 30), "b.lora_A": (4, 30), "c.lora_B": (50, 4)}
+    drawn = [torch.randn(1, *shape, generator=generator, dtype=torch.float64) for shape in [*shapes.values()] * 2]
+    first = dict(zip(shapes, drawn[:3], strict=True))
+    second = {name: first[name] + other for name, other in zip(shapes, drawn[3:], strict=True)}
+
+    def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+    norms = float(flat(first).norm() * flat(second).norm())
+    exact = float(flat(first) @ flat(second)) / norms
+    errors = np.array(
+        [
+            float(sketched(projection, first) @ sketched(projection, second)) / norms - exact
+            for projection in (Projection(64, seed) for seed in range(200))
+        ]
     )
-    second = {name: first[name] + second[name] for name in shapes}
-
-    def inner(one: Any, other: Any) -> float:
-        return float(sum((one[name] * other[name]).sum() for name in shapes))
-
-    exact = inner(first, second) / (inner(first, first) * inner(second, second)) ** 0.5
-    errors = []
-    for seed in range(40):
-        projection = Projection(64, seed)
-        one, other = (sum(projection(name, g[name]) for name in shapes) for g in (first, second))
-        errors.append(float((one * other).sum()) / (inner(first, first) * inner(second, second)) ** 0.5 - exact)  # type: ignore[union-attr, operator]
-    assert np.mean(np.square(errors)) <= 2 / 64
-    assert abs(np.mean(errors)) <= 3 * np.std(errors) / 40**0.5, "inner products are kept on average"
+    assert np.mean(errors**2) <= 2 / 64
+    assert abs(errors.mean()) <= 3 * errors.std() / 200**0.5, "inner products are kept on average"
 
 
-def test_the_projection_separates_weights_of_one_width() -> None:
-    projection = Projection(8, 0)
-    gradient = torch.ones(1, 2, 16)
-    assert not torch.equal(projection("one", gradient), projection("other", gradient))
-    assert torch.equal(projection("one", gradient), Projection(8, 0)("one", gradient))
+def test_the_projection_separates_weights_and_is_the_same_each_time() -> None:
+    gradient = torch.ones(1, 2, 16, dtype=torch.float64)
+    one = sketched(Projection(8, 0), {"one": gradient})
+    assert torch.equal(one, sketched(Projection(8, 0), {"one": gradient}))
+    assert not torch.equal(one, sketched(Projection(8, 0), {"other": gradient}))
+    assert not torch.equal(one, sketched(Projection(8, 1), {"one": gradient}))
 
 
 def test_projected_scores_are_near_the_exact_ones(model: Path, settings: dict[str, Any], cache: Path) -> None:
@@ -263,7 +272,7 @@ def test_kept_features_serve_another_target(
         ({"share": 0.0}, "share=0.0 must be above 0 and at most 1"),
         ({"preconditioner": "sgd"}, "preconditioner='sgd' is not known; use none or adam"),
         ({"subspace": "svd"}, "subspace='svd' is not known; use gist"),
-        ({"dimension": 7}, "dimension=7 must be a multiple of rank=2"),
+        ({"dimension": 0}, "dimension=0 must be at least 1"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
     ],
 )
