@@ -21,6 +21,7 @@ The data's way, top to bottom (a folder or module imports only from those above 
     hook/          the selection inside a live Trainer: attach, batches, ranks, checkpoints, the ledger
     sft/           fine-tuning by a recipe, with trl and peft
     evaluation/    lm-eval suites, task files, held-out loss
+    warmup/        methods that score the pool after a short fine-tuning (target-loss, less)
     reports/       figures, and the one page of a run
     demo/          embedded corpus and tiny model
     runs/          the commands as functions, each with a run folder

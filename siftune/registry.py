@@ -235,6 +235,22 @@ register(
     paper="RDS+, arXiv 2503.01807",
     needs="target rows; a causal LM",
 )
+register(
+    "offline",
+    "target-loss",
+    "siftune.warmup.target_loss:TargetLoss",
+    summary="rows whose loss falls most, relatively, after a short LoRA run on the rows of a target",
+    paper="TAP, arXiv 2605.09404",
+    needs="target rows; a causal LM; trl and peft",
+)
+register(
+    "offline",
+    "less",
+    "siftune.warmup.less:Less",
+    summary="rows whose training step points where the gradient of a target's rows does",
+    paper="LESS, arXiv 2402.04333",
+    needs="target rows; a causal LM; trl and peft",
+)
 register("online", "regular", "siftune.online.simple:Regular", summary="keeps every row, the full-data reference")
 register(
     "online", "random", "siftune.online.simple:Random", summary="a seeded uniform draw, the reference at equal budget"

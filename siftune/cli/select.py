@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import registry
 from ..output import say
-from ..runs.options import Cutting, Everywhere, Option, Reading, Running, SelectOptions, options_of
+from ..runs.options import Cutting, Everywhere, Filtering, Option, Reading, Running, SelectOptions, options_of
 from .common import own_options, page_line, print_json, read, which_method
 from .parser import Command
 
@@ -26,7 +26,7 @@ EXAMPLES = {
 def select_command(method: str, method_options: Sequence[Option]) -> Command:
     """The options of `siftune select METHOD`."""
     entry = registry.find("offline", method)
-    groups = [options_of(cls) for cls in (Reading, Cutting, Running, Everywhere)]
+    groups = [options_of(cls) for cls in (Reading, Cutting, Filtering, Running, Everywhere)]
     arguments = "".join(
         f" {option.flag} {EXAMPLES[option.name]}" for option in method_options if option.name in EXAMPLES
     )
@@ -69,7 +69,7 @@ def run(words: list[str]) -> int:
 
 def _select_overview() -> None:
     """`siftune select --help`: the methods, then the shared options."""
-    shared = [option for cls in (Reading, Cutting, Running, Everywhere) for option in options_of(cls)]
+    shared = [option for cls in (Reading, Cutting, Filtering, Running, Everywhere) for option in options_of(cls)]
     lines = [f"  {entry.name:<12}{entry.summary}" for entry in registry.methods("offline")]
     about = ["Score a pool of rows and keep the best. The methods:", "", *lines, ""]
     about.append("A method's own options (--model, --seeds, ...): siftune select METHOD --help")

@@ -29,6 +29,7 @@ from .head import read_head
 from .hidden_states import ModelParts, exact_math, iter_hidden_states, iter_logits, unwrap_model
 from .load import WEIGHT_FILES, loading, quiet
 from .tokenise import CUT_CHARACTERS, in_isolation
+from .tokenize_rows import IGNORED, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -339,3 +340,17 @@ def mean_losses(lm: CausalLM, sequences: Sequence[Ids], spans: Sequence[tuple[in
         np.add.at(total_B, owner_N, loss_N.double().cpu().numpy())
     with np.errstate(invalid="ignore"):
         return np.where(count_B > 0, total_B / count_B, np.nan)
+
+
+def label_losses(lm: CausalLM, rows: Sequence[Tokens]) -> NDArray[np.float64]:
+    """Mean cross-entropy over the label tokens of every row, each given all before it. Shape `(B,)`; sums in float64."""
+    sequences = [np.asarray(row.input_ids, dtype=np.int32) for row in rows]
+    labels = [np.asarray(row.labels, dtype=np.int64) for row in rows]
+    places = [np.flatnonzero(label != IGNORED) for label in labels]
+    total_B = np.zeros(len(rows))
+    for owner_N, position_N, logits_NV in logits(lm, sequences, [(int(at[0]) - 1, int(at[-1])) for at in places]):
+        target_N = np.array([labels[owner][at + 1] for owner, at in zip(owner_N, position_N, strict=True)])
+        wanted_N = torch.from_numpy(np.maximum(target_N, 0))[:, None].to(logits_NV.device)
+        loss_N = (logits_NV.logsumexp(dim=1) - logits_NV.gather(1, wanted_N)[:, 0]).double().cpu().numpy()
+        np.add.at(total_B, owner_N, np.where(target_N == IGNORED, 0.0, loss_N))
+    return total_B / np.array([len(at) for at in places], dtype=np.int64)

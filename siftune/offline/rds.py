@@ -10,7 +10,6 @@ Axes: `B` rows of a shard, `M` target rows, `D` width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -24,7 +23,7 @@ from ..models.representations import RepresentationTask, complete_backbone, repr
 from ..records import Pool, Shard, ShardResult, ShardTask
 from .daar.scoring import StoredFeatures
 from .similarity import SimilarityMethod, similarity_result
-from .target import Target, TargetRows, without_target_rows
+from .target import TargetRows, refuse_unusable, without_target_rows
 
 
 def unit(vectors_BD: NDArray[Any]) -> NDArray[np.float64]:
@@ -131,11 +130,3 @@ class RDS(SimilarityMethod):
 
     def facts(self) -> dict[str, Any]:
         return {"layers": self._backbone().layer, "width": self._backbone().width}
-
-
-def refuse_unusable(target: Target, reasons: Mapping[int, str]) -> None:
-    """Raise `UserError`, by file and line, where a target row (`0 .. M - 1`) cannot be used."""
-    if reasons:
-        place, reason = min(reasons.items())
-        ((file, line),) = target.pool.source.locations([int(target.rows[place])])
-        raise UserError(f"target {file} line {line}: {reason}; fix or remove the row")

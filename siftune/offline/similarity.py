@@ -68,6 +68,11 @@ class SimilarityMethod(TargetMethod):
             raise UserError(f"pick={self.pick!r} is not known; use {', '.join(PICKS)}")
         super().check()
 
+    def groups(self) -> list[NDArray[np.int64]]:
+        """Columns of `similarity` by subtask. The default has one column per target row; a method that compares with
+        each subtask as one has one per subtask."""
+        return self.read_target().groups
+
     @abstractmethod
     def shard_task(self, pool: Pool) -> ShardTask:
         """Columns `similarity` `(rows, M)`, `tie` and optionally `tokens` (see `similarity_result`)."""
@@ -84,8 +89,10 @@ class SimilarityMethod(TargetMethod):
         best_N = np.full(len(pool), np.nan, dtype=np.float32)
         reasons: dict[int, str] = {}
         counted = False
+        groups = self.groups()
+        compared_count = sum(len(group) for group in groups)
         columns = len(pool) if self.pick == "round-robin" else 0
-        with matrix(len(target), columns, cache_folder(self.cache)) as similarity_MN:
+        with matrix(compared_count, columns, cache_folder(self.cache)) as similarity_MN:
             for shard, result in engine.run(task, pool, pool.shards(), label=self.name):
                 part = slice(shard.start, shard.stop)
                 similarity_BM = result.columns["similarity"]
@@ -98,11 +105,11 @@ class SimilarityMethod(TargetMethod):
                 if self.pick == "round-robin":
                     similarity_MN[:, part] = similarity_BM.T
                 else:
-                    compared = subtask_means(similarity_BM, target.groups, by_subtask=bool(target.subtasks))
+                    compared = subtask_means(similarity_BM, groups, by_subtask=bool(target.subtasks))
                     values_N[part] = compared.mean(axis=1) if self.pick == "mean" else compared.max(axis=1)
                 reasons.update(result.reasons)
             if self.pick == "round-robin":
-                order, taker = round_robin(similarity_MN, tie_N, target.groups)
+                order, taker = round_robin(similarity_MN, tie_N, groups)
                 values_N[order] = -np.arange(len(order), dtype=np.float32)
                 nearest_N[order] = taker
         reasons = {**reasons, **pool.reasons}
@@ -115,7 +122,7 @@ class SimilarityMethod(TargetMethod):
             values=values_N,
             reasons=reasons,
             tokens=tokens_N if counted else None,
-            target_rows=nearest_N,
+            target_rows=nearest_N if compared_count == len(target) else None,
             info=info | {"target": self.target_facts(reasons)},
         )
 

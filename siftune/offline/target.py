@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.load import load_pool
+from ..data.messages import plain_text
 from ..errors import UserError
 from ..files import hash_json
 from ..records import Pool, Row
@@ -125,6 +126,14 @@ def _subtasks(pool: Pool, rows: NDArray[np.int64], names: Sequence[Any]) -> tupl
     return subtasks, np.array([index[str(name)] for name in names], dtype=np.int64)
 
 
+def refuse_unusable(target: Target, reasons: Mapping[int, str]) -> None:
+    """Raise `UserError`, by file and line, where a target row (`0 .. M - 1`) cannot be used."""
+    if reasons:
+        place, reason = min(reasons.items())
+        ((file, line),) = target.pool.source.locations([int(target.rows[place])])
+        raise UserError(f"target {file} line {line}: {reason}; fix or remove the row")
+
+
 # --- rows of the pool that are also in the target ---------------------------------------------------------------------
 
 IN_TARGET = "in the target"
@@ -137,7 +146,7 @@ def normalised_text(row: Row) -> str:
     >>> normalised_text(Row(0, "", "Add.", "1 + 1", "Two"))
     'add. 1 + 1 two'
     """
-    parts: Iterable[str] = (content for _, content in row.messages) if row.messages else (row.question, row.output)
+    parts: Iterable[str] = map(plain_text, row.messages) if row.messages else (row.question, row.output)
     return " ".join(unicodedata.normalize("NFKC", "\n".join(parts)).casefold().split())
 
 

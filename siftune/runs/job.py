@@ -19,6 +19,7 @@ from ..files import hash_file
 from ..offline.base import OfflineMethod
 from ..records import Pool
 from .cut import DEFAULT_KEEP, Budget, check_out
+from .filtering import benchmark_files, check_filtering
 from .options import ONE_RUN, PARTS, Reading, SelectOptions, unknown
 
 if TYPE_CHECKING:
@@ -39,6 +40,15 @@ class Job:
     """The resolved options that identify the run: written to config.yaml."""
     load_seconds: float
     progress: Progress | None = field(default=None)
+    benchmarks: Mapping[str, str] = field(default_factory=dict)
+    """Content hashes of the files of `--decontaminate`, by path."""
+    scored: Pool | None = None
+    """The pool without the rows that `--near-duplicates` and `--decontaminate` leave out, once known."""
+
+    @property
+    def rows(self) -> Pool:
+        """The pool that the method sees."""
+        return self.pool if self.scored is None else self.scored
 
 
 def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, progress: Progress | None = None) -> Job:
@@ -46,6 +56,7 @@ def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, p
     budget = Budget.read(options)
     check_out(options.out)
     check_engine(options)
+    benchmarks = check_filtering(options, cache=options.cache)
     method = build(name, options.seed, settings)
     outputs = {"--out": options.out, "--run": options.run}
     refuse_overlap(outputs, named_inputs(options, {item: getattr(method, item) for item in settings}))
@@ -59,12 +70,14 @@ def prepare(name: str, options: SelectOptions, settings: Mapping[str, Any], *, p
         from ..engines.shard import part_of
 
         part_of(pool.shards(), options.shards)
-    return Job(method, pool, options, budget, resolved(name, options, method), seconds, progress)
+    return Job(method, pool, options, budget, resolved(name, options, method), seconds, progress, benchmarks)
 
 
 def named_inputs(options: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a command by name, for `refuse_overlap`: the pool, the method's own settings, the configuration."""
     inputs = {"the pool": list(getattr(options, "pool", ())), "--config": options.config}
+    if (benchmarks := getattr(options, "decontaminate", None)) is not None:
+        inputs["--decontaminate"] = [str(file) for file in benchmark_files(benchmarks)]
     return inputs | {name.replace("_", "-"): value for name, value in setting_inputs(settings, "--{}").items()}
 
 
@@ -140,6 +153,8 @@ def resolved(name: str, options: SelectOptions, method: OfflineMethod) -> dict[s
         "format",
         "on_bad_row",
         "duplicates",
+        "near_duplicates",
+        "decontaminate",
     ):
         config[setting] = plain(getattr(options, setting))
     if all(config[budget] is None for budget in ("keep", "tokens", "quota")):

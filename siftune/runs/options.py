@@ -86,6 +86,16 @@ class Cutting:
 
 
 @dataclass(kw_only=True)
+class Filtering:
+    """Which rows are left out before the others are scored."""
+
+    near_duplicates: float | str | None = None
+    """Leave out near-copies of an earlier row: words and pairs of words in common over all of either, from this share on (0.8)."""
+    decontaminate: str | None = None
+    """Leave out rows that hold text of benchmarks: FILE,FILE (.jsonl, .jsonl.gz), or SUITE:FOLDER with the data folder of siftune evaluate."""
+
+
+@dataclass(kw_only=True)
 class Running:
     """Where and how the command runs."""
 
@@ -106,7 +116,7 @@ class Running:
 
 
 @dataclass(kw_only=True)
-class SelectOptions(Running, Cutting, Reading, Everywhere):
+class SelectOptions(Running, Filtering, Cutting, Reading, Everywhere):
     """`siftune select METHOD POOL...`"""
 
 

@@ -17,11 +17,12 @@ import numpy as np
 
 from ..data.protect import refuse_overlap, setting_inputs
 from ..errors import UserError
-from ..files import cache_folder, hash_file, hash_json
+from ..files import cache_folder, hash_file, hash_json, read_json, write_json
 from ..offline.base import OfflineMethod
 from ..progress import current
 from ..records import Pool, Scores, Subset
 from .cut import Budget, check_out, copy_out, refuse_inside
+from .filtering import LEFT_OUT, filtered, without
 from .folder import CONFIG, MANIFEST, RunFolder, identity, peak_memory_mb, read_manifest
 from .job import Job, inputs_of, plain, prepare, read_pool, run_folder
 from .options import ONE_RUN, KeepOptions, Reading, SelectOptions
@@ -60,6 +61,8 @@ def select(
             facts["preview"] = preview
         return Selection(None, facts, pool=job.pool)
     inputs = {"pool": job.pool.fingerprint} | inputs_of(job.method)
+    if job.benchmarks:
+        inputs["decontaminate"] = hash_json(sorted(job.benchmarks.values()))
     folder = run_folder(options, method, identity(job.config, inputs))
     refuse_inside(options.out, folder, but=SELECTED)
     with RunFolder(folder, config=job.config, inputs=inputs) as run:
@@ -67,6 +70,8 @@ def select(
         with run.stage("load", hash_json([key, "load"])) as stage:
             stage.counts = {"rows": len(job.pool), "bad": len(job.pool.reasons), "duplicates": job.pool.duplicates}
             stage.seconds = job.load_seconds
+        if options.near_duplicates is not None or options.decontaminate is not None:
+            job = _filter(run, job, key)
         if options.shards is not None:
             return _score_part(run, job, key)
         scores = _score(run, job, key)
@@ -74,6 +79,25 @@ def select(
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def _filter(run: RunFolder, job: Job, key: str) -> Job:
+    """The job over the rows that remain; the reasons of the others are in the run folder."""
+    with run.stage("filter", hash_json([key, "filter"])) as stage:
+        if stage.reused:
+            stored = read_json(run.folder / LEFT_OUT)
+            reasons = {int(row): str(reason) for row, reason in stored.items()}
+        else:
+            reasons, stage.counts = filtered(job.pool, job.options)
+            write_json(run.folder / LEFT_OUT, {str(row): reason for row, reason in sorted(reasons.items())})
+            stage.files = [LEFT_OUT]
+    remaining = without(job.pool, reasons)
+    if not len(remaining.eligible):
+        raise UserError(
+            f"--near-duplicates and --decontaminate leave out all {len(job.pool.eligible)} usable rows of the pool; "
+            f"{run.folder / LEFT_OUT} holds the reason for each"
+        )
+    return dataclasses.replace(job, scored=remaining)
 
 
 def _equip(run: RunFolder, job: Job) -> Any:
@@ -100,7 +124,7 @@ def _fit(run: RunFolder, job: Job, key: str) -> OfflineMethod:
             return fitted
         engine: Any = job.method.engine
         before = engine.computed, engine.reused
-        fitted = job.method.fit(job.pool)
+        fitted = job.method.fit(job.rows)
         with run.watch() as stage.files:
             fitted.save(run.folder)
         stage.counts = _shards(engine, before)
@@ -126,7 +150,7 @@ def _score(run: RunFolder, job: Job, key: str) -> Scores:
     fitted = _fit(run, job, key)
     with run.stage("score", scored, again=again) as stage:
         before = engine.computed, engine.reused
-        scores = fitted.score(job.pool)
+        scores = dataclasses.replace(fitted.score(job.rows), pool=job.pool)  # what was left out keeps its reason
         write_scores(run.folder / SCORES, scores)
         stage.files = [SCORES]
         stage.counts = {"rows": int((~np.isnan(scores.values)).sum())} | _shards(engine, before)
@@ -145,11 +169,11 @@ def _score_part(run: RunFolder, job: Job, key: str) -> Selection:
 
     engine = _equip(run, job)
     fitted = _fit(run, job, key)
-    part = part_of(job.pool.shards(), job.options.shards)
+    part = part_of(job.rows.shards(), job.options.shards)
     with run.stage(f"score {job.options.shards}", hash_json([key, job.options.shards])) as stage:
-        task = fitted.shard_task(job.pool)
+        task = fitted.shard_task(job.rows)
         before = engine.computed, engine.reused
-        for _ in engine.run(task, job.pool, part, label=f"{fitted.name} {job.options.shards}"):
+        for _ in engine.run(task, job.rows, part, label=f"{fitted.name} {job.options.shards}"):
             pass
         stage.counts = {"rows": sum(len(shard) for shard in part)} | _shards(engine, before)
     return Selection(run.folder, run.finish(rows=counted(job.pool), part=job.options.shards), pool=job.pool)

@@ -151,10 +151,17 @@ class Prepared:
         return trainer
 
 
-def prepare(recipe: Recipe, *, cache: str | Path | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    *,
+    cache: str | Path | None = None,
+    pool: Pool | None = None,
+    held_out: Mapping[str, Pool] | None = None,
+) -> Prepared:
     """Check everything that can be checked without weights. Raises `UserError`, one sentence.
 
-    The pool's rows are read (and kept in the cache), the tokenizer and the configuration are, the weights are not.
+    The pool's rows are read (and kept in the cache), the tokenizer and the configuration are, the weights are not. `pool`
+    and `held_out` are rows that are read already, instead of the recipe's files.
     """
     check_sections(recipe)
     folder = model_folder(recipe.model)
@@ -181,8 +188,12 @@ def prepare(recipe: Recipe, *, cache: str | Path | None = None) -> Prepared:
         check_text(recipe.text, tokenizer, model=recipe.model, format=pool.format)
         return pool
 
-    pool = read(recipe.train)
-    held_out = {name: read(files) for name, files in recipe.eval.items()}
+    if pool is None:
+        pool = read(recipe.train)
+    else:
+        check_text(recipe.text, tokenizer, model=recipe.model, format=pool.format)
+    if held_out is None:
+        held_out = {name: read(files) for name, files in recipe.eval.items()}
     return Prepared(recipe, folder, config, tokenizer, pool, held_out, cache)
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2] / "siftune"
 ORDER = [
     "redaction", "errors", "output", "screen", "progress", "files", "file_keys", "yaml_io", "budget", "records", "registry",
-    "data", "models", "engines", "offline", "online", "hook", "sft", "evaluation", "reports", "demo",
+    "data", "models", "engines", "offline", "online", "hook", "sft", "evaluation", "warmup", "reports", "demo",
     "runs", "study", "testing", "integrations", "cli", "__main__",
 ]  # fmt: skip
 """Root modules and folders from top to bottom; each has a place of its own and imports only from what is above it."""

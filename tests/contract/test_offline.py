@@ -67,6 +67,16 @@ RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
     "inter-diversity": lambda model: {"model": model, "label_column": "source", "device": "cpu"},
     "bm25": lambda _: {"target": TARGET},
     "rds": lambda model: {"target": TARGET, "model": model, "device": "cpu"},
+    "target-loss": lambda model: {"target": TARGET, "model": model, "device": "cpu", "steps": 4, "batch": 2},
+    "less": lambda model: {
+        "target": TARGET,
+        "model": model,
+        "device": "cpu",
+        "epochs": 1,
+        "share": 0.1,
+        "rank": 2,
+        "dimension": 64,
+    },
     "intra-diversity": lambda model: {"model": model, "label_column": "source", "device": "cpu"},
 }
 

@@ -1,0 +1,1 @@
+"""Offline methods that fine-tune a little before they score: `target-loss`, `less`."""
