@@ -5,14 +5,15 @@ times: `features` reads its first layer as `siftune select` does, `score` ranks 
 `attach` sifts one step of a Trainer. A model is listed as working, as refused (with siftune's own sentence, at load or
 at attach), as failing (which is a fault), or as not built here (transformers cannot make it so small).
 
-    python scripts/architectures.py                 all of them, one process each, about 10 seconds a model on a CPU
+    python scripts/architectures.py                 all of them, one process each, some seconds a model on a CPU
     python scripts/architectures.py llama mamba     these alone, printed and not written
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
-SECONDS = 180
+SECONDS = 60
 SMALL = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "dim", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff", "moe_intermediate_size"), 48),
@@ -34,7 +35,14 @@ SMALL = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "sliding_window"), 128),
 }
-PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "attention_layers", "attention_types")
+PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "block_types",
+    "attention_layers",
+    "attention_types",
+)
 
 
 # --- one model, in a process of its own -------------------------------------------------------------------------------
@@ -87,7 +95,9 @@ def check_one(model_type: str) -> dict[str, str]:
         except UserError as refused:
             verdicts[use] = f"refused: {refused}".replace(str(folder), "MODEL")
         except BaseException as error:
-            verdicts[use] = f"FAILS: {type(error).__name__}: {error}".splitlines()[0][:200].replace(str(folder), "MODEL")
+            verdicts[use] = f"FAILS: {type(error).__name__}: {error}".splitlines()[0][:200].replace(
+                str(folder), "MODEL"
+            )
     return verdicts
 
 
@@ -99,7 +109,7 @@ def features(folder: Path, model: Any) -> None:
     from siftune.models.features import extract
 
     made = extract(Backbone(str(folder), layer=1, device="cpu"), ["a first text", "another one"])
-    assert np.isfinite(np.asarray(made.vectors if hasattr(made, "vectors") else made[0])).all()
+    assert np.isfinite(made.hidden).all()
 
 
 def _batch() -> dict[str, Any]:
@@ -130,7 +140,13 @@ def attach(folder: Path, model: Any) -> None:
     import siftune
 
     rows = [{name: value[index].tolist() for name, value in _batch().items()} for index in range(4)]
-    options = {"per_device_train_batch_size": 4, "max_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    options = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
     arguments = TrainingArguments(output_dir=str(folder / "out"), save_strategy="no", **options)
     trainer = Trainer(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows))
     siftune.attach(trainer, siftune.UDS(keep=2), quiet=True)
@@ -141,13 +157,35 @@ def attach(folder: Path, model: Any) -> None:
 
 
 def in_process(model_type: str) -> dict[str, str]:
-    """`check_one` in a process of its own, so that nothing of one model reaches the next."""
-    command = [sys.executable, __file__, "--one", model_type]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=ROOT, check=False)
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        return {"built": f"the process ended without a result ({type(error).__name__})"}
+    """`check_one` in a forked process, so that nothing of one model reaches the next, and imports are paid once."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(SECONDS)
+        with os.fdopen(writer, "w") as result:
+            json.dump(check_one(model_type), result)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as result:
+        text = result.read()
+    os.waitpid(child, 0)
+    return dict(json.loads(text)) if text else {"built": f"the process ended without a result within {SECONDS} s"}
+
+
+def preload() -> None:
+    """Import in the parent what every model needs; no thread is started and no tensor computed."""
+    import datasets  # noqa: F401
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments  # noqa: F401
+
+    import siftune.hook.attach
+    import siftune.models.features
+    import siftune.online.maxloss
+    import siftune.online.uds  # noqa: F401
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
 
 
 def page(verdicts: dict[str, dict[str, str]]) -> str:
@@ -191,10 +229,8 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["--one"]:
-        sys.path.insert(0, str(ROOT))
-        print("\n" + json.dumps(check_one(arguments[1])))
-        return
+    sys.path.insert(0, str(ROOT))
+    preload()
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = arguments or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -202,8 +238,8 @@ def main(arguments: list[str]) -> None:
     for name in names:
         verdicts[name] = in_process(name)
         print(name, json.dumps(verdicts[name]), flush=True)
-    if not arguments:
-        PAGE.write_text(page(verdicts), encoding="utf-8")
+        if not arguments:
+            PAGE.write_text(page(verdicts), encoding="utf-8")
 
 
 if __name__ == "__main__":
