@@ -237,7 +237,8 @@ def main(arguments: list[str]) -> None:
     verdicts = {}
     for name in names:
         verdicts[name] = in_process(name)
-        print(name, json.dumps(verdicts[name]), flush=True)
+        sys.stdout.write(f"{name} {json.dumps(verdicts[name])}\n")
+        sys.stdout.flush()
         if not arguments:
             PAGE.write_text(page(verdicts), encoding="utf-8")
 
