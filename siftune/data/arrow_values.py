@@ -81,15 +81,14 @@ def _short(kind: pa.DataType) -> str:
 def _cast(column: pa.Array, target: pa.DataType) -> pa.Array:
     if isinstance(column, pa.RunEndEncodedArray):
         column = pc.run_end_decode(column)
-    if _has_list_view(column.type):  # Arrow's own cast writes too few offsets
-        return pa.array(column.to_pylist(), target)
-    return column if column.type == target else column.cast(target)
-
-
-def _has_list_view(kind: pa.DataType) -> bool:
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        return True
-    return any(_has_list_view(kind.field(index).type) for index in range(kind.num_fields))
+    if column.type == target:
+        return column
+    try:
+        cast = column.cast(target)
+        cast.validate(full=True)
+    except pa.ArrowException:  # Arrow's cast of some nested lists writes buffers that are too short
+        cast = pa.array(column.to_pylist(), target)
+    return cast
 
 
 @cache

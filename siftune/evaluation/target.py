@@ -149,10 +149,13 @@ def check_adapter(adapter: Path, base: Backbone) -> None:
 
 def _skeleton(base: Backbone) -> torch.nn.Module:
     """The base's modules with shapes and no weights."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     with quiet(), torch.device("meta"):
-        skeleton: torch.nn.Module = AutoModelForCausalLM.from_config(base.config)
+        if base.trust_remote_code or type(base.config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            skeleton: torch.nn.Module = AutoModelForCausalLM.from_config(base.config)
+        else:  # a multimodal checkpoint that is loaded complete (see `read_causal`)
+            skeleton = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base.folder))
     return skeleton
 
 

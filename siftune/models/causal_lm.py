@@ -27,7 +27,7 @@ from .backbone import Backbone, DType
 from .features import TOKEN_BUDGET, batches
 from .head import read_head
 from .hidden_states import ModelParts, exact_math, iter_hidden_states, iter_logits, unwrap_model
-from .load import WEIGHT_FILES, loading, quiet
+from .load import WEIGHT_FILES, loading, quiet, read_causal
 from .tokenise import CUT_CHARACTERS, in_isolation
 from .tokenize_rows import IGNORED, Tokens
 
@@ -218,17 +218,13 @@ class CausalLM:
 
 
 def _load(files: Backbone) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
     device = files.torch_device  # fails before gigabytes are read
     model_name = f"model={files.model!r}"
     if not any((files.folder / name).is_file() for name in WEIGHT_FILES):
         raise UserError(f"{model_name} has no model.safetensors; convert it with save_pretrained")
     read: Any = loading(
         f"{model_name} could not be loaded",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=files.torch_dtype, use_safetensors=True, output_loading_info=True
-        ),
+        lambda: read_causal(files.folder, dtype=files.torch_dtype, use_safetensors=True, output_loading_info=True),
     )
     network, facts = read
     if absent := sorted(facts["missing_keys"]):

@@ -16,7 +16,7 @@ from ..data.render import merged
 from ..errors import UserError
 from ..files import cache_folder, hash_file, hash_json
 from .backbone import Backbone
-from .load import TOKENIZER_FILES, file_stamp, loading
+from .load import TOKENIZER_FILES, file_stamp, loading, read_causal
 from .store import Store
 
 if TYPE_CHECKING:
@@ -61,14 +61,14 @@ def end_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def load(files: Backbone) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     if not any(files.folder.glob("*.safetensors")):
         raise UserError(f"model={files.model!r} has no safetensors; convert it with save_pretrained")
     assert files.config is not None
     network: Any = loading(
         f"model={files.model!r} could not be loaded",
-        lambda: AutoModelForCausalLM.from_pretrained(files.folder, dtype=files.torch_dtype, use_safetensors=True),
+        lambda: read_causal(files.folder, dtype=files.torch_dtype, use_safetensors=True),
     )
     # The folder's sampling defaults must not mix with the request's; the end tokens are kept.
     network.siftune_eos = network.generation_config.eos_token_id

@@ -91,6 +91,8 @@ def unwrap_model(model: nn.Module) -> ModelParts:
     decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else causal
     if decoder is causal:  # transformers 4 does not name the decoder of GPT-2 and GPT-NeoX
         decoder = causal.base_model
+    if decoder is causal and isinstance(getattr(causal, "model", None), nn.Module):  # Llama 4's text model
+        decoder = causal.model
     if decoder is causal or not isinstance(decoder, nn.Module):
         raise UserError(f"{kind} does not separate its decoder from its head; use an AutoModelForCausalLM architecture")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import json
 import logging as std_logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -129,18 +130,107 @@ def read_config(folder: Path, *, model: str, layer: int, trust_remote_code: bool
     )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{model_name} is an encoder-decoder ({config.model_type}); use a decoder-only language model")
-    if config.get_text_config() is not config:
-        raise UserError(f"{model_name} is a multimodal wrapper ({config.model_type}); use its text-only language model")
+    stored_config, config = config, _text_part(config, model_name)
     known, masked = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, type(config) in MODEL_FOR_MASKED_LM_MAPPING
     bidirectional = getattr(config, "use_bidirectional_attention", None) in (True, "all")
     if bidirectional or (masked and not getattr(config, "is_decoder", False)):
         raise UserError(f"{model_name} is an encoder ({config.model_type}); use a decoder-only language model")
-    if not known and not trust_remote_code:
+    if not known and not trust_remote_code and config is stored_config:
         raise UserError(f"{model_name} ({config.model_type}) is not a causal language model; use a decoder-only one")
     layers = int(config.num_hidden_layers)
     if layer > layers:
         raise UserError(f"layer={layer} exceeds the {layers} layers of {model_name}; set it to 1 to {layers}")
     return config
+
+
+def _text_part(config: Any, model_name: str) -> Any:
+    """The configuration of the language model inside a multimodal one; any other configuration as it is.
+
+    Raises `UserError` where transformers has no such language model.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
+
+    text = config.get_text_config()
+    if text is config:
+        return config
+    inside = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(text) in MODEL_MAPPING
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and not inside:
+        raise UserError(
+            f"{model_name} is multimodal ({config.model_type}), and its language model ({text.model_type}) is not one that "
+            "transformers reads; save its language model as a model of its own, and pass that folder"
+        )
+    if getattr(text, "dtype", None) is None:
+        text.dtype = getattr(config, "dtype", None)
+    if (tied := getattr(config, "tie_word_embeddings", None)) is not None:
+        text.tie_word_embeddings = tied
+    if getattr(config, "quantization_config", None) is not None:
+        text.quantization_config = config.quantization_config
+    return text
+
+
+def read_causal(folder: str | Path, **options: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained(folder, **options)`; of a multimodal checkpoint, its language model alone,
+    or the complete model where transformers has no class for its language model alone (Qwen3-VL).
+
+    >>> read_causal("./gemma-3-4b-it", dtype="auto", use_safetensors=True)
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    trusted = bool(options.get("trust_remote_code", False))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    if config.get_text_config() is config or trusted:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    name, with_facts = f"model={str(folder)!r}", bool(options.pop("output_loading_info", False))
+    text = _text_part(config, name)
+    options["output_loading_info"] = True
+    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        options |= {"config": text, **text_names(find_folder(str(folder), options.get("revision")))}
+        network, facts = AutoModelForCausalLM.from_pretrained(folder, **options)
+    else:
+        network, facts = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    if absent := sorted(facts["missing_keys"]):
+        raise UserError(f"{name} lacks {len(absent)} tensors of its language model ({absent[0]}, ...); save it again")
+    return (network, facts) if with_facts else network
+
+
+def text_names(folder: Path) -> dict[str, Any]:
+    """The option that gives the tensors of a multimodal checkpoint's language model the names of a model of its own;
+    none where they have them."""
+    names = _tensor_names(folder)
+    ending = "embed_tokens.weight"
+    prefixes = [name.removesuffix(ending) for name in names if name.endswith(ending)]
+    prefix = min((name for name in prefixes if "vision" not in name and "audio" not in name), key=len, default="model.")
+    if prefix == "model.":
+        return {}
+    renamed = {f"^{re.escape(prefix)}": "model."}
+    if head := next((name for name in names if name.endswith("lm_head.weight") and name != "lm_head.weight"), None):
+        renamed[f"^{re.escape(head)}$"] = "lm_head.weight"
+    return {"key_mapping": renamed}
+
+
+def text_names_of(folder: Path, config: Any) -> dict[str, Any]:
+    """`text_names` where `config` is the language model of a folder whose own configuration is another one."""
+    stored = read_json(folder / "config.json")
+    inside = isinstance(stored, dict) and stored.get("model_type") not in (None, config.model_type)
+    return text_names(folder) if inside else {}
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Names of all tensors in the safetensors files of a folder, without their data."""
+    from safetensors import safe_open
+
+    index = folder / WEIGHT_FILES[1]
+    if index.is_file():
+        return list(read_json(index).get("weight_map", {}))
+    if not (folder / WEIGHT_FILES[0]).is_file():
+        return []
+    with safe_open(folder / WEIGHT_FILES[0], framework="pt") as file:
+        return list(file.keys())
 
 
 def read_tokenizer(folder: Path, *, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -198,6 +288,7 @@ def read_network(
         )
 
     def load() -> torch.nn.Module:
+        names = {} if trust_remote_code else text_names_of(folder, config)
         network: torch.nn.Module
         network, facts = AutoModel.from_pretrained(
             folder,
@@ -206,6 +297,7 @@ def read_network(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **names,
         )
         if absent := sorted(facts["missing_keys"]):
             raise UserError(

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import UserError
 from ..files import refuse_special
-from ..models.load import find_folder, loading
+from ..models.load import find_folder, loading, read_causal
 from ..records import RowScores
 from .base import Batch, Measured, ModelScored
 from .maxloss import MaxLoss
@@ -115,11 +115,9 @@ class RhoLoss(ModelScored):
         elif Path(self.reference).suffix in TABLE_SUFFIXES:
             self._table = read_table(Path(self.reference))
         else:
-            from transformers import AutoModelForCausalLM
-
             loaded: Any = loading(
                 f"reference={str(self.reference)!r} could not be loaded",
-                lambda: AutoModelForCausalLM.from_pretrained(str(self.reference), dtype="auto", use_safetensors=True),
+                lambda: read_causal(str(self.reference), dtype="auto", use_safetensors=True),
             )
             self._reference_model = loaded.to(device).eval().requires_grad_(False)
 

@@ -19,7 +19,7 @@ from ..errors import MissingExtra, UserError
 from ..files import hash_file, hash_json, read_json, remove, temporary_beside
 from ..models.backbone import Backbone
 from ..models.chat import content_key
-from ..models.load import loading, quiet
+from ..models.load import loading, quiet, read_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,18 +40,15 @@ def load_tuned(folder: Path, *, dtype: str = "auto") -> PreTrainedModel:
 
     >>> model = load_tuned(tuned.model)
     """
-    from transformers import AutoModelForCausalLM
 
     def load() -> PreTrainedModel:
         if not is_adapter(folder):
-            plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, use_safetensors=True
-            )
+            plain: PreTrainedModel = read_causal(str(folder), dtype=dtype, use_safetensors=True)
             return plain
         if find_spec("peft") is None:
             raise MissingExtra("peft", extra="train", needed_for=f"the adapter {folder}")
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-        return adapted(AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True), folder)
+        return adapted(read_causal(base, dtype=dtype, use_safetensors=True), folder)
 
     return loading(f"{folder} could not be loaded", load)
 

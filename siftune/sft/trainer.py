@@ -21,7 +21,7 @@ from ..data.load import load_pool
 from ..errors import UserError
 from ..hook.row_index import preserved_random_state
 from ..hook.selector import selector_of
-from ..models.load import WEIGHT_FILES, find_folder, loading, quiet, read_config, read_tokenizer
+from ..models.load import WEIGHT_FILES, find_folder, loading, quiet, read_causal, read_config, read_tokenizer
 from ..models.tokenize_rows import check_text
 from ..online.base import OnlineMethod
 from ..records import Pool
@@ -221,8 +221,6 @@ def model_folder(model: str) -> Path:
 
 def load_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
     """The recipe's model with its head, on the CPU unless quantised. Raises `UserError` where it cannot be loaded."""
-    from transformers import AutoModelForCausalLM
-
     local_path = Path(recipe.model).expanduser()
     name = (
         str(local_path.absolute()) if local_path.is_dir() else recipe.model
@@ -232,7 +230,7 @@ def load_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
         options["quantization_config"] = quantized
     return loading(
         f"model={recipe.model!r} could not be loaded",
-        lambda: AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options),
+        lambda: read_causal(name, use_safetensors=True, **options),
     )
 
 

@@ -29,6 +29,10 @@ SOUND = [
     b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b \\ud83d\\ude00"}]}',
     b'{"prompt": "caf\xc3\xa9", "completion": "\xf0\x9f\x98\x80"}',
     b'{"text": "plain \\u0000 text"}',
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "tool_calls": [{"id": "1", '
+    b'"function": {"name": "f", "arguments": "{}"}}]}, {"role": "tool", "content": "7", "tool_call_id": "1"}, '
+    b'{"role": "assistant", "content": [{"type": "text", "text": "b"}], "weight": 1}], "tools": [{"name": "f"}]}',
+    b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s", "weight": 0.5}',
 ]
 HOSTILE = [
     *(b'{"instruction": ' + value + b', "output": "x"}' for value in (b"1e999", b"-0", b"NaN", b"9" * 5000, b"[[[[[[]]]]]]")),

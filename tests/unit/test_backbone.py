@@ -251,9 +251,9 @@ def test_other_kinds_of_model(tmp_path: Path) -> None:
     assert "encoder-decoder" in refused(tmp_path / "t5")
     tiny_config("gemma3", use_bidirectional_attention=True).save_pretrained(tmp_path / "both-ways")
     assert "is an encoder" in refused(tmp_path / "both-ways")
-    from transformers import Gemma3Config
+    from transformers import CLIPConfig
 
-    Gemma3Config().save_pretrained(tmp_path / "seeing")
+    CLIPConfig().save_pretrained(tmp_path / "seeing")
     assert "multimodal" in refused(tmp_path / "seeing")
 
 
