@@ -136,7 +136,7 @@ def train(framework: Framework, venv: Path, run: Run, *, sifted: bool = True) ->
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_DATASETS_CACHE": str(run.folder / "datasets"),
-        "AXOLOTL_DO_NOT_TRACK": "1",
+        "DO_NOT_TRACK": "1",
         "WANDB_MODE": "disabled",
         **command.env,
     }
@@ -147,7 +147,7 @@ def train(framework: Framework, venv: Path, run: Run, *, sifted: bool = True) ->
     if done.returncode:
         lines = log.read_text(errors="replace").strip().splitlines()
         errors = [line for line in lines if "Error" in line or line.startswith("siftune:")] or lines
-        raise Failed(f"exit code {done.returncode}: {errors[-1][:300]} (log: {log})")
+        raise Failed(f"exit code {done.returncode}: {errors[-1][:300]} (log: {log.relative_to(ROOT)})")
 
 
 def ledger(run: Run) -> list[dict[str, Any]]:
@@ -284,6 +284,8 @@ def measure(framework: Framework, work: Path, *, only: list[str]) -> dict[str, s
         return check_resume(runs["sifted"], runs["resumed"])
 
     def packed() -> str:
+        if framework.packing_needs:
+            return f"not run: needs {framework.packing_needs}"
         train(framework, venv, runs["packed"])
         return check_packed(runs["packed"], 3)
 
