@@ -48,7 +48,7 @@ CHECKS = {
     "loss": "logged loss, and the model's own on the kept rows",
     "hook": "by the framework's own hook: kept rows",
     "resume": "resumed at step 10: kept rows and weights",
-    "packed": "packed lines: segments kept in each step",
+    "packed": "packed lines: segments kept in the first step, logged and own loss",
     "processes": "two processes: rows kept in each step",
 }
 
@@ -228,7 +228,7 @@ def check_packed(run: Run, steps: int) -> str:
     if len({line["step"] for line in lines}) != steps or all(line["segment"] is None for line in lines):
         raise Failed("the ledger has no segments")
     first = [line for line in lines if line["step"] == 1]
-    return f"{sum(line['kept'] for line in first)} of {len(first)} in the first; loss {check_loss(run)}"
+    return f"{sum(line['kept'] for line in first)} of {len(first)}; {check_loss(run)}"
 
 
 def check_resume(whole: Run, resumed: Run) -> str:

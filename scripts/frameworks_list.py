@@ -213,7 +213,6 @@ def oumi(run: Run) -> Command:
         "data": {
             "train": {
                 "datasets": [{"dataset_name": "text_sft_jsonl", "dataset_path": str(chats)}],
-                "collator_name": "text_with_padding",
                 **({"pack": True} if run.packed else {}),
             }
         },
