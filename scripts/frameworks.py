@@ -48,7 +48,7 @@ CHECKS = {
     "loss": "logged loss, and the model's own on the kept rows",
     "hook": "by the framework's own hook: kept rows",
     "resume": "resumed at step 10: kept rows and weights",
-    "packed": "packed lines: segments kept in each step",
+    "packed": "packed lines: segments kept in the first step, logged and own loss",
     "processes": "two processes: rows kept in each step",
 }
 
@@ -136,7 +136,7 @@ def train(framework: Framework, venv: Path, run: Run, *, sifted: bool = True) ->
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_DATASETS_CACHE": str(run.folder / "datasets"),
-        "AXOLOTL_DO_NOT_TRACK": "1",
+        "DO_NOT_TRACK": "1",
         "WANDB_MODE": "disabled",
         **command.env,
     }
@@ -147,7 +147,7 @@ def train(framework: Framework, venv: Path, run: Run, *, sifted: bool = True) ->
     if done.returncode:
         lines = log.read_text(errors="replace").strip().splitlines()
         errors = [line for line in lines if "Error" in line or line.startswith("siftune:")] or lines
-        raise Failed(f"exit code {done.returncode}: {errors[-1][:300]} (log: {log})")
+        raise Failed(f"exit code {done.returncode}: {errors[-1][:300]} (log: {log.relative_to(ROOT)})")
 
 
 def ledger(run: Run) -> list[dict[str, Any]]:
@@ -228,7 +228,7 @@ def check_packed(run: Run, steps: int) -> str:
     if len({line["step"] for line in lines}) != steps or all(line["segment"] is None for line in lines):
         raise Failed("the ledger has no segments")
     first = [line for line in lines if line["step"] == 1]
-    return f"{sum(line['kept'] for line in first)} of {len(first)} in the first; loss {check_loss(run)}"
+    return f"{sum(line['kept'] for line in first)} of {len(first)}; {check_loss(run)}"
 
 
 def check_resume(whole: Run, resumed: Run) -> str:
@@ -284,6 +284,8 @@ def measure(framework: Framework, work: Path, *, only: list[str]) -> dict[str, s
         return check_resume(runs["sifted"], runs["resumed"])
 
     def packed() -> str:
+        if framework.packing_needs:
+            return f"not run: needs {framework.packing_needs}"
         train(framework, venv, runs["packed"])
         return check_packed(runs["packed"], 3)
 

@@ -13,6 +13,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "siftune" / "demo" / "assets" / "model"
 BATCH, LENGTH = 16, 256
+LINES = 8
+"""Packed lines of a micro-batch; each holds three or four chats."""
 SECTION = {"method": "uds", "keep": "1/8"}
 
 
@@ -62,6 +64,8 @@ class Framework:
     command: Callable[[Run], Command]
     note: str
     """What the run on a CPU leaves out or changes."""
+    packing_needs: str | None = None
+    """What its packing needs beyond a CPU."""
     empty_packages: tuple[str, ...] = ()
     """Packages that are imported and not used here; an empty stand-in is written for each."""
 
@@ -70,7 +74,7 @@ def _common(run: Run) -> dict[str, Any]:
     """Arguments that transformers' own trainers and these frameworks share."""
     return {
         "output_dir": str(run.output),
-        "per_device_train_batch_size": 1 if run.packed else BATCH,
+        "per_device_train_batch_size": LINES if run.packed else BATCH,
         "gradient_accumulation_steps": 1,
         "max_steps": run.steps,
         "logging_steps": 1,
@@ -132,7 +136,7 @@ def axolotl(run: Run) -> Command:
         "sequence_len": LENGTH,
         "sample_packing": run.packed,
         "output_dir": str(run.output),
-        "micro_batch_size": 1 if run.packed else BATCH,
+        "micro_batch_size": LINES if run.packed else BATCH,
         "gradient_accumulation_steps": 1,
         "max_steps": run.steps,
         "logging_steps": 1,
@@ -209,7 +213,6 @@ def oumi(run: Run) -> Command:
         "data": {
             "train": {
                 "datasets": [{"dataset_name": "text_sft_jsonl", "dataset_path": str(chats)}],
-                "collator_name": "text_with_padding",
                 **({"pack": True} if run.packed else {}),
             }
         },
@@ -246,7 +249,7 @@ FRAMEWORKS = (
         package="llamafactory",
         python=("3.11", "3.12", "3.13"),
         command=llamafactory,
-        note="without gradio and torchvision; torchaudio, which it imports for audio alone, is an empty stand-in",
+        note="without gradio and torchvision; torchaudio, imported for audio alone, is an empty stand-in",
         empty_packages=("torchaudio",),
     ),
     Framework(
@@ -263,7 +266,8 @@ FRAMEWORKS = (
         package="ms-swift",
         python=("3.11", "3.12", "3.13"),
         command=swift,
-        note="its packing needs flash attention, hence a GPU",
+        note="complete",
+        packing_needs="flash attention, hence a GPU",
     ),
     Framework(
         name="oumi",
@@ -271,6 +275,7 @@ FRAMEWORKS = (
         package="oumi",
         python=("3.11", "3.12", "3.13"),
         command=oumi,
-        note="with torch 2.13 instead of 2.12, the newest that its metadata allows; skypilot, lm_eval, torchao, torchvision left out",
+        note="with torch 2.13 instead of 2.12, the newest that its metadata allows; skypilot, lm_eval, torchao and torchvision are left out, mlflow is an empty stand-in",
+        empty_packages=("mlflow",),
     ),
 )

@@ -52,6 +52,7 @@ def packed_lines(trainer: Trainer) -> int | None:
     rows."""
     args = trainer.args
     options = any(getattr(args, name, False) is True for name in ("packing", "sample_packing"))
+    options = options or getattr(trainer.data_collator, "neat_packing", False) is True
     if not options and "seq_lengths" not in (getattr(trainer.train_dataset, "column_names", None) or ()):
         return None
     return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
