@@ -82,9 +82,9 @@ def near_copies(pool: Pool, threshold: float) -> dict[int, str]:
     reasons: dict[int, str] = {}
     for place in counted("comparing near-copies", groups.members().tolist()):
         for earlier in groups.kept_before(place, signatures_NP, threshold - SLACK):
-            found = similarity(shingles_at(earlier), shingles_at(place))
-            if found >= threshold:
-                reasons[int(rows[place])] = f"{KIND}: of row {int(rows[earlier])} (similarity {found:.2f})"
+            share = similarity(shingles_at(earlier), shingles_at(place))
+            if share >= threshold:
+                reasons[int(rows[place])] = f"{KIND}: of row {int(rows[earlier])} (similarity {share:.2f})"
                 break
         else:
             groups.keep(place)

@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus.write(folder, count=POOL_ROWS, per_domain=5, held=40, seed=1)
     rows = (folder / "pool.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "selected.jsonl").write_text("".join(rows[:60]), encoding="utf-8")
-    for name in ("held-out", "m", "c"):
+    for name in ("held-out", "m", "c", "queries"):
         shutil.copyfile(folder / "held_out.jsonl", folder / f"{name}.jsonl")
     (folder / "recipe.yaml").write_text(RECIPE)
     save_tiny(folder / "model")

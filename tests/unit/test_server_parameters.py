@@ -342,7 +342,7 @@ def test_retries_and_tokens_are_counted(tmp_path: Path) -> None:
         judge = Journaled(OpenAIGenerator(server.url, **QUICK), journal)
         list(judge.replies(requests("a", "b", "c", "d", "d2")))
         counts = judge.counts
-        assert (counts.asked, counts.retries, counts.failed) == (5, 4, 0)
-        assert counts.asked + counts.retries == sum(server.tries.values())
+        assert (counts.sent, counts.retries, counts.failed) == (5, 4, 0)
+        assert counts.sent + counts.retries == sum(server.tries.values())
         assert counts.completion_tokens == sum(len(f"<{text}>") for text in ("a", "b", "c", "d", "d2"))
         assert set(server.paid.values()) == {1}
