@@ -65,7 +65,12 @@ class BenchmarkTexts:
             found = np.flatnonzero(self.grams_G[at] == grams)
             if len(found):
                 return f"{KIND}: {GRAM} words in a row of {self.names[int(self.places_G[at[found[0]]])]}"
-        parts = [plain_text(message) for message in row.messages] or [row.instruction, row.input, row.output, row.question]
+        parts = [plain_text(message) for message in row.messages] or [
+            row.instruction,
+            row.input,
+            row.output,
+            row.question,
+        ]
         for part in (*parts, text_of(row)):
             numbers = tuple(word_hashes(words_of(part)).tolist())
             if numbers in self.equal:

@@ -107,7 +107,7 @@ def test_rows_of_the_pool_that_are_in_the_target_are_never_chosen_and_counted() 
 
 
 def test_the_normalised_text_of_chat_and_alpaca_rows_is_the_same() -> None:
-    chat = Row(0, "", "Add 1", "", "2", (("user", "Add\t1"), ("assistant", "2")))
+    chat = Row(0, "", "Add 1", "", "2", ({"role": "user", "content": "Add\t1"}, {"role": "assistant", "content": "2"}))
     assert normalised_text(chat) == normalised_text(Row(0, "", "add", "1", "2")) == "add 1 2"
 
 
