@@ -59,6 +59,8 @@ BENCHMARKS = {
     "ifd": Benchmark("IFD: batched against row by row", "ifd.py"),
     "deita-walk": Benchmark("Deita-D: the walk", "deita_walk.py"),
     "instag-walk": Benchmark("InsTag-D: the walk", "instag_walk.py"),
+    "targets": Benchmark("Choosing for a target: rds and less", "targets.py rds less"),
+    "near-copies": Benchmark("Near-copies of a million short rows", "targets.py near-copies --rows 1000000"),
     "ghost": Benchmark("Ghost gradients against explicit per-row gradients", "ghost.py"),
     **{
         f"gpu-{name}": Benchmark(f"On a GPU: {section.title}", f"gpu.py --only {name}", section=name)

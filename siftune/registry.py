@@ -251,6 +251,28 @@ register(
     paper="LESS, arXiv 2402.04333",
     needs="target rows; a causal LM; trl and peft",
 )
+register(
+    "offline",
+    "kmeans",
+    "siftune.offline.coverage:KMeansCoverage",
+    summary="equally many rows of every cluster of the pool, those nearest to its centre first",
+    needs="a causal LM",
+)
+register(
+    "offline",
+    "facility",
+    "siftune.offline.coverage:Facility",
+    summary="greedily, the rows that represent the pool best: facility location",
+    paper="Minoux 1978 (lazy greedy)",
+    needs="a causal LM",
+)
+register(
+    "offline",
+    "length-matched",
+    "siftune.offline.length_matched:LengthMatched",
+    summary="a random draw with the length histogram of another run's rows",
+    needs="a finished run",
+)
 register("online", "regular", "siftune.online.simple:Regular", summary="keeps every row, the full-data reference")
 register(
     "online", "random", "siftune.online.simple:Random", summary="a seeded uniform draw, the reference at equal budget"

@@ -4,9 +4,11 @@ A method that needs no arguments joins by being registered, one that needs some 
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 QUICK = ProbeTraining(epochs=3)
 TARGET = [row for domain in WORDS for row in rows_of(domain, 2, start=2000)]
 
+
+def like_of(model: str) -> str:
+    """A file of rows whose lengths are matched, beside the model."""
+    path = Path(model).parent / "like.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TARGET), encoding="utf-8")
+    return str(path)
+
+
 RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
     "daar": lambda model: {"model": model, "seeds": SEEDS, "max_length": 64, "device": "cpu", "training": QUICK},
     "alpagasus": lambda _: {"judge": Stub(rate)},
@@ -77,6 +87,9 @@ RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
         "rank": 2,
         "dimension": 64,
     },
+    "kmeans": lambda model: {"model": model, "device": "cpu", "clusters": 5},
+    "facility": lambda model: {"model": model, "device": "cpu", "reference": 40},
+    "length-matched": lambda model: {"like": like_of(model)},
     "intra-diversity": lambda model: {"model": model, "label_column": "source", "device": "cpu"},
 }
 
