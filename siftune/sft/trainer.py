@@ -228,10 +228,11 @@ def load_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": "float32" if recipe.peft is None else "auto", **recipe.model_kwargs}
     if (quantized := quantization_config(recipe)) is not None:
         options["quantization_config"] = quantized
-    return loading(
+    network: PreTrainedModel = loading(
         f"model={recipe.model!r} could not be loaded",
         lambda: read_causal(name, use_safetensors=True, **options),
     )
+    return network
 
 
 def checked_selector(recipe: Recipe, arguments: SFTConfig) -> OnlineMethod | None:
