@@ -1,5 +1,7 @@
 """Parse the words of a command line and the keys of a YAML file into checked values: one `jsonargparse` parser per command.
 
+The words are separated by the command's own table of options into one text per option; `jsonargparse` checks these
+texts and a file's values by the same call, so that Python's argparse, which changes between versions, reads no word.
 Order of precedence: command line, then `--config`, then the field's default. Every invalid input is a `UserError` of
 one sentence that repeats the input. Does not import torch.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
@@ -56,16 +58,76 @@ class Command:
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """The value of every option. Raises `UserError`, or `HelpRequested`."""
         parser = _Parser(self)
-        given = parser.parse_args(words, defaults=False).as_dict()
-        values = parser.parse_config(given["config"] if given.get("config") else None)
+        given = parser.check_texts(self.texts(words))
+        values = parser.check_config(given.get("config"))
         for name, value in given.items():
             values[name] = {**(values[name] or {}), **value} if self.by_name[name].repeats else value
         return {option.name: values[option.name] for option in self.options}
 
+    def texts(self, words: Sequence[str]) -> dict[str, Any]:
+        """The text of each option among the words, True for a switch; words without dashes may be in any place.
+
+        Raises `UserError`, or `HelpRequested`.
+
+        >>> command.texts(["a.jsonl", "--keep", "3", "--quiet"])
+        {'keep': '3', 'quiet': True, 'pool': ['a.jsonl']}
+        """
+        texts: dict[str, Any] = {}
+        arguments: list[str] = []
+        remaining = iter(words)
+        for word in remaining:
+            if word == "--":
+                arguments += remaining
+            elif word in ("-h", "--help"):
+                raise HelpRequested
+            elif not word.startswith("-") or word == "-":
+                arguments.append(word)
+            else:
+                option, text = self._option(word, remaining)
+                if option.repeats:
+                    text = {**texts.get(option.name, {}), **_setting(option, text, self.where)}
+                texts[option.name] = text
+        return texts | self._arguments(arguments, texts)
+
+    def _option(self, word: str, following: Iterator[str]) -> tuple[Option, Any]:
+        """The option that a word with dashes names, and its text: after the equals sign, or the next word."""
+        flag, equals, text = word.partition("=")
+        flags = {option.flag: option for option in self.options if not option.is_list}
+        if flag not in flags:
+            raise unknown(flag, [*flags, "--help"], what="option", where=self.where)
+        option = flags[flag]
+        if not option.is_switch:
+            return option, text if equals else self._next_value(option, next(following, None))
+        if equals:
+            raise UserError(f"{flag} is a switch and has no value, got {text!r}; remove it to turn it off")
+        return option, True
+
+    def _next_value(self, option: Option, word: str | None) -> str:
+        """The word after an option as its value, unless it has dashes and is neither a number nor a phrase."""
+        if word is not None and (not word.startswith("-") or word == "-" or " " in word or _is_number(word)):
+            return word
+        if option.repeats:
+            raise UserError(f"{option.flag} (nothing) is not KEY=VALUE; see {self.where} --help")
+        shown = option.name if option.name == self.positional else option.flag
+        raise UserError(f"{shown} needs a value ({option.expects}); see {self.where} --help")
+
+    def _arguments(self, words: list[str], texts: Mapping[str, Any]) -> dict[str, Any]:
+        """The words without dashes as the value of the option that takes them."""
+        name = self.positional
+        if not words:
+            return {}
+        if name is None:
+            raise UserError(f"{self.where} has no argument {words[0]!r}; see {self.where} --help")
+        if self.by_name[name].is_list:
+            return {name: words}
+        every = [texts[name], *words] if name in texts else words
+        if len(every) > 1:
+            raise UserError(f"{self.where} has one argument {name}, got {' and '.join(every)}")
+        return {name: words[0]}
+
 
 class _Parser(ArgumentParser):
-    """jsonargparse's parser of one command. Its own part: words without dashes in any place, the short form of a
-    mapping, and errors as one sentence."""
+    """jsonargparse's parser of one command: types, defaults and the text of `--help`; errors are one sentence."""
 
     def __init__(self, command: Command) -> None:
         examples = "\n".join(["examples:", *(f"  {line}" for line in command.examples)]) if command.examples else None
@@ -82,92 +144,54 @@ class _Parser(ArgumentParser):
         )
         self.command = command
         self.given: dict[str, Any] = {}
-        """The text of each option of the command line, or a configuration's values, for errors."""
+        """What is being checked, as written on the command line or in a configuration, for errors."""
         groups: dict[str, Any] = {}
         for option in command.options:
             if option.group not in groups:
                 groups[option.group] = self.add_argument_group(option.group)
             groups[option.group].add_argument(option.flag, **_how(option, hidden=option.name == command.positional))
-        self.add_argument("-h", "--help", action=_Help, nargs=0, help=argparse.SUPPRESS)
 
-    def parse_config(self, path: str | None) -> dict[str, Any]:
+    def check_texts(self, texts: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the options on the command line, without defaults."""
+        return self._check(texts, defaults=False)
+
+    def check_config(self, path: str | None) -> dict[str, Any]:
         """Every option's value from a configuration file, its default where the file has none."""
         config = {} if path is None else read_config(path)
         known = [name for name in self.command.by_name if name != "config"]
-        self.given = {name: value for name, value in config.items() if name not in self.command.fixed}
-        for name in self.given:
+        config = {name: value for name, value in config.items() if name not in self.command.fixed}
+        for name in config:
             if name not in known:
                 raise UserError(f"{path}: {unknown(name, known, what='key', where=self.command.where)}")
-        values = {name: _short(self.command.by_name[name], value) for name, value in self.given.items()}
-        return dict(self.parse_object(values).as_dict())
+        return self._check(config, defaults=True)
 
-    # --- what argparse calls --------------------------------------------------------------------------------------
-
-    def _parse_known_args(self, arg_strings: list[str], namespace: Any, **how: Any) -> tuple[Any, list[str]]:
-        """argparse leaves over the words that are no option and no value of one: the positional option takes them."""
-        for word in arg_strings[: arg_strings.index("--") if "--" in arg_strings else None]:
-            if re.match(r"--[^\s=]*[.]", word):  # jsonargparse would set a key inside the option's value
-                raise self._unknown_option(word)
-        namespace, words = super()._parse_known_args(arg_strings, namespace, **how)
-        dashes = words.index("--") if "--" in words else len(words)
-        for word in words[:dashes]:
-            if word.startswith("-") and word != "-":
-                raise self._unknown_option(word)
-        if positional := [*words[:dashes], *words[dashes + 1 :]]:
-            self._place(namespace, positional)
-        return namespace, []
-
-    def _place(self, namespace: Any, words: list[str]) -> None:
-        where, name = self.command.where, self.command.positional
-        if name is None:
-            raise UserError(f"{where} has no argument {words[0]!r}; see {where} --help")
-        if not self.command.by_name[name].is_list and len(words) > 1:
-            raise UserError(f"{where} has one argument {name}, got {' and '.join(words)}")
-        setattr(namespace, name, words if self.command.by_name[name].is_list else words[0])
-
-    def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
-        """The text of an option, kept for errors; the short form of a mapping as the mapping."""
-        text = super()._get_values(action, words)
-        option = self.command.by_name.get(action.dest)
-        if option is None or option.is_switch:
-            return text
-        if option.is_list:
-            raise self._unknown_option(option.flag)
-        if option.repeats:
-            text = {**self.given.get(option.name, {}), **_setting(option, text, self.command.where)}
-        self.given[option.name] = text
-        return _short(option, text)
-
-    def _unknown_option(self, flag: str) -> UserError:
-        flags = [option.flag for option in self.command.options if not option.is_list]
-        return unknown(flag.partition("=")[0], [*flags, "--help"], what="option", where=self.command.where)
+    def _check(self, given: Mapping[str, Any], *, defaults: bool) -> dict[str, Any]:
+        self.given = dict(given)
+        values = {name: _short(self.command.by_name[name], value) for name, value in given.items()}
+        return dict(self.parse_object(values, defaults=defaults).as_dict())
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """An error of argparse or jsonargparse as one sentence that names the option and its value."""
+        """An error of jsonargparse as one sentence that names the option and its value."""
         where = self.command.where
         for option in self.command.options:
             shown = option.name if option.name == self.command.positional else option.flag
-            if isinstance(ex, argparse.ArgumentError) and option.flag in str(ex.argument_name).split("/"):
-                if option.is_switch:
-                    value = message.rpartition("argument ")[2]
-                    raise UserError(f"{shown} is a switch and has no value, got {value}; remove it to turn it off")
-                if option.repeats:
-                    raise UserError(f"{shown} (nothing) is not KEY=VALUE; see {where} --help")
-                raise UserError(f"{shown} needs a value ({option.expects}); see {where} --help")
             if option.name in self.given and f'"{option.name}' in message:
                 raise UserError(f"{shown} {self.given[option.name]} is not {option.expects}; see {where} --help")
         raise UserError(f"{where}: {' '.join(message.split())}; see {where} --help") from ex
-
-
-class _Help(argparse.Action):
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        raise HelpRequested
 
 
 def _how(option: Option, *, hidden: bool) -> dict[str, Any]:
     """The arguments of `add_argument`."""
     how: dict[str, Any] = {"default": option.default, "help": argparse.SUPPRESS if hidden else _help(option)}
     return how | ({"action": "store_true"} if option.is_switch else {"type": option.type, "metavar": _metavar(option)})
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _short(option: Option, value: Any) -> Any:
