@@ -368,13 +368,14 @@ def main() -> int:
         if not options.check:
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
-        values = stored(framework)
         try:
-            checks = {**values.get("checks", {}), **measure(framework, work, only=options.check)}
+            measured = measure(framework, work, only=options.check)
             facts = {"versions": versions(environment(framework), framework)}
         except Failed as error:
             say(f"{framework.name}: {error}")
-            checks, facts = {}, {"date": str(error)}
+            measured, facts = {}, {"date": str(error)}
+        # Read now, so that two commands may measure different checks at the same time.
+        checks = {**stored(framework).get("checks", {}), **measured} if options.check else measured
         date = datetime.date.today().isoformat()
         store(framework, {"date": date, "machine": platform.machine(), **facts, "checks": checks})
         failed |= any("failed" in result for result in checks.values()) or not checks
