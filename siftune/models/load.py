@@ -190,9 +190,10 @@ def read_causal(folder: str | Path, **options: Any) -> Any:
     options["output_loading_info"] = True
     if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
         options |= {"config": text, **text_names(find_folder(str(folder), options.get("revision")))}
-        network, facts = AutoModelForCausalLM.from_pretrained(folder, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     else:
-        network, facts = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        loaded = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    network, facts = loaded
     if absent := sorted(facts["missing_keys"]):
         raise UserError(f"{name} lacks {len(absent)} tensors of its language model ({absent[0]}, ...); save it again")
     return (network, facts) if with_facts else network
