@@ -83,6 +83,8 @@ def unwrap_model(model: nn.Module) -> ModelParts:
         raise UserError(f"{kind} is not a transformers language model; online scoring needs an AutoModelForCausalLM")
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{kind} is an encoder-decoder, whose rows have two sequences; use a decoder-only causal LM")
+    if is_encoder(config):
+        raise UserError(f"{kind} is an encoder, whose tokens see those after them; use a decoder-only language model")
     head = causal.get_output_embeddings()
     if head is None:
         raise UserError(f"{kind} has no output embeddings; load the model with AutoModelForCausalLM")
@@ -97,6 +99,15 @@ def unwrap_model(model: nn.Module) -> ModelParts:
         raise UserError(f"{kind} does not separate its decoder from its head; use an AutoModelForCausalLM architecture")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return ModelParts(called, causal, decoder, head, text)
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a configuration is of a model whose tokens see those after them (BERT, without `is_decoder`)."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return True
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def _unwrapped(module: Any) -> Any:

@@ -300,7 +300,13 @@ def read_network(
             output_loading_info=True,
             **names,
         )
-        if absent := sorted(facts["missing_keys"]):
+        absent = sorted(facts["missing_keys"])
+        if absent and absent[0].startswith("encoder."):
+            raise UserError(
+                f"model={model!r} is the decoder of an encoder-decoder ({config.model_type}), whose first layers cannot be "
+                "read alone; use a decoder-only language model"
+            )
+        if absent:
             raise UserError(
                 f"model={model!r} lacks {len(absent)} of the tensors of its first {layer} layers "
                 f"({absent[0]}, ...); download or save it again"

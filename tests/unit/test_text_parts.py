@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from siftune.errors import UserError
 from siftune.models.backbone import Backbone
 from siftune.models.causal_lm import CausalLM
+from siftune.models.hidden_states import unwrap_model
 from siftune.models.load import read_causal
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
@@ -101,3 +102,27 @@ def test_a_language_model_that_transformers_does_not_know_is_refused_with_the_wa
         UserError, match=r"is multimodal \(clip\), and its language model \(clip_text_model\) is not one"
     ):
         _ = Backbone(str(tmp_path), layer=1).config
+
+
+def test_an_encoder_is_refused_where_it_is_scored_or_attached() -> None:
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 30,
+    }
+    both_ways = transformers.BertLMHeadModel(transformers.BertConfig(**small))
+    with pytest.raises(UserError, match="BertLMHeadModel is an encoder, whose tokens see those after them"):
+        unwrap_model(both_ways)
+    assert (
+        unwrap_model(transformers.BertLMHeadModel(transformers.BertConfig(**small, is_decoder=True))).head is not None
+    )
+
+
+def test_the_decoder_of_an_encoder_decoder_is_refused_as_features(tmp_path: Path) -> None:
+    small = {"d_model": 16, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 2, "vocab_size": 300}
+    transformers.BartForCausalLM(transformers.BartConfig(**small)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is the decoder of an encoder-decoder \(bart\)"):
+        _ = Backbone(str(tmp_path), layer=1, device="cpu").network
