@@ -24,7 +24,7 @@ from ..runs.options import unknown
 OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fine-tuned on.
 
   siftune demo                          selection and fine-tuning on embedded data, offline, on a CPU
-  siftune plan POOL... --model MODEL    before a selection runs: rows, bad rows, tokens, time, memory
+  siftune plan [METHOD] POOL...         before a selection runs: rows, bad rows, tokens, time, memory
   siftune select METHOD POOL...         score a pool and keep the best rows
   siftune keep RUN --keep 10% --out F   cut a run's stored scores at another budget, without the model
   siftune train RECIPE.yaml             fine-tune (trl, peft), selecting in every batch with an online method

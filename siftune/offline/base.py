@@ -55,6 +55,9 @@ class OfflineMethod(ABC):
     needs: ClassVar[str] = "-"
     """What it needs to run: a model, labels, a server."""
 
+    fit_grows: ClassVar[bool] = True
+    """Whether the cost of `fit` grows with the pool; a method that learns from a target alone says False. For plans."""
+
     engine: Engine | None = None
     """Where shards run; None is this process, one after the other, nothing cached. The pipeline sets it."""
 

@@ -72,6 +72,7 @@ class RDS(SimilarityMethod):
     """
 
     name: ClassVar[str] = "rds"
+    fit_grows: ClassVar[bool] = False
 
     model: str
     """The causal LM whose last hidden states are compared, best the one that is tuned: a folder or a hub id."""

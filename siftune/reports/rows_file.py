@@ -49,6 +49,8 @@ class Selection:
     reasons: Mapping[int, str]
     places: tuple[list[str], NDArray[np.int64]]
     """File (by name alone) and line of every row."""
+    target_rows: NDArray[np.int32] | None = None
+    """The target row, 0-based, that brought each row in, -1 where none did; None for a method without a target."""
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -115,6 +117,11 @@ def read_selection(folder: Path) -> Selection:
         probabilities=probabilities,
         reasons=reasons,
         places=(files, table["line"].to_numpy(zero_copy_only=False)),
+        target_rows=(
+            table["target_row"].fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
+            if "target_row" in table.column_names
+            else None
+        ),
     )
 
 

@@ -19,6 +19,7 @@ from .overlap import overlap, runs_beside
 from .probe import ProbeSet, probe_blocks, read_probe_set
 from .reading import explorer, reasons_counted
 from .rows_file import Selection, Texts, read_selection, texts_of
+from .target import target_section
 from .untrusted import one_line, visible
 
 MAP_BYTES = 4_000_000
@@ -63,6 +64,7 @@ def selection_sections(selection: Selection, settings: PageSettings) -> list[Sec
     sections = [
         _map(selection, texts, probe_set, labels, settings),
         _composition(selection, labels),
+        target_section(selection, texts, cache=settings.cache),
         _distributions(selection),
         _probe(selection, probe_set),
         _overlap(selection),

@@ -29,25 +29,29 @@ METHOD = "daar"
 WARM_UP_ROWS = 16
 
 
-def plan(options: PlanOptions, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts and estimates for `siftune select daar`, as JSON values.
+def plan(options: PlanOptions, settings: Mapping[str, Any], *, method: str = METHOD) -> dict[str, Any]:
+    """Facts and estimates for `siftune select METHOD`, as JSON values; for other methods than daar see `plan_method`.
 
     Bad rows are counted and are not an error here. Raises `UserError` for a pool, settings or a model that cannot be used.
 
     >>> plan(PlanOptions(pool=["pool.jsonl"]), {"model": "./model"})["estimate"]["minutes"]
     """
+    if method != METHOD:
+        from .plan_method import plan_method
+
+        return plan_method(method, options, settings)
     from ..offline.daar.selector import DaaR
 
-    method = build(METHOD, options.seed, settings)
+    selector = build(METHOD, options.seed, settings)
     refuse_overlap({"--out": options.out, "--run": options.run}, named_inputs(options, settings))
-    assert isinstance(method, DaaR), METHOD
-    backbone = method.backbone()
+    assert isinstance(selector, DaaR), METHOD
+    backbone = selector.backbone()
     assert backbone is not None, "daar reads a model"
     cache = cache_folder(options.cache)
     pools_before = _entries(cache / "pools")
     pool = read_pool(dataclasses.replace(options, on_bad_row="skip"))
     measured = measure(backbone, pool, sample=options.sample, seed=options.seed)
-    probe_rows = min(method.probe_rows, max(1, len(pool.eligible) // 2))
+    probe_rows = min(selector.probe_rows, max(1, len(pool.eligible) // 2))
     return {
         "method": METHOD,
         "model": str(settings.get("model")),

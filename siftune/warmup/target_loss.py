@@ -129,6 +129,7 @@ class TargetLoss(TargetMethod):
     """
 
     name: ClassVar[str] = "target-loss"
+    fit_grows: ClassVar[bool] = False
 
     model: str
     """The causal LM that is to be tuned: a folder or a hub id."""

@@ -234,3 +234,30 @@ def test_a_run_is_cut_again_at_another_budget_without_the_method(
 def test_the_targets_content_is_part_of_the_runs_identity(tmp_path: Path) -> None:
     first, second = BM25(target=TARGET), BM25(target=[*TARGET, {"text": "more"}])
     assert first.inputs() != second.inputs()
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_each_target_row_brought_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jinja2")
+    from siftune.reports.rows_file import read_selection, texts_of
+    from siftune.reports.target import target_section
+
+    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
+    pool, path = write(tmp_path / "pool.jsonl", POOL), tmp_path / "target.jsonl"
+    target = write(path, [{**row, "subtask": "ab"[number % 2]} for number, row in enumerate(TARGET_ROWS)])
+    select("bm25", SelectOptions(pool=[pool], keep=8, run=str(tmp_path / "run")), {"target": target})
+
+    def section() -> Any:
+        selection = read_selection(tmp_path / "run")
+        return target_section(selection, texts_of(selection, cache=None), cache=None)
+
+    (table,) = section().blocks
+    assert table.caption == "4 target rows; 0 brought in nothing"
+    assert [row[:2] for row in table.rows] == [("1", "a"), ("2", "b"), ("3", "a"), ("4", "b")]
+    assert [row[3] for row in table.rows] == ["2", "2", "2", "2"]
+    assert all(f"topic{number} item" in row[4] for number, row in enumerate(table.rows))
+    path.write_text(json.dumps({**TARGET_ROWS[0]}) + "\n")
+    (note,) = section().blocks
+    assert "has changed since the run" in note.text
