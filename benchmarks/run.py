@@ -59,6 +59,7 @@ BENCHMARKS = {
     "ifd": Benchmark("IFD: batched against row by row", "ifd.py"),
     "deita-walk": Benchmark("Deita-D: the walk", "deita_walk.py"),
     "instag-walk": Benchmark("InsTag-D: the walk", "instag_walk.py"),
+    "ledger-cost": Benchmark("A loss log of every row: cost beyond the step", "ledger_cost.py"),
     "ghost": Benchmark("Ghost gradients against explicit per-row gradients", "ghost.py"),
     **{
         f"gpu-{name}": Benchmark(f"On a GPU: {section.title}", f"gpu.py --only {name}", section=name)
