@@ -61,6 +61,7 @@ BENCHMARKS = {
     "instag-walk": Benchmark("InsTag-D: the walk", "instag_walk.py"),
     "targets": Benchmark("Choosing for a target: rds and less", "targets.py rds less"),
     "near-copies": Benchmark("Near-copies of a million short rows", "targets.py near-copies --rows 1000000"),
+    "ledger-cost": Benchmark("A loss log of every row: cost beyond the step", "ledger_cost.py"),
     "ghost": Benchmark("Ghost gradients against explicit per-row gradients", "ghost.py"),
     **{
         f"gpu-{name}": Benchmark(f"On a GPU: {section.title}", f"gpu.py --only {name}", section=name)

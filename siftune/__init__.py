@@ -81,6 +81,7 @@ _PUBLIC = {
     "evaluate": "siftune.runs.evaluate",
     "compare": "siftune.study.compare",
     "report": "siftune.reports.report:write",
+    "open_ledger": "siftune.reports.run_ledger",
 }
 """Where each public name is defined; `module:name` where it has another name there."""
 
@@ -112,6 +113,7 @@ if TYPE_CHECKING:
     from .records import Subset as Subset
     from .registry import register as register
     from .reports.report import write as report  # noqa: F401
+    from .reports.run_ledger import open_ledger as open_ledger
     from .runs.evaluate import evaluate as evaluate
     from .runs.options import KeepOptions as KeepOptions
     from .runs.options import PlanOptions as PlanOptions

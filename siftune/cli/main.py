@@ -34,6 +34,7 @@ OVERVIEW = """siftune: sift, then tune. Choose which rows a language model is fi
   siftune loop METHOD POOL...           choose, tune by a recipe or command, choose again with the tuned model
   siftune compare STUDY.yaml            methods x seeds at equal budget: table, intervals, figures
   siftune report RUN                    one HTML page of a run: chosen rows, other rows, and texts to read
+  siftune ledger RUN                    what a run was trained on: rows of a step, loss over time, rows never chosen
   siftune methods                       every method: one line, its paper, what it needs
   siftune version                       versions of siftune and of its dependencies
 
@@ -54,6 +55,7 @@ COMMANDS = (
     "loop",
     "compare",
     "report",
+    "ledger",
     "methods",
     "version",
 )

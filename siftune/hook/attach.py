@@ -3,7 +3,8 @@
 The trainer is unchanged otherwise: its `get_batch_samples` is wrapped on the instance, so candidates are fetched as
 before, scored, cut, and counted by the same method again over the kept rows alone; the loss is divided by the right
 number of tokens. `train` is wrapped to learn which checkpoint a run resumes from, `log` to add the selection's numbers,
-and one callback writes state and ledger. Cost: the selector's scoring; nothing else runs per row but a hash.
+`compute_loss` to read each row's loss from the training forward for the ledger (`siftune.hook.training_loss`), and one
+callback writes state and ledger. Cost: the selector's scoring; nothing else runs per row but a hash and that reading.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ from .packing import (
 )
 from .row_index import RowIndex, index_rows
 from .selection_step import Selection, select_step, window_count
+from .training_loss import TrainingLosses
 from .validation import read_validation
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 _ATTACHMENT = "siftune_attachment"
-_WRAPPED = ("get_batch_samples", "train", "log")
+_WRAPPED = ("get_batch_samples", "train", "log", "compute_loss")
 
 
 def attach(
@@ -111,6 +113,7 @@ class Attachment:
             if ledger
             else None
         )
+        self._losses = TrainingLosses(self.ledger)
         self._across_ranks = selects_across_ranks(trainer, selector)
         self._allow_fresh_selector = allow_fresh
         self._quiet = quiet or not trainer.is_world_process_zero()
@@ -210,6 +213,10 @@ class Attachment:
         if "loss" in logs:  # a training step's log; evaluation logs eval_loss and the summary train_loss
             logs.update(self.metrics.report())
         self._original["log"](logs, *args, **kwargs)
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self._losses.reading(model, inputs):
+            return self._original["compute_loss"](model, inputs, *args, **kwargs)
 
     # --- a step, and the events around it ---------------------------------------------------------------------------
 
@@ -326,7 +333,7 @@ class Attachment:
         digests = [digest for batch in candidates for digest in token_ids(batch)]
         segments = [index for batch in candidates for index in range(len(batch.layout))] if self._packed else None
         row_index = self._row_index[1]
-        self.ledger.add(
+        first_line = self.ledger.add(
             step,
             selection.micro,
             token_ids=digests,
@@ -337,6 +344,8 @@ class Attachment:
             segments=segments,
             reasons=selection.reasons,
         )
+        lines = [[None if row is None else first_line + row for row in rows] for rows in selection.trained]
+        self._losses.expect(selection.batches, lines, packed=self._packed)
 
     def begin(self, dataloader: Any) -> None:
         """A run starts (or restarts with a smaller batch): the selector takes the state of its checkpoint."""

@@ -31,6 +31,9 @@ _SEGMENT_COLUMN = [("segment", pa.int32())]
 """Of packed batches only: the position among the micro-batch's segments."""
 _METADATA_PREFIX = b"siftune."
 _TRAILING_COLUMNS = [("kept", pa.bool_()), ("reason", pa.string())]
+LOSS = "train_loss"
+_LOSS_COLUMN = [(LOSS, pa.float64())]
+"""Of trainers whose forward shows a loss for every token; always the last column."""
 
 
 class Ledger:
@@ -38,7 +41,8 @@ class Ledger:
 
     Columns: `step` (the trainer's `global_step` once the step is done), `rank`, `micro`, `row` or null, `segment` (of
     packed batches: its position in the micro-batch), `token_id` in hex, `total` or null, the method's own parts,
-    `kept`, `reason` (why a candidate has no score) or null.
+    `kept`, `reason` (why a candidate has no score) or null, `train_loss` (the row's mean loss in the training forward)
+    or null.
     """
 
     def __init__(self, folder: Path, *, rank: int = 0, world: int = 1) -> None:
@@ -48,6 +52,7 @@ class Ledger:
         """What the files' metadata holds beside the columns, under `siftune.NAME`: how scores were computed."""
         self._columns: dict[str, list[Any]] = {}
         self._lines = 0
+        self._losses: list[tuple[Sequence[int], Any]] = []
 
     @property
     def merged(self) -> Path:
@@ -66,8 +71,13 @@ class Ledger:
         kept: Sequence[bool],
         segments: Sequence[int] | None = None,
         reasons: Mapping[int, str],
-    ) -> None:
-        """One line per candidate; every sequence has one entry per candidate, `reasons` is keyed by position."""
+    ) -> int:
+        """One line per candidate; every sequence has one entry per candidate, `reasons` is keyed by position.
+
+        Returns the number of the first line, for `add_losses`.
+        """
+        if self._lines >= MAX_BUFFERED_LINES:  # before this step's lines, which its training forward completes
+            self.flush(step - 1)
         count = len(micro)
         lines: dict[str, Sequence[Any]] = {
             "step": [step] * count,
@@ -86,18 +96,32 @@ class Ledger:
         for name, column in self._columns.items():
             column.extend(lines.get(name, [None] * count))
         self._lines += count
-        if self._lines >= MAX_BUFFERED_LINES:
-            self.flush(step)
+        return self._lines - count
+
+    def add_losses(self, lines: Sequence[int], losses: Any) -> None:
+        """The losses in training of some lines added since the last `flush`: a tensor of the lines' length, which is
+        read when the lines are written, so that no device waits for it."""
+        self._losses.append((lines, losses))
+
+    def _read_losses(self) -> None:
+        if self._losses:
+            column = self._columns.setdefault(LOSS, [None] * self._lines)
+            for lines, losses in self._losses:
+                for line, loss in zip(lines, losses.tolist(), strict=True):
+                    column[line] = _or_null(loss)
+        self._losses = []
 
     def flush(self, step: int) -> None:
         """Write the buffered lines as the part that ends at `step`."""
         if not self._lines:
             return
-        known = {name for name, _ in _LEADING_COLUMNS + _SEGMENT_COLUMN + _TRAILING_COLUMNS}
+        self._read_losses()
+        known = {name for name, _ in _LEADING_COLUMNS + _SEGMENT_COLUMN + _TRAILING_COLUMNS + _LOSS_COLUMN}
         parts = [(name, pa.float64()) for name in self._columns if name not in known]
         segment = _SEGMENT_COLUMN if "segment" in self._columns else []
+        loss = _LOSS_COLUMN if LOSS in self._columns else []
         schema = pa.schema(
-            _LEADING_COLUMNS + segment + sorted(parts) + _TRAILING_COLUMNS, metadata=_metadata([self.facts])
+            _LEADING_COLUMNS + segment + sorted(parts) + _TRAILING_COLUMNS + loss, metadata=_metadata([self.facts])
         )
         name = f"part-{step}.parquet" if self.rank == 0 else f"part-{step}-rank{self.rank}.parquet"
         path = self._parts_folder / name
@@ -112,7 +136,7 @@ class Ledger:
         """Drop the records beyond `step`: the buffer, later parts of this rank (and, by rank 0, of ranks that only an
         earlier run had) and the merged file. Raises `UserError` for a file of such a name that is no ledger, and where
         an earlier part of this rank is damaged: before training rather than after it."""
-        self._columns, self._lines = {}, 0
+        self._columns, self._lines, self._losses = {}, 0, []
         if self._parts_folder.is_dir():
             for path in self._parts_folder.iterdir():
                 part = _step_and_rank(path)
@@ -139,12 +163,10 @@ class Ledger:
         schemas = [_read(path).schema for path in paths]
         facts = _metadata([facts_of(schema) for schema in schemas])
         schema = pa.unify_schemas([schema.remove_metadata() for schema in schemas])
-        parts = [
-            field for field in schema if field.name not in {name for name, _ in _LEADING_COLUMNS + _TRAILING_COLUMNS}
-        ]
-        schema = pa.schema(
-            [*_LEADING_COLUMNS, *((field.name, field.type) for field in parts), *_TRAILING_COLUMNS], metadata=facts
-        )
+        known = {name for name, _ in _LEADING_COLUMNS + _TRAILING_COLUMNS + _LOSS_COLUMN}
+        parts = [(field.name, field.type) for field in schema if field.name not in known]
+        loss = _LOSS_COLUMN if LOSS in schema.names else []
+        schema = pa.schema([*_LEADING_COLUMNS, *parts, *_TRAILING_COLUMNS, *loss], metadata=facts)
         with atomic_path(self.merged) as temporary, open_writer(temporary, schema) as writer:
             for path in paths:
                 table = _read(path)

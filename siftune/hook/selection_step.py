@@ -16,6 +16,7 @@ Shapes: `B` candidates of a micro-batch, `C` candidates of the step on all ranks
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,8 @@ class Selection:
     reasons: Mapping[int, str] = field(default_factory=dict)
     local: Sequence[int] = ()
     """Positions of this rank's candidates among the C, in the order of its own micro-batches."""
+    trained: Sequence[Sequence[int | None]] = ()
+    """For each row of each of `batches`, its position among this rank's candidates; None for another rank's row."""
 
     def local_only(self) -> Selection:
         """The same record of this rank's candidates alone."""
@@ -70,6 +73,7 @@ class Selection:
             {name: values[index] for name, values in self.parts.items()},
             {at: self.reasons[candidate] for at, candidate in enumerate(self.local) if candidate in self.reasons},
             range(len(index)),
+            self.trained,
         )
 
 
@@ -148,6 +152,7 @@ def select_step(
         joined.parts,
         joined.reasons,
         _local_candidates(order, of_ranks, ranks.rank),
+        _trained_candidates(plan, [part.measured.rows for part in local], ranks.rank),
     )
 
 
@@ -296,6 +301,17 @@ def _local_candidates(order: Sequence[Slot], of_ranks: Sequence[Sequence[Measure
             local.extend(range(start, start + rows))
         start += rows
     return local
+
+
+def _trained_candidates(
+    plan: Mapping[Slot, Sequence[Origin]], rows_of_micro: Sequence[int], rank: int
+) -> list[list[int | None]]:
+    """For each row that this rank trains, by micro-batch, its position among this rank's own candidates."""
+    starts = list(itertools.accumulate(rows_of_micro, initial=0))
+    return [
+        [starts[source] + row if origin == rank else None for origin, source, row in plan[(rank, micro)]]
+        for micro in range(len(rows_of_micro))
+    ]
 
 
 # --- exchange ---------------------------------------------------------------------------------------------------------

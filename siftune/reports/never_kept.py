@@ -92,7 +92,7 @@ def _explorer(
     ]
     shown_views = [(key, name, about, keys[:EACH].tolist()) for key, name, about, keys in views if len(keys)]
     shown_rows = sorted({key for *_, keys in shown_views for key in keys})
-    texts = _texts(run, row[shown_rows])
+    texts = run.texts_of(row[shown_rows])
     entries = {}
     for key, text in zip(shown_rows, texts, strict=True):
         entries[key] = {
@@ -117,15 +117,6 @@ def _explorer(
         "choice": ["Kept", "kept at least once", "never kept"],
     }
     return Explorer(name=f"{prefix}rows-to-read", data=data)
-
-
-def _texts(run: TrainingRun, rows: NDArray[np.int64]) -> list[tuple[str, str] | None]:
-    """Texts of rows of the training set; None where they are not available."""
-    if run.training_rows is None:
-        return [None] * len(rows)
-    known = [int(run.training_rows.rows[row]) for row in rows if row >= 0]
-    texts = dict(zip(known, run.training_rows.texts.read(known), strict=True))
-    return [texts[int(run.training_rows.rows[row])] if row >= 0 else None for row in rows]
 
 
 def _labels(run: TrainingRun, row: int) -> dict[str, Any]:

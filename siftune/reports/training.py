@@ -18,6 +18,7 @@ from .blocks import Block, Chart, Fact, Facts, Note, Page, Section, Table
 from .composition import Labels, composition
 from .never_kept import rows_section
 from .overlap import rank_correlation
+from .spikes import spikes_section
 from .training_run import Ledger, TrainingRun, read_training
 from .untrusted import visible
 
@@ -54,7 +55,7 @@ def selector(run: TrainingRun) -> str:
 
 def training_sections(run: TrainingRun, *, seed: int = 0, prefix: str = "") -> list[Section]:
     """Every section that the run has data for; `prefix` keeps the anchors of several runs distinct."""
-    sections = [_loss(run, prefix)]
+    sections = [_loss(run, prefix), spikes_section(run, prefix)]
     if run.ledger is not None and len(run.ledger):
         sections += [
             _scores(run.ledger, prefix),

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..data.load import load_pool
 from ..errors import UserError
 from ..files import read_json
+from ..hook.ledger import LOSS
 from ..records import Pool
 from .composition import CHUNK_ROWS, Labels, in_order_of, label_columns
 from .rows_file import MANIFEST, ROWS, SELECTED, Texts, read_selection
@@ -28,7 +29,7 @@ from .untrusted import visible
 
 LOG, STATE = "log.jsonl", "trainer_state.json"
 LEDGER, PARTS = "siftune/selection.parquet", "siftune/selection"
-FIXED = ("step", "rank", "micro", "row", "segment", "token_id", "total", "kept", "reason")
+FIXED = ("step", "rank", "micro", "row", "segment", "token_id", "total", "kept", "reason", LOSS)
 """Columns of every ledger; the others are specific to the method."""
 
 
@@ -45,9 +46,18 @@ class Ledger:
     parts: Mapping[str, NDArray[np.float64]]
     complete: bool
     """False where training is not finished."""
+    loss: NDArray[np.float64]
+    """Mean loss of the row in the training forward, NaN where it was not trained on or not read. Shape `(L,)`."""
 
     def __len__(self) -> int:
         return len(self.step)
+
+    @property
+    def names_lines(self) -> bool:
+        """Whether `row` is the line of a packed data set: several different rows then have the same number."""
+        known = self.row >= 0
+        pairs = set(zip(self.row[known].tolist(), np.array(self.token_id, dtype=object)[known], strict=True))
+        return len(pairs) > len(np.unique(self.row[known]))
 
     @property
     def keys(self) -> tuple[NDArray[np.int64], list[str]]:
@@ -92,6 +102,14 @@ class TrainingRun:
         """The folder's own name."""
         return visible(self.folder.resolve().name)
 
+    def texts_of(self, rows: NDArray[np.int64]) -> list[tuple[str, str] | None]:
+        """Question and answer of rows of the training set; None where the text is not available."""
+        if self.training_rows is None:
+            return [None] * len(rows)
+        known = [int(self.training_rows.rows[row]) for row in rows if row >= 0]
+        texts = dict(zip(known, self.training_rows.texts.read(known), strict=True))
+        return [texts[int(self.training_rows.rows[row])] if row >= 0 else None for row in rows]
+
     def logged(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one key of the log."""
         points = [
@@ -120,6 +138,13 @@ def read_training(folder: Path, *, rows: str | None = None, cache: str | Path | 
             raise UserError(
                 f"--rows {rows} has {len(training_rows.rows):,} usable rows, and the ledger names row {ledger.row.max():,}; pass "
                 "the file that the trainer was trained on"
+            )
+        training_rows = None
+    if training_rows is not None and training_rows.how and ledger is not None and ledger.names_lines:
+        if rows is not None:
+            raise UserError(
+                f"--rows {rows}: the trainer of {folder} was handed packed lines, and the ledger numbers those, not the rows "
+                "of a file; remove --rows, or train with siftune train, which records the rows"
             )
         training_rows = None
     return TrainingRun(folder, manifest, read_log(folder), ledger, training_rows)
@@ -177,12 +202,20 @@ def read_ledger(folder: Path) -> Ledger | None:
             kept=numbers["kept"].astype(bool),
             parts={visible(name): table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in names},
             complete=merged.is_file(),
+            loss=_losses(table),
         )
     except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{paths[0]} is not a ledger of siftune ({reason}); remove it, or pass another folder"
         ) from error
+
+
+def _losses(table: Any) -> NDArray[np.float64]:
+    if LOSS not in table.column_names:  # written before version 0.2, or by a trainer whose forward shows no loss
+        return np.full(len(table), np.nan)
+    losses: NDArray[np.float64] = table[LOSS].to_numpy(zero_copy_only=False).astype(np.float64)
+    return losses
 
 
 def read_training_rows(
