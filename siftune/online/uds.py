@@ -4,7 +4,7 @@
     s_inter = mean over memory of ‖z − z_j‖   distance of the row's sketch z to those of recently kept rows
     s       = s_intra + α s_inter             higher is better; the best K of B are kept and remembered
 
-Logits are never formed (siftune.online.nuclear, siftune.online.sketch); padding never enters a score.
+A linear head's logits are never formed (siftune.online.terms); padding never enters a score.
 Cost: one forward of the backbone, and about 1 % of it for the scores of a frozen head.
 
 Axes: `B` candidates, `T` columns, `N` tokens of a row, `D` inputs of the head, `V` vocabulary, `F` = d₁ and `G` = d₂
@@ -15,35 +15,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..errors import UserError
-from ..models.head import Factor, Head
 from ..models.hidden_states import exact_math, predicting_tokens, real_tokens
 from ..records import RowScores
 from .base import Batch, Measured, ModelScored, check_choice, check_minimum
 from .collected import DeviceMeasurements, MeasuredColumns, RowEntry
 from .logit_access import HeadInputs, LogitAccess
 from .memory import Memory, pairwise
-from .nuclear import (
-    NormRoute,
-    Norms,
-    device_norms,
-    gram_of_blocks,
-    gram_of_rows,
-    groups,
-    lanczos_norms,
-    norms,
-    norms_of_grams,
-    ranks,
-)
+from .nuclear import NormRoute, Norms, device_norms, norms_of_grams
 from .route import EXACT_ROUTES, ExactRoute, ExactRouteName
 from .sketch import Sketch
+from .terms import RowTerms, estimated_terms, row_terms
 
 PAPER_ALPHA = 1.5e-3
 """α of the authors' training script."""
@@ -156,10 +144,7 @@ class UDS(ModelScored):
                 self._derived_stale = False
             device = head_inputs.device
             with exact_math(device):
-                if head_inputs.head is not None and head_inputs.head.cap is None:
-                    self._measure_linear(head_inputs, head_inputs.head, measurements)
-                else:
-                    self._measure_blocks(head_inputs, measurements)
+                self._measure_rows(head_inputs, measurements)
         with exact_math(device):  # rows that have to be computed again
             result = self._read_columns(measurements, positions_BT)
         columns = {"intra": result.intra, "sketch": result.sketch, "tokens": positions_BT.sum(dim=1)}
@@ -167,69 +152,35 @@ class UDS(ModelScored):
             columns["intra_error"] = result.error
         return Measured(len(positions_BT), columns, result.reasons)
 
-    def _measure_linear(self, head_inputs: HeadInputs, head: Head, measurements: DeviceMeasurements) -> None:
-        factor = self._logit_access.factor(head)
-        projected_FD = self._logit_access.projected(head, self._sketch) * head.multiplier
-        lengths = [len(inputs) for inputs in head_inputs.inputs]
-        long = [index for index, length in enumerate(lengths) if length > (self.lanczos_above or math.inf)]
-        short = [index for index in range(len(lengths)) if index not in set(long)]
-        short_groups = groups([lengths[index] for index in short], head.device, width=head.width)
-        grouped = [[short[position] for position in group] for group in short_groups]
+    def _measure_rows(self, head_inputs: HeadInputs, measurements: DeviceMeasurements) -> None:
+        """Norms and sketches of every row, launched on the head's device and not waited for."""
+        long = self._long_rows(head_inputs)
+        for index in long:
+            measurements.add_host_norms(
+                *estimated_terms(head_inputs, index, self._logit_access, self._sketch, seed=self.seed)
+            )
+        short = [index for index in range(len(head_inputs.rows)) if index not in long]
 
-        def padded(group: list[int]) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([head_inputs.inputs[index] for index in group], batch_first=True)
-
-        def entry(index: int, **host_norms: Any) -> RowEntry:
-            return RowEntry(head_inputs.rows[index], lengths[index], abs(head.multiplier), **host_norms)
+        def terms() -> Iterator[RowTerms]:
+            return row_terms(head_inputs, short, self._logit_access, self._sketch)
 
         def trial(route: ExactRouteName) -> None:
-            for group in grouped:
-                norms(padded(group), [lengths[index] for index in group], factor, route=route)
+            for group in terms():
+                norms_of_grams(group.grams_RKK, group.ranks, route=route)
 
-        for index in long:
-            inputs = head_inputs.inputs[index]
-            host_norms = lanczos_norms(inputs, factor, seed=self.seed)
-            measurements.add_host_norms(
-                entry(index, host_norms=host_norms), self._sketch.apply(inputs[None], projected_FD)
-            )
-        for group in grouped:
-            route = self._norm_route(head.device, trial)
-            inputs = padded(group)
-            retries = [
-                None if route == "eigenvalues" else _by_eigenvalues(head_inputs.inputs[index], factor)
-                for index in group
+        for group in terms():
+            route = self._norm_route(head_inputs.device, trial)
+            entries = [
+                RowEntry(row, tokens, group.multiplier, None if route == "eigenvalues" else by_eigenvalues)
+                for row, tokens, by_eigenvalues in zip(group.rows, group.tokens, group.by_eigenvalues, strict=True)
             ]
-            device_values = device_norms(
-                gram_of_rows(inputs, factor), ranks([lengths[index] for index in group], factor), route
-            )
-            entries = [entry(index, retry=retry) for index, retry in zip(group, retries, strict=True)]
-            measurements.add(entries, device_values, self._sketch.apply(inputs, projected_FD))
+            measurements.add(entries, device_norms(group.grams_RKK, group.ranks, route), group.sketches_RS)
 
-    def _measure_blocks(self, head_inputs: HeadInputs, measurements: DeviceMeasurements) -> None:
-        """A capped head, or the model's own logits: one pass over the vocabulary, in blocks."""
-        for index, row in enumerate(head_inputs.rows):
-            sketch_GF = torch.zeros(1, dtype=torch.float64)
-
-            def sketched_blocks(index: int = index) -> Any:
-                nonlocal sketch_GF
-                for start, stop, block_NV in head_inputs.blocks(index):
-                    block_NV = block_NV.double()  # once, for both products
-                    time_GN = self._sketch.rows(len(block_NV)).to(block_NV.device)
-                    columns_FV = self._sketch.columns(start, stop).to(block_NV.device)
-                    sketch_GF = sketch_GF.to(block_NV.device) + (time_GN @ block_NV) @ columns_FV.T
-                    yield block_NV
-
-            grams_1NN = gram_of_blocks(sketched_blocks())[None]
-            size = grams_1NN.shape[1]
-
-            def trial(route: NormRoute, grams_1NN: torch.Tensor = grams_1NN, size: int = size) -> float:
-                return norms_of_grams(grams_1NN, [size], route=route)[0].nuclear
-
-            route = self._norm_route(grams_1NN.device, trial)
-            retry = None if route == "eigenvalues" else partial(trial, "eigenvalues")
-            measurements.add(
-                [RowEntry(row, size, 1.0, retry)], device_norms(grams_1NN, [size], route), sketch_GF.flatten()[None]
-            )
+    def _long_rows(self, head_inputs: HeadInputs) -> set[int]:
+        """Rows whose norm is estimated (`lanczos_above`); rows that have to form their logits are computed exactly."""
+        if self.lanczos_above is None or head_inputs.head is None or head_inputs.head.cap is not None:
+            return set()
+        return {index for index, inputs in enumerate(head_inputs.inputs) if len(inputs) > self.lanczos_above}
 
     def _norm_route(self, device: torch.device, trial: Callable[[ExactRouteName], object]) -> NormRoute:
         """The way to nuclear norms on this device; `trial` computes some of them by a given exact route."""
@@ -382,8 +333,3 @@ class UDS(ModelScored):
                 f"{vocabulary}; use a new selector"
             )
         self._sketch.bind(vocabulary)
-
-
-def _by_eigenvalues(inputs_ND: torch.Tensor, factor: Factor) -> Callable[[], float]:
-    """A function that computes the nuclear norm of one row `(N, D)` by eigenvalues."""
-    return lambda: norms(inputs_ND[None], [len(inputs_ND)], factor)[0].nuclear

@@ -173,11 +173,12 @@ class TestScores:
             assert torch.isnan(scores.total).tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("options", [{"route": "polar"}, {"route": "eigenvalues"}, {"precision": "fast"}])
 def test_nothing_is_read_before_the_micro_batch_is_complete(
-    options: dict[str, Any], accelerated: None, monkeypatch: pytest.MonkeyPatch
+    family: str, options: dict[str, Any], accelerated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, uds = tiny_model("llama").requires_grad_(False), UDS(keep=2, score_tokens=100, **options)
+    model, uds = tiny_model(family).requires_grad_(False), UDS(keep=2, score_tokens=100, **options)
     uds.select(model, batches()[0])  # the head is read and factorised once
     reads: list[str] = []
 
@@ -194,14 +195,14 @@ def test_nothing_is_read_before_the_micro_batch_is_complete(
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
     inside: list[int] = []
-    linear = UDS._measure_linear
+    original = UDS._measure_rows
 
     def measured(self: UDS, *args: Any) -> None:
         inside.append(1)
-        linear(self, *args)
+        original(self, *args)
         inside.pop()
 
-    monkeypatch.setattr(UDS, "_measure_linear", measured)
+    monkeypatch.setattr(UDS, "_measure_rows", measured)
     uds.select(model, batches()[2])
     assert reads == []
 
