@@ -108,18 +108,23 @@ def reduce_over_labels(
     `per_position` maps the logits in blocks and the targets `(N,)` of some rows to one value per position, `reduce`
     maps a row's values to one; `positions_BT` is `predicting_tokens(batch)`.
     """
-    labels_LT = batch["labels"].detach().cpu()
-    targets_LT = torch.cat([labels_LT[:, 1:], labels_LT[:, :1]], dim=1)
-    lines = [span.line for span in layout_of(batch).spans]
+    targets = label_targets(batch, positions_BT)
     result = torch.full((len(positions_BT),), torch.nan, dtype=torch.float64)
     for head_inputs in logit_access.rows(model, batch, positions_BT, score_tokens=score_tokens):
         device = head_inputs.head.device if head_inputs.head is not None else torch.device("cpu")
         with exact_math(device):
             for rows, blocks in shared_vocabulary_passes(head_inputs):
-                row_targets = [targets_LT[lines[row]][positions_BT[row]] for row in rows]
+                row_targets = [targets[row] for row in rows]
                 values = per_position(blocks, torch.cat(row_targets)).split([len(target) for target in row_targets])
                 result[rows] = torch.stack([reduce(value) for value in values])
     return result
+
+
+def label_targets(batch: Batch, positions_BT: torch.Tensor) -> list[torch.Tensor]:
+    """The labels that each candidate's `positions_BT` (`predicting_tokens(batch)`) predict, int64 `(N,)`, on the CPU."""
+    labels_LT = batch["labels"].detach().cpu()
+    targets_LT = torch.cat([labels_LT[:, 1:], labels_LT[:, :1]], dim=1)
+    return [targets_LT[span.line][positions_BT[row]] for row, span in enumerate(layout_of(batch).spans)]
 
 
 def shared_vocabulary_passes(

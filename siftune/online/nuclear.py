@@ -135,11 +135,21 @@ def gram_of_blocks(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
         block_NV = block_NV.double()
         if gram_NN is None:
             gram_NN = torch.zeros(len(block_NV), len(block_NV), dtype=torch.float64, device=block_NV.device)
-        for start in range(0, len(block_NV), 128):
-            panel = gram_NN[start : start + 128, : start + 128]
-            panel.addmm_(block_NV[start : start + 128], block_NV[: start + 128].T)
+        add_gram(gram_NN, block_NV)
     assert gram_NN is not None, "a head without a vocabulary"
-    return gram_NN.tril() + gram_NN.tril(-1).T
+    return symmetric(gram_NN)
+
+
+def add_gram(gram_NN: torch.Tensor, block_NV: torch.Tensor) -> None:
+    """Add `block @ blockᵀ` to the panels on and below the diagonal, in place; `symmetric` completes the sum."""
+    for start in range(0, len(block_NV), 128):
+        panel = gram_NN[start : start + 128, : start + 128]
+        panel.addmm_(block_NV[start : start + 128], block_NV[: start + 128].T)
+
+
+def symmetric(lower_NN: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix with this lower triangle."""
+    return lower_NN.tril() + lower_NN.tril(-1).T
 
 
 def norms_of_grams(grams_RKK: torch.Tensor, ranks: Sequence[int], *, route: NormRoute = "eigenvalues") -> list[Norms]:

@@ -43,6 +43,8 @@ class RowTerms(NamedTuple):
     """Float64."""
     by_eigenvalues: list[Callable[[], float]]
     """The nuclear norm of each row by itself, before the multiplier: for rows that a faster route cannot decide."""
+    losses: torch.Tensor | None = None
+    """Mean loss over the tokens of each row, float64 `(R,)`, where the same pass gives it (siftune.online.residual)."""
 
 
 def row_terms(

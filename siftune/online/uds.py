@@ -27,14 +27,18 @@ from ..records import RowScores
 from .base import Batch, Measured, ModelScored, check_choice, check_minimum
 from .collected import DeviceMeasurements, MeasuredColumns, RowEntry
 from .logit_access import HeadInputs, LogitAccess
+from .maxloss import label_targets
 from .memory import Memory, pairwise
 from .nuclear import NormRoute, Norms, device_norms, norms_of_grams
+from .residual import residual_terms
 from .route import EXACT_ROUTES, ExactRoute, ExactRouteName
 from .sketch import Sketch
 from .terms import RowTerms, estimated_terms, row_terms
 
 PAPER_ALPHA = 1.5e-3
 """α of the authors' training script."""
+NUCLEAR_SHARES = {"nuclear": 1.0, "frobenius": 0.0, "blend": 0.5, "head-gradient": 1.0}
+"""Weight of the nuclear norm, beside that of the Frobenius norm, of every named `norm`."""
 SPREAD_DECAY = 0.99
 """Weight that the running spreads of `alpha="auto"` keep per selection: a memory of about 100 selections."""
 
@@ -56,10 +60,15 @@ class UDS(ModelScored):
     """Kept rows that are remembered (the paper's M); 0 turns the memory off."""
     sketch: tuple[int, int] = (128, 8)
     """(d₁, d₂) of the sketch, over vocabulary and positions. `uds.sketch.signs` and `.indices` show its draw."""
-    norm: Literal["nuclear", "frobenius", "blend"] | float = "nuclear"
-    """Norm of the logits. A number w in [0, 1] is `w * nuclear + (1 - w) * frobenius`; `blend` is w = 0.5."""
+    matrix: Literal["logits", "residual"] = "logits"
+    """What `intra` and `inter` measure: the logits L (the paper), or the residual `softmax(L) - onehot(label)` at the
+    tokens that predict a label. With `residual` the row's loss is the part `loss` (siftune.online.residual)."""
+    norm: Literal["nuclear", "frobenius", "blend", "head-gradient"] | float = "nuclear"
+    """Norm of the matrix. A number w in [0, 1] is `w * nuclear + (1 - w) * frobenius`; `blend` is w = 0.5;
+    `head-gradient` is the nuclear norm of the loss's gradient in the head, and needs `matrix="residual"`."""
     tokens: Literal["all", "answer"] = "all"
-    """Logits that count: at every real token (the paper), or at those that predict a token with a label."""
+    """Logits that count: at every real token (the paper), or at those that predict a token with a label. A residual
+    exists at the latter alone."""
     seed: int = 0
     """Seed of the sketch, of the reservoir and of Lanczos probes."""
     compat: Literal["paper"] | None = None
@@ -104,9 +113,12 @@ class UDS(ModelScored):
         for side in self.sketch:
             check_minimum("sketch", side, 1)
         if isinstance(self.norm, str):
-            check_choice("norm", self.norm, ("nuclear", "frobenius", "blend"))
+            check_choice("norm", self.norm, ("nuclear", "frobenius", "blend", "head-gradient"))
         elif isinstance(self.norm, bool) or not 0 <= self.norm <= 1:
-            raise UserError(f"norm={self.norm!r} must be nuclear, frobenius, blend or the nuclear share in [0, 1]")
+            raise UserError(
+                f"norm={self.norm!r} must be nuclear, frobenius, blend, head-gradient or the nuclear share in [0, 1]"
+            )
+        self._check_matrix()
         check_choice("tokens", self.tokens, ("all", "answer"))
         if self.compat is not None:
             check_choice("compat", self.compat, ("paper",))
@@ -124,14 +136,29 @@ class UDS(ModelScored):
         if self.lanczos_above is not None:
             check_minimum("lanczos_above", self.lanczos_above, 1)
 
+    def _check_matrix(self) -> None:
+        check_choice("matrix", self.matrix, ("logits", "residual"))
+        if self.matrix == "logits" and self.norm == "head-gradient":
+            raise UserError("norm='head-gradient' needs the residual; set matrix='residual' or another norm")
+        if self.matrix == "residual" and self.compat == "paper":
+            raise UserError(
+                "compat='paper' is the paper's score, which is of the logits; remove it or matrix='residual'"
+            )
+        if self.matrix == "residual" and self.lanczos_above is not None:
+            raise UserError(
+                f"lanczos_above={self.lanczos_above!r} estimates norms of logits alone; remove it or matrix='residual'"
+            )
+
     # --- measure ------------------------------------------------------------------------------------------------------
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> Measured:
         """Columns `intra` `(B,)`, `sketch` `(B, S)` (float64), `tokens` `(B,)` (int64), `intra_error` with
-        `lanczos_above`."""
+        `lanczos_above`, `loss` `(B,)` with `matrix="residual"`."""
         positions_BT = real_tokens(batch)
-        if self.tokens == "answer":
+        if self._counts_answers:
             positions_BT &= predicting_tokens(batch)
+        targets = label_targets(batch, positions_BT) if self.matrix == "residual" else None
+        losses: list[tuple[list[int], torch.Tensor]] = []
         measurements = DeviceMeasurements()
         gather_again, self._head_stale = self._head_stale, False
         device = torch.device("cpu")
@@ -144,16 +171,25 @@ class UDS(ModelScored):
                 self._derived_stale = False
             device = head_inputs.device
             with exact_math(device):
-                self._measure_rows(head_inputs, measurements)
+                losses += self._measure_rows(head_inputs, measurements, targets)
         with exact_math(device):  # rows that have to be computed again
             result = self._read_columns(measurements, positions_BT)
         columns = {"intra": result.intra, "sketch": result.sketch, "tokens": positions_BT.sum(dim=1)}
         if self.lanczos_above is not None:
             columns["intra_error"] = result.error
+        if self.matrix == "residual":
+            columns["loss"] = torch.full_like(result.intra, torch.nan)
+            for rows, loss in losses:
+                columns["loss"][rows] = loss.cpu()
+            columns["loss"].masked_fill_(torch.isnan(result.intra), torch.nan)
         return Measured(len(positions_BT), columns, result.reasons)
 
-    def _measure_rows(self, head_inputs: HeadInputs, measurements: DeviceMeasurements) -> None:
-        """Norms and sketches of every row, launched on the head's device and not waited for."""
+    def _measure_rows(
+        self, head_inputs: HeadInputs, measurements: DeviceMeasurements, targets: list[torch.Tensor] | None
+    ) -> list[tuple[list[int], torch.Tensor]]:
+        """Norms and sketches of every row, launched on the head's device and not waited for; the losses of some rows at
+        a time, where `targets` (each candidate's labels) are given: of their residuals then."""
+        losses = []
         long = self._long_rows(head_inputs)
         for index in long:
             measurements.add_host_norms(
@@ -162,7 +198,10 @@ class UDS(ModelScored):
         short = [index for index in range(len(head_inputs.rows)) if index not in long]
 
         def terms() -> Iterator[RowTerms]:
-            return row_terms(head_inputs, short, self._logit_access, self._sketch)
+            if targets is None:
+                return row_terms(head_inputs, short, self._logit_access, self._sketch)
+            row_targets = [targets[row] for row in head_inputs.rows]
+            return residual_terms(head_inputs, row_targets, self._sketch, head_gradient=self.norm == "head-gradient")
 
         def trial(route: ExactRouteName) -> None:
             for group in terms():
@@ -175,6 +214,9 @@ class UDS(ModelScored):
                 for row, tokens, by_eigenvalues in zip(group.rows, group.tokens, group.by_eigenvalues, strict=True)
             ]
             measurements.add(entries, device_norms(group.grams_RKK, group.ranks, route), group.sketches_RS)
+            if group.losses is not None:
+                losses.append((group.rows, group.losses))
+        return losses
 
     def _long_rows(self, head_inputs: HeadInputs) -> set[int]:
         """Rows whose norm is estimated (`lanczos_above`); rows that have to form their logits are computed exactly."""
@@ -191,7 +233,7 @@ class UDS(ModelScored):
         result = MeasuredColumns(len(positions_BT), self.sketch[0] * self.sketch[1])
         for entry, norm, sketch in measurements.read():
             result.put(entry.row, self._intra(norm, entry.tokens, entry.multiplier), norm, sketch)
-        kind = "real" if self.tokens == "all" else "answer"
+        kind = "answer" if self._counts_answers else "real"
         result.close(positions_BT, f"no {kind} tokens to score")
         return result
 
@@ -200,7 +242,7 @@ class UDS(ModelScored):
             warnings.warn(
                 "precision='fast' could not show 1e-4 for some rows, which were computed exactly", stacklevel=5
             )
-        share = {"nuclear": 1.0, "frobenius": 0.0, "blend": 0.5}[self.norm] if isinstance(self.norm, str) else self.norm
+        share = NUCLEAR_SHARES[self.norm] if isinstance(self.norm, str) else self.norm
         value = multiplier * (share * norm.nuclear + (1 - share) * norm.frobenius)
         return value / {"none": 1.0, "sqrt": math.sqrt(tokens), "tokens": tokens}[self.length_norm]
 
@@ -217,8 +259,8 @@ class UDS(ModelScored):
         return replace(measured, columns={**measured.columns, "novelty": novelty})
 
     def combine(self, measured: Measured) -> RowScores:
-        """Parts `intra`, `inter`, `alpha` (the α in use, the same for all rows) and `intra_error` with
-        `lanczos_above`."""
+        """Parts `intra`, `inter`, `alpha` (the α in use, the same for all rows), `intra_error` with `lanczos_above`
+        and `loss` with `matrix="residual"`."""
         measured = self.compare(measured)
         intra, sketch_BS = measured.columns["intra"], measured.columns["sketch"]
         inter = measured.columns["novelty"] + self._within(sketch_BS)
@@ -226,6 +268,8 @@ class UDS(ModelScored):
         parts = {"intra": intra, "inter": inter, "alpha": alpha}
         if "intra_error" in measured.columns:
             parts["intra_error"] = measured.columns["intra_error"]
+        if "loss" in measured.columns:
+            parts["loss"] = measured.columns["loss"]
         return RowScores(intra + alpha * inter, parts, dict(measured.reasons))
 
     def choose(self, scores: RowScores, measured: Measured, count: int) -> torch.Tensor:
@@ -300,10 +344,11 @@ class UDS(ModelScored):
         """Raises `UserError` when the state belongs to another method or was drawn with other options."""
         if set(state) | {"steps"} != set(self.state_dict()):
             raise UserError(f"this is no state of uds: it holds {', '.join(state) or 'nothing'}; start without it")
+        saved = {"matrix": "logits", **state["drawn"]}  # states of before the option have none
         for name, current in self._sketch_options().items():
-            if state["drawn"].get(name) != current:
+            if saved.get(name) != current:
                 raise UserError(
-                    f"the saved state has {name}={state['drawn'].get(name)!r} and this selector has {current!r}; "
+                    f"the saved state has {name}={saved.get(name)!r} and this selector has {current!r}; "
                     f"set {name} to the saved value"
                 )
         self._memory.load_state_dict(state)
@@ -319,7 +364,12 @@ class UDS(ModelScored):
             "seed": self.seed,
             "compat": self.compat,
             "memory_policy": self.memory_policy,
+            "matrix": self.matrix,
         }
+
+    @property
+    def _counts_answers(self) -> bool:
+        return self.tokens == "answer" or self.matrix == "residual"
 
     @property
     def _sketch(self) -> Sketch:
