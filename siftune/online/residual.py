@@ -162,7 +162,8 @@ def _head_gradient_gram(gram_NN: torch.Tensor, inputs_ND: torch.Tensor) -> torch
         return torch.full_like(gram_NN, torch.nan)
     values, vectors_NN = torch.linalg.eigh(gram_NN)
     image_ND = (vectors_NN * values.clamp_min(0).sqrt()).T @ inputs_ND.double()
-    return image_ND @ image_ND.T
+    product_NN: torch.Tensor = image_ND @ image_ND.T
+    return product_NN
 
 
 def _by_eigenvalues(grams_1NN: torch.Tensor, rank: int) -> float:

@@ -200,7 +200,7 @@ def test_a_server_that_refuses_parameters_writes_all_rows_and_a_note_says_so(tmp
         assert {body["reasoning_effort"] for body in server.bodies} == {"low"}
         facts = json.loads((folder / "written.json").read_text())
         assert facts["told"][-1] == f"the server refuses top_p, left out: {message}"
-        assert facts["replies"]["retries"] == sum(server.tries.values()) - facts["replies"]["asked"] == 1
+        assert facts["replies"]["retries"] == sum(server.tries.values()) - facts["replies"]["sent"] == 1
         assert stage(tmp_path, generator=server.url).run(embed=bag) != folder, "other parameters, other replies"
     assert read_seeds(folder / SEEDS).counts == {"law": 9, "music": 9}
     with pytest.raises(UserError, match="request= is for a generator on a server"):
