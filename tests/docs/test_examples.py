@@ -17,6 +17,7 @@ import pytest
 import tests.contract.test_offline as contract
 from siftune import registry
 from siftune.registry import Entry
+from siftune.testing import check_offline_method
 from tests.pools import make_pool
 from tests.tiny import save_tiny
 
@@ -87,17 +88,10 @@ def test_own_scorer_keeps_the_contract(own_scorer: Entry) -> None:
     rows = [row for domain in contract.WORDS for row in contract.rows_of(domain, 40)]
     pool = make_pool(rows, {3: "empty answer: output", 99: "missing field: output"})
     build = own_scorer.load()
-    fitted = (build().fit(pool), build().score(pool))
+    check_offline_method(build(), pool)
     contract.test_init_only_stores_its_arguments(own_scorer, "")
     contract.test_unknown_arguments_and_positions_are_refused(own_scorer, "")
     contract.test_the_name_is_the_registrys_and_every_field_has_a_docstring(own_scorer)
-    contract.test_fit_returns_self(build, pool)
-    contract.test_scores_have_the_contracts_shape(fitted, pool)
-    contract.test_a_row_has_a_score_or_a_reason_never_both(fitted, pool)
-    contract.test_a_second_run_gives_the_same_bits(build, fitted, pool)
-    contract.test_permuting_the_rows_permutes_the_scores(build, fitted, pool)
-    contract.test_a_larger_budget_contains_a_smaller_one_and_no_bad_row(fitted, pool)
-    contract.test_the_task_survives_pickling(fitted, pool)
 
 
 def here(script: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
