@@ -229,7 +229,11 @@ def test_every_option_of_everywhere_is_on_every_command(capsys: pytest.CaptureFi
     for name in set(COMMANDS) - {"run"}:  # the options of siftune run are its method's
         _, out, _ = said(capsys, name, "--help")
         for option in options_of(Everywhere):
-            assert option.flag in out or (name, option.name) in (("keep", "run"), ("report", "run"), ("ledger", "run")), (
+            assert option.flag in out or (name, option.name) in (
+                ("keep", "run"),
+                ("report", "run"),
+                ("ledger", "run"),
+            ), (
                 name,
                 option.flag,
             )
