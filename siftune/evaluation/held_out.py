@@ -14,7 +14,7 @@ Shapes: `R` rows of a file, `B` rows of a batch, `T` columns, `N` answer tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from ..data.formats import BadRow
 from ..data.load import load_pool
 from ..errors import UserError
-from ..models.features import batches
-from ..models.hidden_states import exact_math, predicting_tokens, unwrap_model
+from ..models.features import batches, pad_right
+from ..models.hidden_states import predicting_tokens, unwrap_model
 from ..models.load import quiet
 from ..models.tokenize_rows import IGNORED, Encoder, Text, check_text
+from ..online.label_losses import MostLikely, cross_entropy, label_passes
 from ..online.logit_access import LogitAccess
-from ..online.maxloss import shared_vocabulary_passes
 from ..progress import counted
 from ..records import Pool
 
@@ -221,54 +221,21 @@ def sums(
     length_R = np.array([len(ids) for ids, _ in rows], dtype=np.int32)
     for members in counted("held-out loss", batches(length_R, token_budget), len(rows), size=len):
         batch = _padded([rows[index] for index in members])
-        wanted_BT = predicting_tokens(batch)
-        target_BT = torch.roll(batch["labels"], -1, dims=1)
-        for head_inputs in logit_access.rows(model, batch, wanted_BT):
-            device = head_inputs.head.device if head_inputs.head is not None else torch.device("cpu")
-            with exact_math(device):
-                for some, blocks in shared_vocabulary_passes(head_inputs):
-                    targets = [target_BT[row][wanted_BT[row]] for row in some]
-                    loss_N, right_N = against(blocks, torch.cat(targets))
-                    lengths = [len(target) for target in targets]
-                    parts = zip(some, loss_N.split(lengths), right_N.split(lengths), strict=True)
-                    for row, loss, right in parts:
-                        index = members[row]
-                        loss_R[index], right_R[index] = float(loss.sum()), float(right.sum())
-                        tokens_R[index] = len(loss)
+        for part in label_passes(logit_access, model, batch, predicting_tokens(batch)):
+            most_likely = MostLikely()
+            loss_N = cross_entropy(most_likely.observe(part.blocks), part.targets)
+            right_N = most_likely.tokens == part.targets
+            for row, loss, right in zip(
+                part.rows, loss_N.split(part.lengths), right_N.split(part.lengths), strict=True
+            ):
+                index = members[row]
+                loss_R[index], right_R[index], tokens_R[index] = float(loss.sum()), float(right.sum()), len(loss)
     return loss_R, right_R, tokens_R
 
 
-def against(
-    blocks: Iterable[tuple[int, int, torch.Tensor]], target_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy (float64) and whether the target is the first largest logit (bool), each `(N,)` on the CPU.
-
-    `blocks` are (start, stop, float32 `(N, stop - start)`) of the vocabulary, in order.
-
-    >>> against([(0, 3, torch.tensor([[0.0, 2.0, 1.0]]))], torch.tensor([1]))[1]
-    tensor([True])
-    """
-    total: torch.Tensor | None = None
-    for start, stop, block in blocks:
-        aim_N = target_N.to(block.device)
-        top, place = block.max(dim=1)
-        piece, place = torch.logsumexp(block, dim=1).double(), place + start
-        target_logit = block.gather(1, (aim_N - start).clamp(0, stop - start - 1)[:, None])[:, 0].double()
-        if total is None:
-            total, label, best, chosen = piece, torch.zeros_like(piece), top, place
-        else:
-            total = torch.logaddexp(total, piece)
-            better = top > best
-            best, chosen = torch.where(better, top, best), torch.where(better, place, chosen)
-        label = torch.where((aim_N >= start) & (aim_N < stop), target_logit, label)
-    assert total is not None, "a head without a vocabulary"
-    return (total - label).cpu(), (chosen == aim_N).cpu()
-
-
 def _padded(rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """Ids `(B, T)` and labels `(B, T)`. The padding repeats a row's last token: no real token sees it."""
-    longest = max(len(ids) for ids, _ in rows)
-    return {
-        "input_ids": torch.tensor([ids + [ids[-1]] * (longest - len(ids)) for ids, _ in rows]),
-        "labels": torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]),
-    }
+    """Ids `(B, T)` and labels `(B, T)`, padded on the right."""
+    ids_BT = pad_right([np.array(ids) for ids, _ in rows])
+    longest = ids_BT.shape[1]
+    labels_BT = [labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]
+    return {"input_ids": torch.from_numpy(ids_BT), "labels": torch.tensor(labels_BT)}

@@ -191,7 +191,11 @@ def _load(backbone: Backbone) -> torch.nn.Module:
 
 
 def _content_key(backbone: Backbone) -> str:
-    """Hash of the parts; the weights' own hash is remembered for files whose stamps are unchanged."""
+    """Hash of the parts; the weights' own hash is remembered for files whose stamps are unchanged.
+
+    Of the tensors of the truncated model, where `chat.content_key` is of the files of the complete one: layers that are
+    not read, and how the weights are divided into files, change no feature and so no key.
+    """
     import transformers
 
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
@@ -220,12 +224,12 @@ def _weights_digest(backbone: Backbone) -> str:
     stamps = ["|".join(map(str, file_stamp(path))) for path in files]
     settings = f"{backbone.layer}|{backbone.torch_dtype}|{_config_facts(backbone)}"
     name = blake2b("\n".join(["weights 2", settings, *stamps]).encode(), digest_size=16).hexdigest()
-    digests = Store(cache_folder() / "weights")
-    if stored := digests.get(name):
-        return str(stored[1]["digest"])
-    digest = blake2b(digest_size=16)
-    for title, tensor in sorted(backbone.network.state_dict().items()):
-        digest.update(f"{title}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    digests.put(name, {}, {"digest": digest.hexdigest()})
-    return digest.hexdigest()
+
+    def of_tensors() -> str:
+        digest = blake2b(digest_size=16)
+        for title, tensor in sorted(backbone.network.state_dict().items()):
+            digest.update(f"{title}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    return Store(cache_folder() / "weights").digest(name, of_tensors)

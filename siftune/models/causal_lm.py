@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..files import hash_json
 from . import chat
 from .backbone import Backbone, DType
-from .features import TOKEN_BUDGET, batches
+from .features import TOKEN_BUDGET, batches, pad_right
 from .head import read_head
 from .hidden_states import ModelParts, exact_math, iter_hidden_states, iter_logits, unwrap_model
 from .load import WEIGHT_FILES, loading, quiet, read_causal
@@ -239,7 +239,10 @@ def _load(files: Backbone) -> torch.nn.Module:
 
 
 def head_logits(parts: ModelParts, states_ND: torch.Tensor) -> torch.Tensor:
-    """The model's own head on hidden states, with its configuration's multiplier and soft cap: float32 `(N, V)`."""
+    """The model's own head on hidden states, with its configuration's multiplier and soft cap: float32 `(N, V)`.
+
+    The module itself, in its own type of number, so that a loss is the model's; `Head.logits` multiplies in float32.
+    """
     head = read_head(parts)
     assert head is not None
     logits_NV: torch.Tensor = parts.head(states_ND).float()
@@ -284,12 +287,10 @@ def _batch(
     lm: CausalLM, members: list[int], sequences: Sequence[Ids], spans: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], torch.Tensor]]:
     """As `logits`, for one batch: one forward, then the head on blocks of positions."""
-    longest = max(len(sequences[index]) for index in members)
-    # The padding repeats a row's last token: any real id works, since no real token attends to it.
-    ids_BT = np.stack([np.pad(sequences[i], (0, longest - len(sequences[i])), mode="edge") for i in members])
-    place_T = np.arange(longest)
+    ids_BT = pad_right([sequences[index] for index in members])
+    place_T = np.arange(ids_BT.shape[1])
     positions_BT = np.stack([(place_T >= spans[i][0]) & (place_T < spans[i][1]) for i in members])
-    batch, positions = {"input_ids": torch.from_numpy(ids_BT.astype(np.int64))}, torch.from_numpy(positions_BT)
+    batch, positions = {"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(positions_BT)
     parts = lm.parts
     for chunk in iter_hidden_states(parts, batch, positions):
         if not lm.formula_holds(chunk.probe_states, chunk.probe_logits):
@@ -332,6 +333,7 @@ def mean_losses(lm: CausalLM, sequences: Sequence[Ids], spans: Sequence[tuple[in
     start_B = np.cumsum([0, *(len(ids) for ids in sequences)])
     for owner_N, position_N, logits_NV in logits(lm, sequences, [(first - 1, last - 1) for first, last in spans]):
         target_N1 = torch.from_numpy(flat[start_B[owner_N] + position_N + 1])[:, None].to(logits_NV.device)
+        # All of V at once, in float32 as the model's own loss is; the float64 sum of `online.label_losses` is for blocks.
         loss_N = logits_NV.logsumexp(dim=1) - logits_NV.gather(1, target_N1)[:, 0]
         np.add.at(total_B, owner_N, loss_N.double().cpu().numpy())
     with np.errstate(invalid="ignore"):

@@ -90,9 +90,4 @@ def content_key(files: Backbone) -> str:
 
 def _remembered_hash(path: Path) -> str:
     name = hash_json(["file", 2, *file_stamp(path)])
-    digests = Store(cache_folder() / "weights")
-    if stored := digests.get(name):
-        return str(stored[1]["digest"])
-    digest = hash_file(path)
-    digests.put(name, {}, {"digest": digest})
-    return digest
+    return Store(cache_folder() / "weights").digest(name, lambda: hash_file(path))

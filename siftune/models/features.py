@@ -26,6 +26,7 @@ from ..data.formats import BadRow
 from ..errors import UserError
 from ..records import Pool, Shard, ShardResult
 from .backbone import Backbone
+from .grouping import consecutive_groups
 from .tokenise import Tokenised, texts_of, tokenise
 
 TOKEN_BUDGET = {"cpu": 4096, "mps": 16_384, "cuda": 32_768}
@@ -124,11 +125,8 @@ def batches(lengths: NDArray[np.int32], token_budget: int) -> Iterator[list[int]
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     order = order[lengths[order] > 0]
-    start = 0
-    while start < len(order):
-        count = max(1, token_budget // int(lengths[order[start]]))
-        yield order[start : start + count].tolist()
-        start += count
+    sizes: list[int] = lengths.tolist()
+    yield from consecutive_groups(order.tolist(), lambda group, _: (len(group) + 1) * sizes[group[0]] <= token_budget)
 
 
 @torch.no_grad()
@@ -153,14 +151,25 @@ def pooled(backbone: Backbone, ids: Sequence[NDArray[np.int32]]) -> torch.Tensor
     return torch.stack([means[0], mean(hidden_BTD)])
 
 
+def pad_right(ids: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    """Rows of token ids as one array `(B, T)`. The padding repeats a row's last token: any real id works, since no real
+    token of a causal model attends to it.
+
+    >>> pad_right([np.array([1, 2]), np.array([3])])
+    array([[1, 2],
+           [3, 3]])
+    """
+    longest = max(len(row) for row in ids)
+    return np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in ids]).astype(np.int64)
+
+
 def padded(
     ids: Sequence[NDArray[np.int32]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Rows of token ids as one batch on a device: ids `(B, T)`, lengths `(B, 1)`, and where padding is `(B, T, 1)`,
     None where there is none."""
-    longest = max(len(row) for row in ids)
-    # The padding repeats a row's last token: any real id works, since no real token attends to it.
-    ids_BT = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in ids]).astype(np.int64)
+    ids_BT = pad_right(ids)
+    longest = ids_BT.shape[1]
     length_B1 = torch.tensor([[len(row)] for row in ids])
     input_BT, length_B1 = _to(torch.from_numpy(ids_BT), device), _to(length_B1, device)
     padding_BT1 = None

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .grouping import consecutive_groups
 from .layout import CUMULATIVE, LENGTHS, layout_of, per_candidate, real_columns
 
 Batch = Mapping[str, Any]
@@ -257,13 +258,10 @@ def chunks(batch: Batch, positions_CT: torch.Tensor, score_tokens: int | None) -
         ends = torch.tensor([max((s.stop for s in layout.spans if s.line == line), default=0) for line in range(rows)])
     elif trims:
         ends = torch.where(real_columns(batch) | positions_CT, torch.arange(1, columns + 1), 0).amax(dim=1)
-    chunk: list[int] = []
-    for row in scored_lines[torch.argsort(ends[scored_lines], stable=True)].tolist():
-        if chunk and (len(chunk) + 1) * int(ends[row]) > score_tokens:
-            yield chunk, int(ends[chunk[-1]])
-            chunk = []
-        chunk.append(row)
-    yield chunk, int(ends[chunk[-1]])
+    limit: int = score_tokens
+    order = scored_lines[torch.argsort(ends[scored_lines], stable=True)].tolist()
+    for chunk in consecutive_groups(order, lambda chunk, row: (len(chunk) + 1) * int(ends[row]) <= limit):
+        yield chunk, int(ends[chunk[-1]])
 
 
 def rows_of_batch(parts: ModelParts, batch: Batch, rows: list[int], width: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..errors import UserError
 from .backbone import Backbone, DType
 from .chat import content_key, end_tokens, load, templated
 from .generate import Reply, Request
+from .grouping import consecutive_groups
 from .load import quiet
 
 if TYPE_CHECKING:
@@ -165,15 +166,12 @@ class TransformersGenerator:
         budget = self.token_budget or TOKEN_BUDGET.get(kind, TOKEN_BUDGET["cpu"])
         rows = self.rows or ROWS.get(kind, ROWS["cpu"])
         order = sorted(fits, key=lambda index: (-caps[index], -lengths[index], index))
-        batch: list[int] = []
-        for index in order:
-            longest = max([lengths[index], *(lengths[i] for i in batch)]) + caps[batch[0] if batch else index]
-            if batch and (len(batch) == rows or (len(batch) + 1) * longest > budget):
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+
+        def fits_batch(batch: list[int], index: int) -> bool:
+            longest = max(lengths[member] for member in (*batch, index)) + caps[batch[0]]
+            return len(batch) < rows and (len(batch) + 1) * longest <= budget
+
+        yield from consecutive_groups(order, fits_batch)
 
     @torch.no_grad()
     def _answer(self, requests: list[Request], prompts: list[list[int]], caps: list[int]) -> Iterator[Reply]:

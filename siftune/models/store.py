@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -67,6 +67,14 @@ class Store:
         content = save(packed, metadata={"meta": text, "checksum": _checksum(key, packed, text)})
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
+
+    def digest(self, key: str, compute: Callable[[], str]) -> str:
+        """A hash of large files that is computed once: `key` names the files by their stamps."""
+        if stored := self.get(key):
+            return str(stored[1]["digest"])
+        digest = compute()
+        self.put(key, {}, {"digest": digest})
+        return digest
 
     def __contains__(self, key: str) -> bool:
         return self.path(key).is_file()

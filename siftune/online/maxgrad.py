@@ -13,7 +13,6 @@ Axes: `B` candidates, `T` columns, `N` label tokens, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,8 +21,8 @@ import torch
 from ..models.hidden_states import predicting_tokens
 from ..records import RowScores
 from .base import Batch, Measured, ModelScored, check_choice
+from .label_losses import Blocks, reduce_over_labels
 from .logit_access import LogitAccess
-from .maxloss import reduce_over_labels
 from .per_example.backward import PerExampleGradients
 
 
@@ -80,7 +79,7 @@ class MaxGrad(ModelScored):
         return RowScores(measured.columns["gradient"], {}, dict(measured.reasons))
 
 
-def logit_gradients(blocks: Iterable[tuple[int, int, torch.Tensor]], targets: torch.Tensor) -> torch.Tensor:
+def logit_gradients(blocks: Blocks, targets: torch.Tensor) -> torch.Tensor:
     """`‖softmax(z) − onehot(target)‖₂` of each of N positions, float64 `(N,)` on the CPU.
 
     `blocks` are the logits z as (start, stop, float32 `(N, stop - start)`), `targets` int64 `(N,)`. Summed without the

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ..models.grouping import consecutive_groups
 from ..models.head import Factor
 
 FAST_TOLERANCE = 1e-4
@@ -102,14 +103,11 @@ def groups(
     if not is_accelerator(device):
         yield from ([index] for index in range(len(lengths)))
         return
-    group: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if group and not _fits_group(len(group) + 1, lengths[group[0]], lengths[index], width, tokens):
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    yield from consecutive_groups(
+        order,
+        lambda group, row: _fits_group(len(group) + 1, lengths[group[0]], lengths[row], width, tokens),
+    )
 
 
 def is_accelerator(device: torch.device) -> bool:

@@ -23,8 +23,8 @@ from functools import partial
 import torch
 
 from ..errors import UserError
+from .label_losses import shared_vocabulary_passes
 from .logit_access import HeadInputs
-from .maxloss import shared_vocabulary_passes
 from .nuclear import add_gram, norms_of_grams, symmetric
 from .sketch import Sketch
 from .terms import RowTerms

@@ -125,11 +125,9 @@ class RhoLoss(ModelScored):
 
 def load_reference_model(reference: str | Path, device: torch.device) -> torch.nn.Module:
     """The causal LM of a folder or hub id, frozen, on a device (safetensors only). Raises `UserError`."""
-    from transformers import AutoModelForCausalLM
-
     loaded: Any = loading(
         f"reference={str(reference)!r} could not be loaded",
-        lambda: AutoModelForCausalLM.from_pretrained(str(reference), dtype="auto", use_safetensors=True),
+        lambda: read_causal(str(reference), dtype="auto", use_safetensors=True),
     )
     model: torch.nn.Module = loaded.to(device).eval().requires_grad_(False)
     return model

@@ -29,8 +29,8 @@ from ..models.hidden_states import predicting_tokens
 from ..models.load import find_folder
 from ..records import RowScores
 from .base import Batch, Measured, ModelScored, check_choice
+from .label_losses import cross_entropy, values_of_labels
 from .logit_access import LogitAccess
-from .maxloss import cross_entropy, values_of_labels
 from .rho_loss import TABLE_SUFFIXES, load_reference_model, row_digest
 from .token_id import token_ids
 

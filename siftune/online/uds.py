@@ -26,8 +26,8 @@ from ..models.hidden_states import exact_math, predicting_tokens, real_tokens
 from ..records import RowScores
 from .base import Batch, Measured, ModelScored, check_choice, check_minimum
 from .collected import DeviceMeasurements, MeasuredColumns, RowEntry
+from .label_losses import label_targets
 from .logit_access import HeadInputs, LogitAccess
-from .maxloss import label_targets
 from .memory import Memory, pairwise
 from .nuclear import NormRoute, Norms, device_norms, norms_of_grams
 from .residual import residual_terms

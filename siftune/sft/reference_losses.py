@@ -26,8 +26,9 @@ from ..files import atomic_path, read_json, write_json
 from ..hook.row_index import collate_rows, preserved_random_state
 from ..models.hidden_states import predicting_tokens
 from ..models.layout import BatchWithLayout
+from ..online.label_losses import cross_entropy, values_of_labels
 from ..online.logit_access import LogitAccess
-from ..online.maxloss import MaxLoss, cross_entropy, values_of_labels
+from ..online.maxloss import MaxLoss
 from ..online.rho_loss import TABLE_SUFFIXES
 from ..online.token_id import token_ids
 from ..online.token_masks import LOSSES
@@ -164,7 +165,9 @@ class _Measure:
 
     @property
     def schema(self) -> pa.Schema:
-        return _SCHEMA.append(pa.field(LOSSES, pa.list_(pa.field("element", pa.float32())))) if self.per_token else _SCHEMA
+        return (
+            _SCHEMA.append(pa.field(LOSSES, pa.list_(pa.field("element", pa.float32())))) if self.per_token else _SCHEMA
+        )
 
     def table(self, batches: list[BatchWithLayout], rows: list[int], names: list[str]) -> pa.Table:
         method = MaxLoss(keep=1, score_tokens=self.score_tokens)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from siftune.errors import UserError
-from siftune.evaluation.held_out import Encoded, HeldOut, against, encode, held_out, measure, ratio, sums
+from siftune.evaluation.held_out import Encoded, HeldOut, encode, held_out, measure, ratio, sums
 from siftune.models.tokenize_rows import answer_tokens
+from siftune.online.label_losses import MostLikely, cross_entropy
 from siftune.records import Row
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -95,13 +96,14 @@ def test_a_vocabulary_in_blocks_is_the_whole_one() -> None:
     logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 5
     target = torch.tensor([0, 49, 10, 20, 30, 40, 3])
     blocks = [(start, start + 10, logits[:, start : start + 10]) for start in range(0, 50, 10)]
-    loss, right = against(blocks, target)
+    most_likely = MostLikely()
+    loss = cross_entropy(most_likely.observe(blocks), target)
     expected = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    assert right.tolist() == (logits.argmax(dim=1) == target).tolist()
-    ties = [(0, 2, torch.zeros(1, 2)), (2, 4, torch.zeros(1, 2))]
-    assert against(ties, torch.tensor([0]))[1].item()
-    assert not against(ties, torch.tensor([2]))[1].item()
+    assert most_likely.tokens.tolist() == logits.argmax(dim=1).tolist()
+    ties = MostLikely()
+    cross_entropy(ties.observe([(0, 2, torch.zeros(1, 2)), (2, 4, torch.zeros(1, 2))]), torch.tensor([2]))
+    assert ties.tokens.tolist() == [0], "the first of equal logits"
 
 
 def test_a_lora_model_is_measured_with_its_adapter() -> None:

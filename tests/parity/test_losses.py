@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from siftune.models import head as head_module
-from siftune.online.maxloss import MaxLoss, cross_entropy
+from siftune.online.label_losses import cross_entropy
+from siftune.online.maxloss import MaxLoss
 from tests.reference_uds import tiny_batch
 from tests.tiny import FAMILIES, tiny_model
 
@@ -43,7 +44,7 @@ def test_blocks_chunks_and_lora_change_nothing(monkeypatch: pytest.MonkeyPatch) 
                 parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).reshape(parameter.shape))
     batch = tiny_batch([40, 8, 23, 31])
     monkeypatch.setattr(head_module, "BLOCK", 1)  # 256 rows of 261
-    monkeypatch.setattr("siftune.online.maxloss.PASS_TOKENS", 30)
+    monkeypatch.setattr("siftune.online.label_losses.PASS_TOKENS", 30)
     scores = MaxLoss(keep=1, score_tokens=70).score(model, batch)
     np.testing.assert_allclose(scores.total.numpy(), own_losses(model, batch), rtol=1e-5)
 

@@ -145,7 +145,7 @@ def test_the_loss_is_that_of_maxloss_and_blocks_change_nothing(monkeypatch: pyte
     complete = selector.score(model, batch)
     np.testing.assert_allclose(complete.loss.numpy(), MaxLoss(keep=1).score(model, batch).total.numpy(), rtol=1e-6)
     monkeypatch.setattr(head_module, "BLOCK", 1)  # 256 rows of 261
-    monkeypatch.setattr("siftune.online.maxloss.PASS_TOKENS", 30)
+    monkeypatch.setattr("siftune.online.label_losses.PASS_TOKENS", 30)
     selector.score_tokens = 70
     blocks = selector.score(model, batch)
     np.testing.assert_allclose(blocks.intra.numpy(), complete.intra.numpy(), rtol=1e-6)
