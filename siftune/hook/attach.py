@@ -10,6 +10,7 @@ callback writes state and ledger. Cost: the selector's scoring; nothing else run
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -132,8 +133,9 @@ class Attachment:
         self._original = {name: getattr(trainer, name) for name in _WRAPPED}
         self._own_attributes = {name for name in _WRAPPED if name in vars(trainer)}
         self._callback = _Callback(self)
-        for name in _WRAPPED:
-            setattr(trainer, name, getattr(self, f"_{name}"))
+        for name, method in self._original.items():
+            # With the original's module and signature, which checks.py and trainers look at.
+            setattr(trainer, name, functools.wraps(method)(functools.partial(getattr(self, f"_{name}"))))
         trainer.add_callback(self._callback)
         setattr(trainer, _ATTACHMENT, self)
 
