@@ -55,6 +55,8 @@ _PUBLIC = {
     "MaxGrad": "siftune.online.maxgrad",
     "RhoLoss": "siftune.online.rho_loss",
     "Greats": "siftune.online.greats",
+    "TokenRho": "siftune.online.token_masks",
+    "TokenSelf": "siftune.online.token_masks",
     "Regular": "siftune.online.simple",
     "attach": "siftune.hook.attach",
     "detach": "siftune.hook.attach",
@@ -102,6 +104,8 @@ if TYPE_CHECKING:
     from .online.maxloss import MaxLoss as MaxLoss
     from .online.rho_loss import RhoLoss as RhoLoss
     from .online.simple import Regular as Regular
+    from .online.token_masks import TokenRho as TokenRho
+    from .online.token_masks import TokenSelf as TokenSelf
     from .online.uds import UDS as UDS
     from .records import Kept as Kept
     from .records import Pool as Pool

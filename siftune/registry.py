@@ -301,6 +301,22 @@ register(
 )
 register(
     "online",
+    "token-rho",
+    "siftune.online.token_masks:TokenRho",
+    summary="keeps every row and trains on the label tokens whose loss differs most from a reference model's",
+    paper="Rho-1, arXiv 2404.07965",
+    needs="forward; a reference model, or a table of siftune.reference_losses(per_token=True)",
+)
+register(
+    "online",
+    "token-self",
+    "siftune.online.token_masks:TokenSelf",
+    summary="keeps every row and trains on the label tokens whose loss fell most since the base model",
+    paper="ssToken, arXiv 2510.18250",
+    needs="two forwards; LoRA, or the base model as reference",
+)
+register(
+    "online",
     "greats",
     "siftune.online.greats:Greats",
     summary="greedily, the rows whose gradients lower the validation rows' loss most without repeating each other",

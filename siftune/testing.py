@@ -28,7 +28,7 @@ from .engines.local import LocalEngine
 from .errors import UserError
 from .models.store import Store
 from .offline.base import OfflineMethod
-from .online.base import Measured, OnlineMethod
+from .online.base import IGNORED, Measured, OnlineMethod
 from .records import Pool, Shard
 from .runs.options import field_docs
 
@@ -247,10 +247,17 @@ def _selections_follow(fresh: Callable[..., OnlineMethod], model: Any, batches: 
         chosen = kept.indices.tolist()
         assert chosen == sorted(set(chosen)), "indices are not ascending and distinct"
         assert len(chosen) == method.count(len(LENGTHS)), f"{len(chosen)} rows kept, not {method.count(len(LENGTHS))}"
-        for name, values in batch.items():
-            assert torch.equal(kept.batch[name], values[kept.indices]), f"{name} of the kept rows is not the batch's"
         steps.new_step()
         measured = Measured.join([steps.measure(model, batch)])
+        for name, values in batch.items():
+            trained = kept.batch[name]
+            if name == "labels" and measured.label_masks:
+                values = torch.where(trained == IGNORED, trained, values)
+                counts = [int(mask.sum()) for mask in measured.label_masks]
+                assert (trained[:, 1:] != IGNORED).sum(dim=1).tolist() == counts, (
+                    "other labels are masked than measured"
+                )
+            assert torch.equal(trained, values[kept.indices]), f"{name} of the kept rows is not the batch's"
         scores = steps.combine(measured)
         indices = steps.choose(scores, measured, steps.count(measured.rows))
         steps.commit(measured, scores, indices)

@@ -22,6 +22,8 @@ class ScoreReferenceOptions:
     """Reference model: a folder, a hub id, or an adapter's folder; preferably trained on held-out rows."""
     score_tokens: int = 8192
     """Maximum number of padded tokens of one forward pass."""
+    per_token: bool = False
+    """Add the loss of every label token, for token-rho and token-self (.parquet)."""
     set: dict[str, str] | None = None
     """Override a key of the recipe by its dotted name; repeatable: --set sft.max_length=256."""
     run: str | None = None
@@ -71,6 +73,7 @@ def run(words: list[str]) -> int:
         options.reference,
         out=out,
         score_tokens=options.score_tokens,
+        per_token=options.per_token,
         cache=options.cache,
         on_event=say if verbose else lambda line: None,
     )
@@ -80,5 +83,6 @@ def run(words: list[str]) -> int:
         say(done.table)
     else:
         say(f"{done.rows:,} rows{', reused' if done.reused else ''} -> {done.table}")
-        say(f"next: siftune train RECIPE --online rho-loss --keep 1/8 --set online.reference={done.table}")
+        method = "token-rho" if options.per_token else "rho-loss --keep 1/8"
+        say(f"next: siftune train RECIPE --online {method} --set online.reference={done.table}")
     return 0

@@ -27,7 +27,7 @@ import torch
 from ..budget import parse_keep
 from ..models.layout import candidates_of, layout_of, original_of, with_layout
 from ..models.repack import segments_as_rows
-from ..online.base import Measured, OnlineMethod, with_segment_tokens
+from ..online.base import Measured, OnlineMethod, mask_labels, with_segment_tokens
 from ..records import RowScores
 from .batching import Padding, has_labels, token_counts
 from .exchange import Ranks, pack, unpack
@@ -143,8 +143,11 @@ def select_step(
     _check_agreement(selector, kept, ranks, scored=unscored is None)
     order = [slot for slots in groups for slot in slots]
     joined = join_scores(scores)
+    trained = build_batches(batches, plan, padding, ranks)
+    if any(part.measured.label_masks for part in local):  # methods that mask tokens keep every row where it is
+        trained = [mask_labels(batch, part.measured.label_masks) for batch, part in zip(trained, local, strict=True)]
     return Selection(
-        [original_of(batch) for batch in build_batches(batches, plan, padding, ranks)],
+        [original_of(batch) for batch in trained],
         [micro for rank, micro in order for _ in range(of_ranks[rank][micro].measured.rows)],
         torch.cat(kept) if kept else torch.zeros(0, dtype=torch.bool),
         Measurement.join([of_ranks[rank][micro] for rank, micro in order]).tokens,

@@ -22,11 +22,14 @@ import torch
 
 from ..budget import Keep, parse_keep
 from ..errors import UserError
-from ..models.layout import candidates_of, layout_of, with_layout
+from ..models.hidden_states import predicting_tokens
+from ..models.layout import BatchWithLayout, candidates_of, layout_of, with_layout
 from ..models.repack import cut_segments
 from ..records import Kept, RowScores
 
 Batch = Mapping[str, Any]
+IGNORED = -100
+"""The label of a token that no loss counts."""
 SEGMENT_TOKENS = "segment_tokens"
 """The column of a packed batch's candidates that `keep_tokens` counts: all tokens of a segment."""
 
@@ -42,6 +45,9 @@ class Measured:
     rows: int
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     reasons: Mapping[int, str] = field(default_factory=dict)
+    label_masks: Sequence[torch.Tensor] = ()
+    """Of a method that masks tokens, for each candidate which of its label tokens are trained on, in order: bool
+    `(N,)`. They stay in the process that measured."""
 
     @staticmethod
     def join(parts: Sequence[Measured]) -> Measured:
@@ -52,7 +58,10 @@ class Measured:
             reasons |= {start + index: reason for index, reason in part.reasons.items()}
             start += part.rows
         names = parts[0].columns if parts else {}
-        return Measured(start, {name: torch.cat([part.columns[name] for part in parts]) for name in names}, reasons)
+        masks = [mask for part in parts for mask in part.label_masks]
+        return Measured(
+            start, {name: torch.cat([part.columns[name] for part in parts]) for name in names}, reasons, masks
+        )
 
 
 @dataclass(kw_only=True, eq=False)
@@ -222,7 +231,8 @@ class OnlineMethod(ABC):
         )
         kept = self.choose(scores, choosable, self.count(measured.rows))
         self.commit(measured, scores, kept)
-        return Kept(kept, scores, cut(batch, kept))
+        trained = mask_labels(batch, measured.label_masks) if measured.label_masks else batch
+        return Kept(kept, scores, cut(trained, kept))
 
     def _keep_all(self, batch: Batch) -> Kept:
         """Before `start_step`: every row, unscored."""
@@ -299,6 +309,24 @@ def _filling(order: torch.Tensor, sizes: torch.Tensor, room: int) -> torch.Tenso
             taken.append(index)
             room -= size
     return torch.tensor(taken or order[:1].tolist(), dtype=torch.int64)
+
+
+def mask_labels(batch: Batch, masks: Sequence[torch.Tensor]) -> BatchWithLayout:
+    """The batch with -100 at the label tokens that `masks` (one per candidate, as in `Measured`) leave out; nothing of
+    the batch itself changes.
+
+    >>> mask_labels({"input_ids": ids_1T, "labels": torch.tensor([[-100, 4, 5]])}, [torch.tensor([True, False])])
+    """
+    batch = with_layout(batch)
+    positions_CT = predicting_tokens(batch)
+    lines = [span.line for span in batch.layout.spans] if batch.layout.packed else range(len(positions_CT))
+    labels_BT = batch["labels"].clone()
+    if batch.layout.packed:  # nothing in its own row predicts a segment's first token
+        labels_BT[lines, [span.start for span in batch.layout.spans]] = IGNORED
+    for line, positions_T, mask_N in zip(lines, positions_CT, masks, strict=True):
+        columns_N = positions_T.nonzero().flatten()[~mask_N] + 1
+        labels_BT[line, columns_N.to(labels_BT.device)] = IGNORED
+    return with_layout({**batch, "labels": labels_BT}, batch.layout)
 
 
 def rows_of(batch: Batch) -> int:

@@ -105,18 +105,38 @@ def reduce_over_labels(
 ) -> torch.Tensor:
     """One number per row from its label tokens, float64 `(B,)`, NaN for rows without any.
 
-    `per_position` maps the logits in blocks and the targets `(N,)` of some rows to one value per position, `reduce`
-    maps a row's values to one; `positions_BT` is `predicting_tokens(batch)`.
+    `reduce` maps a row's values, as `values_of_labels` gives them, to one number.
+    """
+    values = values_of_labels(logit_access, model, batch, positions_BT, per_position, score_tokens=score_tokens)
+    result = torch.full((len(positions_BT),), torch.nan, dtype=torch.float64)
+    for row, value in values.items():
+        result[row] = reduce(value)
+    return result
+
+
+def values_of_labels(
+    logit_access: LogitAccess,
+    model: torch.nn.Module,
+    batch: Batch,
+    positions_BT: torch.Tensor,
+    per_position: Callable[[Iterable[tuple[int, int, torch.Tensor]], torch.Tensor], torch.Tensor],
+    *,
+    score_tokens: int | None,
+) -> dict[int, torch.Tensor]:
+    """A value of each label token `(N,)` by row, in the order of the tokens; rows without any are left out.
+
+    `per_position` maps the logits in blocks and the targets `(N,)` of some rows to one value per position;
+    `positions_BT` is `predicting_tokens(batch)`.
     """
     targets = label_targets(batch, positions_BT)
-    result = torch.full((len(positions_BT),), torch.nan, dtype=torch.float64)
+    result: dict[int, torch.Tensor] = {}
     for head_inputs in logit_access.rows(model, batch, positions_BT, score_tokens=score_tokens):
         device = head_inputs.head.device if head_inputs.head is not None else torch.device("cpu")
         with exact_math(device):
             for rows, blocks in shared_vocabulary_passes(head_inputs):
                 row_targets = [targets[row] for row in rows]
                 values = per_position(blocks, torch.cat(row_targets)).split([len(target) for target in row_targets])
-                result[rows] = torch.stack([reduce(value) for value in values])
+                result.update(zip(rows, values, strict=True))
     return result
 
 

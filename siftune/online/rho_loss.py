@@ -111,20 +111,26 @@ class RhoLoss(ModelScored):
         if isinstance(self.reference, torch.nn.Module):
             self._reference_model = self.reference
         elif isinstance(self.reference, Mapping):
-            self._table = {_digest(name): float(loss) for name, loss in self.reference.items()}
+            self._table = {row_digest(name): float(loss) for name, loss in self.reference.items()}
         elif Path(self.reference).suffix in TABLE_SUFFIXES:
             self._table = read_table(Path(self.reference))
         else:
-            loaded: Any = loading(
-                f"reference={str(self.reference)!r} could not be loaded",
-                lambda: read_causal(str(self.reference), dtype="auto", use_safetensors=True),
-            )
-            self._reference_model = loaded.to(device).eval().requires_grad_(False)
+            self._reference_model = load_reference_model(self.reference, device)
 
     def combine(self, measured: Measured) -> RowScores:
         loss, irreducible = measured.columns["loss"], measured.columns["irreducible"]
         parts = {"loss": loss, "irreducible": irreducible}
         return RowScores(loss - irreducible, parts, dict(measured.reasons))
+
+
+def load_reference_model(reference: str | Path, device: torch.device) -> torch.nn.Module:
+    """The causal LM of a folder or hub id, frozen, on a device (safetensors only). Raises `UserError`."""
+    loaded: Any = loading(
+        f"reference={str(reference)!r} could not be loaded",
+        lambda: read_causal(str(reference), dtype="auto", use_safetensors=True),
+    )
+    model: torch.nn.Module = loaded.to(device).eval().requires_grad_(False)
+    return model
 
 
 def read_table(path: Path) -> Table:
@@ -150,7 +156,7 @@ def read_table(path: Path) -> Table:
     _check_columns(path, set(table.column_names))
     columns = table.select(["token_id", "loss"]).to_pydict()
     pairs = zip(columns["token_id"], columns["loss"], strict=True)
-    return {_digest(name): float("nan") if loss is None else loss for name, loss in pairs}
+    return {row_digest(name): float("nan") if loss is None else loss for name, loss in pairs}
 
 
 def _check_columns(path: Path, names: set[str]) -> None:
@@ -158,7 +164,7 @@ def _check_columns(path: Path, names: set[str]) -> None:
         raise UserError(f"{path} holds {', '.join(sorted(names))}, and a reference table has token_id and loss")
 
 
-def _digest(name: bytes | str) -> bytes:
+def row_digest(name: bytes | str) -> bytes:
     digest = bytes.fromhex(name) if isinstance(name, str) else name
     if len(digest) != 16:
         raise UserError(f"{name!r} is no token_id: 16 bytes, or 32 hexadecimal digits")

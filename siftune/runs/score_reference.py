@@ -42,13 +42,15 @@ def score_reference(
     *,
     out: str | Path = "reference.parquet",
     score_tokens: int = 8192,
+    per_token: bool = False,
     cache: str | Path | None = None,
     on_event: Callable[[str], None] = lambda line: None,
 ) -> Scored:
     """Write the table `out` (.parquet or .safetensors) of the recipe's rows under the model, or adapter, `reference`.
 
     A finished table of the same rows and model is reused, an interrupted one resumes, another table of siftune's (marked
-    by the note beside it) is replaced. `score_tokens` bounds the padded tokens of one forward pass. Raises `UserError` as
+    by the note beside it) is replaced. `score_tokens` bounds the padded tokens of one forward pass; `per_token` adds every
+    label token's loss (.parquet only). Raises `UserError` as
     `siftune train` does, and for an `out` that is an input or a file that siftune did not write, before a weight is loaded.
 
     >>> score_reference(Recipe.read("recipe.yaml"), "./held-out-model", out="reference.parquet").rows
@@ -56,6 +58,8 @@ def score_reference(
     path = Path(out)
     if path.suffix not in ENDINGS:
         raise UserError(f"--out {out} must end in {' or '.join(ENDINGS)}")
+    if per_token and path.suffix != ".parquet":
+        raise UserError(f"--out {out} must end in .parquet with --per-token: a table of token losses has no other form")
     if score_tokens < 1:
         raise UserError(f"--score-tokens must be >= 1, got {score_tokens}")
     inputs = {"--reference": reference, **recipe_inputs(recipe)}
@@ -67,12 +71,12 @@ def score_reference(
 
     folder = find_folder(reference, None)
     prepared = prepare(dataclasses.replace(recipe, online=None, eval={}, stop_at=None), cache=cache)
-    key = hash_json([prepared.rows.meta["key"], model_key(folder), score_tokens])
+    key = hash_json([prepared.rows.meta["key"], model_key(folder), score_tokens, *(["per token"] if per_token else [])])
     with FolderLock(cache_folder(cache) / "locks" / hash_json(str(path.absolute()))):
         if _finished(path, key):
             return Scored(path, prepared.rows.meta["rows"], True)
         on_event(f"loss of {prepared.rows.meta['rows']:,} rows under {reference}")
-        _compute(path, key, prepared, load_tuned(folder), score_tokens)
+        _compute(path, key, prepared, load_tuned(folder), score_tokens, per_token=per_token)
     return Scored(path, prepared.rows.meta["rows"], False)
 
 
@@ -97,7 +101,9 @@ def _note(path: Path) -> Path:
     return path.with_name(path.name + ".made-by.json")
 
 
-def _compute(path: Path, key: str, prepared: Prepared, network: PreTrainedModel, score_tokens: int) -> None:
+def _compute(
+    path: Path, key: str, prepared: Prepared, network: PreTrainedModel, score_tokens: int, *, per_token: bool
+) -> None:
     import torch
 
     from ..sft.reference_losses import reference_losses
@@ -108,7 +114,7 @@ def _compute(path: Path, key: str, prepared: Prepared, network: PreTrainedModel,
     placed = placed.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
         trainer = prepared.trainer(scratch, network=placed)
-        reference_losses(trainer, placed.eval(), out=path, score_tokens=score_tokens)
+        reference_losses(trainer, placed.eval(), out=path, score_tokens=score_tokens, per_token=per_token)
     finally:
         remove(scratch)
     write_json(_note(path), {"key": key, "table": hash_file(path)})

@@ -82,7 +82,12 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "siftune.demo.story.run",
     )
     others = ("siftune.runs.loop.loop", "siftune.sft.recipe.Recipe.read", "siftune.runs.evaluate.Job.__init__")
-    others += ("siftune.reports.report.write", "siftune.study.spec.read_study", "siftune.integrations.launch.launch")
+    others += (
+        "siftune.reports.run_ledger.open_ledger",
+        "siftune.reports.report.write",
+        "siftune.study.spec.read_study",
+        "siftune.integrations.launch.launch",
+    )
     for target in (*targets, *others):
         monkeypatch.setattr(target, stop)
     try:
