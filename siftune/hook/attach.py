@@ -28,6 +28,7 @@ from ..output import say
 from . import checkpoint as checkpoints
 from .batching import Padding
 from .checks import allows_dummies, check, check_batch, check_budget, selects_across_ranks
+from .columns import use_training_column
 from .exchange import Ranks
 from .ledger import Ledger
 from .metrics import SelectionMetrics
@@ -130,6 +131,7 @@ class Attachment:
         self._numbered: Any = None
         self._provenance: dict[str, str] = {}
         self._ranks: Ranks | None = None
+        use_training_column(selector, trainer.train_dataset, self._index)
         self._original = {name: getattr(trainer, name) for name in _WRAPPED}
         self._own_attributes = {name for name in _WRAPPED if name in vars(trainer)}
         self._callback = _Callback(self)
@@ -147,11 +149,13 @@ class Attachment:
             else:
                 delattr(self.trainer, name)
         self.trainer.remove_callback(self._callback)
+        self.selector.use_columns(None)
         delattr(self.trainer, _ATTACHMENT)
 
     def number_rows_as(self, dataset: Any) -> None:
         """Let the ledger's `row` be a row of `dataset`, of which the training set's lines were packed."""
         self._numbered = dataset
+        use_training_column(self.selector, dataset, self._index)
 
     def describe(self) -> str:
         """Candidates and trained rows of a full step, and what that means for the schedule, in one line."""
@@ -283,6 +287,11 @@ class Attachment:
 
     def is_row(self, batch: Mapping[str, Any]) -> bool:
         """Whether a batch's only line is one row of the training set, and not several that a collator joined."""
+        index = self._index()
+        return index is not None and index.row(token_ids(batch)[0]) is not None
+
+    def _index(self) -> RowIndex | None:
+        """The rows of the training set by their token ids, made once; None for iterable data."""
         _, index = self._row_index
         if index is None:
             if self._index_source is None:  # before training
@@ -290,7 +299,7 @@ class Attachment:
                 self._index_source = (dataloader.dataset, dataloader.collate_fn)
             index = index_rows(*self._index_source)
             self._row_index = (self._index_source[0], index)
-        return index is not None and index.row(token_ids(batch)[0]) is not None
+        return index
 
     def _selecting_ranks(self, device: torch.device) -> Ranks:
         """The ranks that share one selection: all of them, or this one alone."""

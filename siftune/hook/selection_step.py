@@ -166,7 +166,7 @@ def _measure(
     selector: OnlineMethod, model: torch.nn.Module, batch: Batch, *, scored: bool, alone: bool = False
 ) -> Measurement:
     measured = (
-        measure_in_chunks(selector, model, batch, alone=alone and layout_of(batch).packed)
+        selector.stratified(measure_in_chunks(selector, model, batch, alone=alone and layout_of(batch).packed), batch)
         if scored
         else Measured(candidates_of(batch))
     )
@@ -232,7 +232,7 @@ def _keep_all(parts: Sequence[Measurement], *, reason: str) -> tuple[RowScores, 
 def choose(selector: OnlineMethod, scores: RowScores, measured: Measured, count: int, *, minimum: int) -> torch.Tensor:
     """The selector's choice of `count` candidates, and of `minimum` in any case: one for each micro-batch that must not
     be a dummy. A token budget may keep fewer; the first rows that it left out are then added."""
-    chosen = selector.choose(scores, measured, max(count, minimum))
+    chosen = selector.choose_rows(scores, measured, max(count, minimum))
     if len(chosen) >= minimum:
         return chosen
     remaining = [index for index in range(measured.rows) if index not in set(chosen.tolist())]

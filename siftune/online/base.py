@@ -14,7 +14,7 @@ Shapes: `B` candidates (rows of a padded batch, segments of a packed one), `T` c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +26,7 @@ from ..models.hidden_states import predicting_tokens
 from ..models.layout import BatchWithLayout, candidates_of, layout_of, with_layout
 from ..models.repack import cut_segments
 from ..records import Kept, RowScores
+from .strata import STRATUM, check_strata, length_band, quotas, strata_of
 
 Batch = Mapping[str, Any]
 IGNORED = -100
@@ -98,11 +99,16 @@ class OnlineMethod(ABC):
     """Choose within each micro-batch (`micro`, as the papers do) or across the accumulation window (`step`)."""
     scope: Literal["global", "local"] = "global"
     """With several processes: choose among all their candidates (`global`) or in each process alone (`local`)."""
+    strata: str | None = None
+    """Choose inside strata, each keeping rows in proportion to its candidates: a column's name (one value a row; with a
+    trainer a column of its training set), or `length:N`, bands of N tokens. None ranks all candidates together."""
     score_tokens: int | None = field(default=None, init=False, repr=False)
     """An option of `ModelScored` alone; None elsewhere."""
     keep_tokens: int | None = field(default=None, init=False, repr=False)
     """An option of `ModelScored` alone; None elsewhere."""
 
+    _column_values: Callable[[Batch], Sequence[Any]] | None = None
+    """Gives the column of `strata` for a batch that does not hold it: set by the trainer hook."""
     _selections = 0
     """Selections made, saved with the state."""
     _steps = 0
@@ -124,6 +130,7 @@ class OnlineMethod(ABC):
         check_choice("window", self.window, ("micro", "step"))
         check_choice("scope", self.scope, ("global", "local"))
         check_minimum("start_step", self.start_step, 0)
+        check_strata(self.strata, keep_tokens=self.keep_tokens)
         for name in ("score_tokens", "keep_tokens"):
             if getattr(self, name) is not None:
                 check_minimum(name, getattr(self, name), 1)
@@ -180,6 +187,42 @@ class OnlineMethod(ABC):
         order = torch.argsort(-total, stable=True)
         return self.within_token_budget(order, measured)[:count].sort().values
 
+    def choose_rows(self, scores: RowScores, measured: Measured, count: int) -> torch.Tensor:
+        """`choose`, inside each stratum where `strata` is set and the candidates have been `stratified`."""
+        if self.strata is None:
+            return self.choose(scores, measured, count)
+        _, group_B = torch.unique(measured.columns[STRATUM], return_inverse=True)
+        members = [(group_B == group).nonzero().flatten() for group in range(int(group_B.max()) + 1)] if count else []
+        members.sort(key=lambda rows: int(rows[0]))
+        kept = [torch.zeros(0, dtype=torch.int64)]
+        for rows, quota in zip(members, quotas([len(rows) for rows in members], count), strict=True):
+            columns = {name: column[rows] for name, column in measured.columns.items()}
+            parts = {name: part[rows] for name, part in scores.parts.items()}
+            chosen = self.choose(RowScores(scores.total[rows], parts), Measured(len(rows), columns), quota)
+            kept.append(rows[chosen])
+        return torch.cat(kept).sort().values
+
+    def stratified(self, measured: Measured, batch: Batch) -> Measured:
+        """The candidates with the column of their strata, where `strata` is set. Raises `UserError` where it is a
+        column that neither the batch nor the trainer's training set has."""
+        if self.strata is None:
+            return measured
+        values = batch.get(self.strata)
+        if values is None and self._column_values is not None and length_band(self.strata) is None:
+            values = self._column_values(batch)
+        stratum = strata_of(self.strata, batch, values)
+        return replace(measured, columns={**measured.columns, STRATUM: stratum})
+
+    def use_columns(self, column_values: Callable[[Batch], Sequence[Any]] | None) -> None:
+        """Let `strata` read a column that batches do not hold; the trainer hook gives that of the training set."""
+        self._column_values = column_values
+
+    def _without_strata(self, batch: Batch) -> Batch:
+        """The batch without the column of `strata`, which no model accepts."""
+        if self.strata is None or self.strata not in batch:
+            return batch
+        return {name: value for name, value in batch.items() if name != self.strata}
+
     def within_token_budget(self, order: torch.Tensor, measured: Measured) -> torch.Tensor:
         """The head of `order` whose `tokens` column fits into `keep_tokens`, at least one row; all without a budget.
 
@@ -206,10 +249,11 @@ class OnlineMethod(ABC):
         """
         self.check()
         self._mark_weights_changed()
-        return self.combine(self.measure(model, with_layout(batch)))
+        return self.combine(self.measure(model, with_layout(self._without_strata(batch))))
 
     def select(self, model: torch.nn.Module, batch: Batch) -> Kept:
-        """Score, keep the best, remember them. `kept.batch` is the batch cut to the kept rows.
+        """Score, keep the best, remember them. `kept.batch` is the batch cut to the kept rows, without the column of
+        `strata`.
 
         >>> kept = siftune.UDS(keep=2).select(model, batch)
         >>> loss = model(**kept.batch).loss
@@ -219,17 +263,17 @@ class OnlineMethod(ABC):
         if not self._steps_announced:
             self._steps += 1
         if self._steps <= self.start_step:
-            return self._keep_all(batch)
-        batch = with_layout(batch)
+            return self._keep_all(self._without_strata(batch))
+        given, batch = batch, with_layout(self._without_strata(batch))
         layout = batch.layout
-        measured = self.measure(model, batch)
+        measured = self.stratified(self.measure(model, batch), given)
         scores = self.combine(measured)
         choosable = (
             with_segment_tokens(measured, torch.tensor([span.tokens for span in layout.spans]))
             if layout.packed
             else measured
         )
-        kept = self.choose(scores, choosable, self.count(measured.rows))
+        kept = self.choose_rows(scores, choosable, self.count(measured.rows))
         self.commit(measured, scores, kept)
         trained = mask_labels(batch, measured.label_masks) if measured.label_masks else batch
         return Kept(kept, scores, cut(trained, kept))
