@@ -107,7 +107,7 @@ class OnlineMethod(ABC):
     keep_tokens: int | None = field(default=None, init=False, repr=False)
     """An option of `ModelScored` alone; None elsewhere."""
 
-    _column_values: Callable[[Batch], Sequence[Any]] | None = None
+    _column_values: Callable[[Batch], Sequence[Any]] | None = field(default=None, init=False, repr=False)
     """Gives the column of `strata` for a batch that does not hold it: set by the trainer hook."""
     _selections = 0
     """Selections made, saved with the state."""
