@@ -8,6 +8,7 @@ The key is the content of model, rows and settings. An interrupted run starts ag
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import TrainerCallback
 
+from ..data.exports import refill
 from ..data.sums import are_intact, read_checked_json, sums_of, write_checked_json
 from ..errors import MissingExtra, UserError
 from ..files import cache_folder, hash_json, lock_file, plain_errors, remove, temporary_beside
@@ -147,14 +149,14 @@ def _run(
     cache: str | Path | None,
     moments: bool,
 ) -> dict[str, Any]:
-    temporary = temporary_beside(folder)
+    temporary, checkpoints = temporary_beside(folder), temporary_beside(folder)
     with plain_errors(folder.parent):
         temporary.mkdir()
     watched = {} if held_out is None else {HELD_OUT: held_out}
     try:
         with preserved_random_state():
             prepared = prepare(settings.recipe(files, watched=bool(watched)), cache=cache, pool=train, held_out=watched)
-            trainer: Any = prepared.trainer(temporary / "work")
+            trainer: Any = prepared.trainer(checkpoints)
             recorder = Recorder(temporary if moments else None)
             trainer.add_callback(recorder)
             trainer.train()
@@ -169,14 +171,16 @@ def _run(
                 if f"eval_{HELD_OUT}_loss" in entry
             ],
         }
-        remove(temporary / "work")
-        (temporary / "README.md").unlink(missing_ok=True)
         facts["sums"] = sums_of(temporary)
         write_checked_json(temporary / FACTS, facts)
-        remove(folder)
-        temporary.rename(folder)
+        with plain_errors(folder.parent):
+            if folder.exists():  # damaged: a finished one was taken from the cache
+                refill(folder, temporary, last=FACTS)
+            else:
+                os.rename(temporary, folder)
     finally:
         remove(temporary)
+        remove(checkpoints)
     return facts
 
 

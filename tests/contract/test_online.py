@@ -71,7 +71,11 @@ class TestEveryMethod:
         assert method.name == name
         for field in dataclasses.fields(method):  # type: ignore[arg-type]
             assert field.kw_only
-            if field.default is not dataclasses.MISSING and field.name not in {"keep", *needs(name), *GIVEN.get(name, {})}:
+            if field.default is not dataclasses.MISSING and field.name not in {
+                "keep",
+                *needs(name),
+                *GIVEN.get(name, {}),
+            }:
                 assert getattr(method, field.name) == field.default
         with pytest.raises(TypeError):
             make(name, no_such_option=1)

@@ -31,6 +31,7 @@ TABLE = "unit/test_user_files.py::test_parts_of_a_table_are_known_by_their_note"
 LEDGER = "unit/test_user_files.py::test_a_ledger_replaces_only_parts_of_ledgers"
 TRAIN = "faults/test_user_files.py::test_train_replaces_its_own_export_until_the_user_changes_it"
 MERGE = "unit/test_user_files.py::test_a_merged_adapter_replaces_only_a_merged_adapter"
+WARMUP = "parity/test_target_loss.py::test_a_damaged_run_in_the_cache_is_replaced_without_the_users_files"
 LOOP = "unit/test_user_files.py::test_a_tuning_done_again_removes_its_own_note_alone"
 LOOPED = "faults/test_user_files.py::test_loop_replaces_nothing_that_it_reads"
 
@@ -53,6 +54,9 @@ LISTED: dict[tuple[str, str, str], tuple[int, str]] = {
     ("sft/dataset.py", "_make", "refill"): (1, TOKENS),
     ("sft/dataset.py", "_make", "os.rename"): (1, TOKENS),
     ("sft/dataset.py", "_make", "remove"): (1, TOKENS),
+    ("warmup/tuning.py", "_run", "refill"): (1, WARMUP),
+    ("warmup/tuning.py", "_run", "os.rename"): (1, WARMUP),
+    ("warmup/tuning.py", "_run", "remove"): (2, WARMUP),
     ("models/store.py", "Store.get", "unlink"): (1, "unit/test_user_files.py::test_an_unsound_entry_is_removed_alone"),
     ("models/journal.py", "Journal.__enter__", "open"): (1, "unit/test_journal.py"),
     ("models/journal.py", "Journal._read", "os.ftruncate"): (1, "unit/test_journal.py"),
@@ -126,7 +130,7 @@ def temporaries(function: ast.AST) -> set[str]:
         if isinstance(node, ast.withitem) and "atomic_path(" in ast.unparse(node.context_expr):
             names.append(node.optional_vars)
         if isinstance(node, ast.Assign) and "temporary_beside(" in ast.unparse(node.value):
-            names += node.targets
+            names += [name for target in node.targets for name in getattr(target, "elts", [target])]
     return {name.id for name in names if isinstance(name, ast.Name)}
 
 

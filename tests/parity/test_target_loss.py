@@ -89,6 +89,23 @@ def test_a_second_fit_takes_the_run_from_the_cache(fitted: TargetLoss, monkeypat
     assert again.fitted_adapter == fitted.fitted_adapter
 
 
+def test_a_damaged_run_in_the_cache_is_replaced_without_the_users_files(model: Path, tmp_path: Path) -> None:
+    def fit() -> Path:
+        method = TargetLoss(model=str(model), target=TARGET, device="cpu", steps=1, batch=2, learning_rate=1e-2)
+        method.cache = tmp_path
+        folder = method.fit(make_pool(ROWS)).fitted_adapter
+        assert folder is not None
+        return folder
+
+    folder = fit()
+    (folder / "notes.txt").write_text("the user's own")
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+    assert fit() == folder
+    assert (folder / "adapter_model.safetensors").stat().st_size > 100
+    assert (folder / "notes.txt").read_text() == "the user's own"
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}
+
+
 def test_a_saved_adapter_serves_another_pool_without_a_warm_up(
     fitted: TargetLoss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
