@@ -112,7 +112,8 @@ def test_commands_run(
 
 
 def test_most_commands_really_run() -> None:
-    runs = [runs for page in PAGES for _, runs in commands(page)]
+    # `siftune run` starts another framework's command; tests/integration/test_run_command.py runs it.
+    runs = [runs for page in PAGES for words, runs in commands(page) if words[0] != "run"]
     assert len(runs) > 50
     assert sum(runs) > 0.6 * len(runs)
 
