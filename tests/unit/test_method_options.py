@@ -13,7 +13,7 @@ from siftune.runs.options import field_docs, options_of
 from siftune.study.entries import read_entries
 
 METHODS = [entry.name for entry in registry.methods("online")]
-FROM_THE_MODEL = {"uds", "maxloss", "maxgrad", "rho-loss", "greats"}
+FROM_THE_MODEL = {"uds", "maxloss", "maxgrad", "rho-loss", "greats", "token-rho", "token-self"}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,18 @@ def test_a_model_is_run_once_for_each_micro_batch(tmp_path: Path) -> None:
     live.model.register_forward_hook(lambda *_: forwards.append(1))
     live.train()
     assert len(forwards) == 2
+
+
+def test_the_trainers_loss_is_still_known_as_its_own_when_training_begins(tmp_path: Path) -> None:
+    live = trainer(tmp_path, max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    module, signature = live.compute_loss.__module__, inspect.signature(live.compute_loss)
+    siftune.attach(live, siftune.MaxLoss(keep="1/16", window="step"), quiet=True)
+    assert live.compute_loss.__module__ == module
+    assert inspect.signature(live.compute_loss) == signature
+    live.train()  # one row for four micro-batches: three are fully masked, which only the library's own loss permits
+    assert [line["train_loss"] is not None for line in ledger(tmp_path)] == [line["kept"] for line in ledger(tmp_path)]
+    siftune.detach(live)
+    assert "compute_loss" not in vars(live)
 
 
 def test_losses_are_read_where_a_part_ends_between_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
