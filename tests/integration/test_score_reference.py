@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from siftune.cli.main import main
 from siftune.errors import UserError
@@ -76,7 +75,7 @@ def test_a_finished_table_is_not_made_again(recipe: Recipe, monkeypatch: pytest.
     again = score_reference(Recipe.read(recipe.plain, {"seed": 3}), "./reference", out="t.parquet")
     assert (again.reused, again.rows) == (True, first.rows)
     made: list[Path] = []
-    monkeypatch.setattr(module, "_compute", lambda path, *_: made.append(path))
+    monkeypatch.setattr(module, "_compute", lambda path, *_, **__: made.append(path))
     for other in ({"sft.max_length": 40}, {"text": "prompt"}, {"max_rows": 9}):
         assert not score_reference(Recipe.read(recipe.plain, other), "./reference", out="t.parquet").reused
     assert not score_reference(recipe, "./model", out="t.parquet").reused
@@ -89,15 +88,15 @@ def test_an_interrupted_table_goes_on(recipe: Recipe, monkeypatch: pytest.Monkey
     score_reference(recipe, "./reference", out="whole.parquet")
     monkeypatch.setattr(parts, "PART", 8)
     measured: list[int] = []
-    inner = parts._measured
+    inner = parts._Measure.table
 
-    def dies(method: Any, model: torch.nn.Module, batches: Any, rows: list[int], names: Any) -> Any:
+    def dies(measure: Any, batches: Any, rows: list[int], names: Any) -> Any:
         if rows[0] == 16 and len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(rows[0])
-        return inner(method, model, batches, rows, names)
+        return inner(measure, batches, rows, names)
 
-    monkeypatch.setattr(parts, "_measured", dies)
+    monkeypatch.setattr(parts._Measure, "table", dies)
     with pytest.raises(KeyboardInterrupt):
         score_reference(recipe, "./reference", out="t.parquet")
     assert not Path("t.parquet").exists()
