@@ -290,6 +290,8 @@ def measure(framework: Framework, work: Path, *, only: list[str]) -> dict[str, s
         return check_packed(runs["packed"], 3)
 
     def processes() -> str:
+        if framework.processes_need:
+            return f"not run: needs {framework.processes_need}"
         train(framework, venv, runs["processes"])
         return check_processes(runs["processes"], 5)
 

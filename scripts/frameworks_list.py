@@ -64,6 +64,8 @@ class Framework:
     command: Callable[[Run], Command]
     note: str
     """What the run on a CPU leaves out or changes."""
+    processes_need: str | None = None
+    """What two processes need besides a CPU; None where they run."""
     packing_needs: str | None = None
     """What its packing needs beyond a CPU."""
     empty_packages: tuple[str, ...] = ()
@@ -141,6 +143,7 @@ def axolotl(run: Run) -> Command:
         "max_steps": run.steps,
         "logging_steps": 1,
         "val_set_size": 0,
+        "seed": 1,  # without one, Axolotl shuffles the rows anew at every start
         "optimizer": "adamw_torch",
         "learning_rate": 1e-3,
         "lr_scheduler": "constant",
@@ -277,5 +280,7 @@ FRAMEWORKS = (
         command=oumi,
         note="with torch 2.13 instead of 2.12, the newest that its metadata allows; skypilot, lm_eval, torchao and torchvision are left out, mlflow is an empty stand-in",
         empty_packages=("mlflow",),
+        processes_need="CUDA: Oumi sets a CUDA device in each of several processes",
+        packing_needs="boundaries of rows, which Oumi's pack does not give; complete lines are chosen, with a warning",
     ),
 )
