@@ -261,6 +261,7 @@ FRAMEWORKS = (
         package="axolotl",
         python=("3.12", "3.13"),
         command=axolotl,
+        processes_need="CUDA: Axolotl asks it whether devices reach each other",
         note="its Triton kernels for LoRA are off, and packages for clouds, logging services and GPUs are left out",
     ),
     Framework(
