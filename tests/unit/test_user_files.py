@@ -169,21 +169,21 @@ def test_parts_of_a_table_are_known_by_their_note() -> None:
     folder = Path("table.parquet.parts")
     mine = plant(folder / "part-000000.parquet")
     with pytest.raises(UserError, match=r"holds part-000000.parquet and no made-by.json"):
-        _begin(folder, model, 5)
+        _begin(folder, model, 5, per_token=False)
     plant(folder / NOTE)
     with pytest.raises(UserError, match=r"made-by.json is not a JSON file"):
-        _begin(folder, model, 5)
+        _begin(folder, model, 5, per_token=False)
     (folder / NOTE).write_text('{"who": "me"}')
     with pytest.raises(UserError, match=r"made-by.json was not written by siftune"):
-        _begin(folder, model, 5)
+        _begin(folder, model, 5, per_token=False)
     assert mine.read_text() == MINE
     (folder / NOTE).write_text('{"model": "another", "rows": 5}')
     notes = plant(folder / "notes.txt")
     with pytest.raises(UserError, match=r"holds notes.txt, which siftune did not write"):
-        _begin(folder, model, 5)
+        _begin(folder, model, 5, per_token=False)
     assert notes.read_text() == MINE
     notes.unlink()
-    _begin(folder, model, 5)
+    _begin(folder, model, 5, per_token=False)
     assert [path.name for path in folder.iterdir()] == [NOTE]
 
 
