@@ -65,6 +65,16 @@ def complete_backbone(model: str, **settings: Any) -> Backbone:
     return Backbone(model, layer=layers, **settings)
 
 
+def backbone_of(method: Any) -> Backbone:
+    """The complete backbone of a method with `model`, `max_length`, `dtype` and `device`; loaded once per method."""
+    settings: dict[str, Any] = {name: getattr(method, name) for name in ("max_length", "dtype", "device")}
+    cached: dict[Any, Backbone] = method.__dict__.setdefault("_backbones", {})
+    key = (str(method.model), *settings.values())
+    if key not in cached:
+        cached[key] = complete_backbone(str(method.model), **settings)
+    return cached[key]
+
+
 def represent(backbone: Backbone, rows: Sequence[Tokenised], *, token_budget: int | None = None) -> Represented:
     """Representations of tokenised rows, the same for any batching to 1e-5 (float32)."""
     lengths = np.fromiter((len(row.ids) for row in rows), dtype=np.int32, count=len(rows))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..models.backbone import Backbone, DType
-from ..models.representations import RepresentationTask, complete_backbone
+from ..models.representations import RepresentationTask, backbone_of
 from ..progress import doing
 from ..records import Pool, Scores
 from .base import OfflineMethod
@@ -64,12 +64,7 @@ class _Coverage(OfflineMethod):
 
     def backbone(self) -> Backbone:
         """One backbone per method, so that the model loads once."""
-        settings: dict[str, Any] = {name: getattr(self, name) for name in ("max_length", "dtype", "device")}
-        cached: dict[Any, Backbone] = self.__dict__.setdefault("_backbones", {})
-        key = (str(self.model), *settings.values())
-        if key not in cached:
-            cached[key] = complete_backbone(str(self.model), **settings)
-        return cached[key]
+        return backbone_of(self)
 
     def shard_task(self, pool: Pool) -> RepresentationTask:
         self.check()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..files import hash_bytes, hash_json
 from ..models.backbone import Backbone, DType
-from ..models.representations import RepresentationTask, complete_backbone, representations_of
+from ..models.representations import RepresentationTask, backbone_of, representations_of
 from ..records import Pool, Shard, ShardResult, ShardTask
 from .daar.scoring import StoredFeatures
 from .similarity import SimilarityMethod, similarity_result
@@ -93,30 +93,22 @@ class RDS(SimilarityMethod):
     def check(self) -> None:
         """Check settings, target and model folder before any weight is loaded. Raises `UserError`."""
         super().check()
-        backbone = self._backbone()
+        backbone = self.backbone()
         _ = backbone.config, backbone.tokenizer
 
     def feature_task(self, *, for_fit: bool) -> RepresentationTask:
         """The task that reads the model; the same for `fit` and for `score`."""
-        return RepresentationTask(self._backbone(), token_budget=self.token_budget)
+        return RepresentationTask(self.backbone(), token_budget=self.token_budget)
 
     def backbone(self) -> Backbone:
-        return self._backbone()
-
-    def _backbone(self) -> Backbone:
         """One backbone per method, so that fit and score load the model once."""
-        settings: dict[str, Any] = {name: getattr(self, name) for name in ("max_length", "dtype", "device")}
-        cached: dict[Any, Backbone] = self.__dict__.setdefault("_backbones", {})
-        key = (str(self.model), *settings.values())
-        if key not in cached:
-            cached[key] = complete_backbone(str(self.model), **settings)
-        return cached[key]
+        return backbone_of(self)
 
     def fit(self, pool: Pool) -> Self:
         """Compute the target's representations. Raises `UserError` where a target row has none."""
         self.check()
         target = self.read_target()
-        done = representations_of(self._backbone(), target.pool, target.rows.tolist(), token_budget=self.token_budget)
+        done = representations_of(self.backbone(), target.pool, target.rows.tolist(), token_budget=self.token_budget)
         refuse_unusable(target, done.reasons)
         self.target_vectors = unit(done.vectors)
         return self
@@ -130,4 +122,4 @@ class RDS(SimilarityMethod):
         return RDSTask(task, self.target_vectors, TargetRows.of(self.read_target()))
 
     def facts(self) -> dict[str, Any]:
-        return {"layers": self._backbone().layer, "width": self._backbone().width}
+        return {"layers": self.backbone().layer, "width": self.backbone().width}

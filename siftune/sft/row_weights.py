@@ -18,9 +18,9 @@ import torch
 
 from ..data.bad_row import BadRow, shown
 from ..errors import UserError
+from ..models.tokenize_rows import IGNORED
 
 COLUMN = "row_weight"
-IGNORED = -100
 
 
 def weight_of(value: Any) -> float:

@@ -69,7 +69,7 @@ def test_kept_representations_serve_another_target_without_the_model(model: Path
     second = RDS(target=TARGET[:1] + ROWS[:1], **settings)
     second.store = Store(tmp_path)
     second.fit(pool)
-    second._backbone()._loaded["network"] = None  # a forward of the pool would fail
+    second.backbone()._loaded["network"] = None  # a forward of the pool would fail
     scores = second.score(pool)
     expected = RDS(target=TARGET[:1] + ROWS[:1], model=str(model), device="cpu", pick="mean").fit(pool).score(pool)
     np.testing.assert_array_equal(scores.values, expected.values)
